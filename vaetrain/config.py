@@ -1,0 +1,166 @@
+"""`Config`: everything that decides a training run, as nested frozen dataclasses; saved in the run as config.yaml.
+
+Sections live beside what they configure (data, model, objective); those of the training loop itself live here. Nothing
+here imports torch, so that `--help` and a mistyped key answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from vaetrain.data.config import DataConfig
+from vaetrain.model.config import ModelConfig
+from vaetrain.objective.config import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate, which is a pure function of the images seen."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+
+    warmup_images: int = 10_000
+    """Images over which the learning rate rises linearly from 0."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: a half cosine down to `final_lr_fraction` of the peak at the end of training, or flat."""
+
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end of the cosine, as a fraction of the peak."""
+
+    beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
+
+    beta2: float = 0.99
+    """Decay of AdamW's mean of squared gradients."""
+
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices and kernels; biases, norms and the shared σ have none."""
+
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this norm, measured per pixel (the loss divided by the image's dimensions); None: never."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would not train."""
+        if self.lr <= 0:
+            raise ValueError(f"--optim.lr is {self.lr}; it must be positive")
+        if self.warmup_images < 0:
+            raise ValueError(f"--optim.warmup-images is {self.warmup_images}; it must not be negative")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"--optim.clip-norm is {self.clip_norm}; give a positive number, or None not to clip")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in which batches and in which arithmetic."""
+
+    epochs: int = 20
+    """Passes over the training images."""
+
+    num_images: int | None = None
+    """Length of training in images, in place of `epochs`; rounded up to whole global batches."""
+
+    global_batch_size: int = 64
+    """Images per optimizer step over all processes: what the mathematics sees."""
+
+    micro_batch_size: int | None = None
+    """Images one process handles at a time; gradients accumulate to the global batch. None: no accumulation."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network; densities, weights and optimizer stay fp32. fp16 needs a GPU."""
+
+    compile: bool = False
+    """Compile the model with torch.compile: a minute at the start for a faster step."""
+
+    ema_half_life_images: int = 50_000
+    """Images after which a weight's share in the exponential moving average has halved; 0: no EMA."""
+
+    val_every_epochs: int = 1
+    """Epochs between validations (and checkpoints); the end of training always has one."""
+
+    patience: int | None = None
+    """Stop after this many validations without a better validation ELBO. None: never."""
+
+    max_nonfinite_steps: int = 20
+    """Stop when this many steps in a row had a loss or gradient that is not finite (such steps change no weight)."""
+
+    def __post_init__(self) -> None:
+        """Refuse lengths and batches that mean nothing."""
+        for name in ("epochs", "global_batch_size", "val_every_epochs", "max_nonfinite_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--train.{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_images", "micro_batch_size", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--train.{name.replace('_', '-')} is {value}; give at least 1, or None")
+        if self.ema_half_life_images < 0:
+            raise ValueError(f"--train.ema-half-life-images is {self.ema_half_life_images}; give 0 for no EMA")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written down while training; metrics.jsonl and figures always are."""
+
+    every_steps: int = 50
+    """Steps between training records; each is the mean since the last and costs one host-device synchronisation."""
+
+    num_pictures: int = 32
+    """Images in the sample grid, and twice the images in the reconstruction grid."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Also log to Weights & Biases: `offline` writes under the run directory for `wandb sync`."""
+
+    wandb_project: str = "vaetrain"
+    """Weights & Biases project."""
+
+    tensorboard: bool = False
+    """Also log to TensorBoard, under the run directory."""
+
+    def __post_init__(self) -> None:
+        """Refuse intervals that mean nothing."""
+        if self.every_steps < 1:
+            raise ValueError(f"--log.every-steps is {self.every_steps}; it must be at least 1")
+        if self.num_pictures < 1:
+            raise ValueError(f"--log.num-pictures is {self.num_pictures}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints stay."""
+
+    keep_last: int = 2
+    """Newest checkpoints kept, besides the best."""
+
+    def __post_init__(self) -> None:
+        """The newest checkpoint is what a run resumes from."""
+        if self.keep_last < 1:
+            raise ValueError(f"--checkpoint.keep-last is {self.keep_last}; at least the newest checkpoint must stay")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    run_dir: Path = Path("runs/unnamed")
+    """Folder of this run: config, provenance, metrics, checkpoints and figures."""
+
+    seed: int = 0
+    """Decides initial weights, order of images, flips and latent noise."""
+
+    resume: str = "auto"
+    """`auto`: go on from the run directory's newest good checkpoint, if it has one. `never`: refuse a run directory that
+    has one. A path to a run or a checkpoint: start from that one (the run directory's own still comes first)."""

@@ -1,0 +1,47 @@
+"""What to train on and how to read it, without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ReaderName = Literal["auto", "indexed", "stream", "resident"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The shard sets of a run, the classes kept, and the reader that brings their images to the device."""
+
+    train: str
+    """Shard set whose `train` split is learned from: a folder, its manifest.json, or an http(s) URL of either."""
+
+    val: str | None = None
+    """Shard set whose `val` split is scored; None: the same as `train`."""
+
+    classes: tuple[str, ...] = ()
+    """Keep only the images of these classes; none given: all of them. Labels keep the manifest's numbering."""
+
+    reader: ReaderName = "auto"
+    """indexed: random access to local shards. resident: decoded once and kept as uint8. stream: shards read front to
+    back, for URLs. auto: resident when the decoded split fits in `resident_gib`, otherwise indexed; stream for a URL."""
+
+    num_workers: int | None = None
+    """Decoding worker processes per training process (0: decode in the training process). None: chosen from the cores."""
+
+    resident_gib: float = 4.0
+    """auto picks resident when a split, decoded to uint8, is no larger than this (GiB, in every process)."""
+
+    horizontal_flip: bool = True
+    """Mirror each training image left to right with probability 1/2, on the device."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no reader can honour."""
+        for name in ("train", "val"):
+            if getattr(self, name) == "":
+                raise ValueError(f"--data.{name} is empty; give a shard set's folder, or the URL of its manifest.json")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"--data.classes {' '.join(self.classes)} names a class twice")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"--data.num-workers is {self.num_workers}; give 0 or more, or None to choose from the cores")
+        if self.resident_gib < 0:
+            raise ValueError(f"--data.resident-gib is {self.resident_gib}; a size is not negative (0: never resident)")

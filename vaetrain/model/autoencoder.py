@@ -1,0 +1,172 @@
+"""The encoder, the decoder and the VAE that joins them with a posterior, a prior and a likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from vaetrain.model.blocks import Attention, Downsample, ResBlock, Upsample, group_norm
+from vaetrain.model.config import ModelConfig
+from vaetrain.model.likelihood import build_likelihood
+from vaetrain.model.posterior import DiagonalGaussian, PointMass, Posterior
+from vaetrain.model.prior import sample_standard_normal
+
+
+class ConvEncoder(nn.Module):
+    """(b, c, h, w) → `num_moments` numbers for each entry of the latent: residual levels, each half the last's resolution."""
+
+    def __init__(self, config: ModelConfig, num_moments: int) -> None:
+        super().__init__()
+        channels = [config.base_channels * mult for mult in config.channel_mult]
+        resolution = config.image_size // config.patch_size
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, channels[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for level, width in enumerate(channels):
+            if level > 0:
+                self.blocks.append(Downsample(channels[level - 1], width))
+                resolution //= 2
+            for _ in range(config.num_res_blocks):
+                self.blocks.append(ResBlock(width, width))
+                if resolution in config.attention_resolutions:
+                    self.blocks.append(Attention(width))
+        self.norm_out = group_norm(channels[-1])
+        outputs = num_moments * config.latent_channels
+        self.out: nn.Module
+        if len(config.latent_shape) == 3:
+            self.out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
+        else:
+            self.out = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * resolution**2, outputs))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b m *latent"]:
+        """Moments of the posterior, stacked on dimension 1."""
+        h = self.conv_in(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch_size, q=self.patch_size))
+        for block in self.blocks:
+            h = block(h)
+        return self.out(F.silu(self.norm_out(h)))
+
+
+class ConvDecoder(nn.Module):
+    """Latent → (b, c·k, h, w), the likelihood's parameters; the encoder mirrored, with one more block per level."""
+
+    def __init__(self, config: ModelConfig, params_per_channel: int) -> None:
+        super().__init__()
+        channels = [config.base_channels * mult for mult in reversed(config.channel_mult)]
+        resolution = config.image_size // config.downsample_factor
+        self.patch_size = config.patch_size
+        self.conv_in: nn.Module
+        if len(config.latent_shape) == 3:
+            self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        else:
+            self.conv_in = nn.Sequential(
+                nn.Linear(config.latent_channels, channels[0] * resolution**2),
+                Rearrange("b (c h w) -> b c h w", h=resolution, w=resolution),
+            )
+        self.blocks = nn.ModuleList()
+        for level, width in enumerate(channels):
+            if level > 0:
+                self.blocks.append(Upsample(channels[level - 1], width))
+                resolution *= 2
+            for _ in range(config.num_res_blocks + 1):
+                self.blocks.append(ResBlock(width, width))
+                if resolution in config.attention_resolutions:
+                    self.blocks.append(Attention(width))
+        self.norm_out = group_norm(channels[-1])
+        outputs = config.in_channels * params_per_channel * config.patch_size**2
+        self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
+
+    def forward(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b ck h w"]:
+        """Parameters of p(x|z)."""
+        h = self.conv_in(z)
+        for block in self.blocks:
+            h = block(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
+
+
+def dense_layers(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers through the given widths with SiLU between them."""
+    layers: list[nn.Module] = []
+    for in_features, out_features in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(in_features, out_features), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class DenseEncoder(nn.Sequential):
+    """(b, c, h, w) → (b, num_moments · latent_channels) through fully connected layers."""
+
+    def __init__(self, config: ModelConfig, num_moments: int) -> None:
+        outputs = num_moments * config.latent_channels
+        super().__init__(nn.Flatten(), *dense_layers([config.num_pixels, *config.hidden_features, outputs]))
+
+
+class DenseDecoder(nn.Sequential):
+    """(b, latent_channels) → (b, c·k, h, w), the likelihood's parameters, through fully connected layers."""
+
+    def __init__(self, config: ModelConfig, params_per_channel: int) -> None:
+        outputs = config.num_pixels * params_per_channel
+        super().__init__(
+            *dense_layers([config.latent_channels, *reversed(config.hidden_features), outputs]),
+            Rearrange("b (ck h w) -> b ck h w", h=config.image_size, w=config.image_size),
+        )
+
+
+class ElboTerms(NamedTuple):
+    """What `VAE.forward` returns; everything a loss or a score is made of."""
+
+    distortion: Float[Tensor, " b"]
+    """−log p(x|z) in nats per image."""
+    kl: Float[Tensor, "b *latent"]
+    """KL(q(z|x) ‖ p(z)) in nats per latent dimension; the sum is the image's rate."""
+    params: Float[Tensor, "b ck h w"]
+    """The likelihood's parameters; `vae.likelihood.mean(params)` is the reconstruction."""
+
+
+class VAE(nn.Module):
+    """A variational autoencoder, or with `variational=False` a deterministic one.
+
+    Images are float in the likelihood's pixel range ([-1, 1]; [0, 1] for Bernoulli), see `from_uint8`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.likelihood = build_likelihood(config)
+        num_moments = 2 if config.variational else 1
+        encoder, decoder = (ConvEncoder, ConvDecoder) if config.kind == "conv" else (DenseEncoder, DenseDecoder)
+        self.encoder = encoder(config, num_moments)
+        self.decoder = decoder(config, self.likelihood.params_per_channel)
+
+    def encode(self, x: Float[Tensor, "b c h w"]) -> Posterior:
+        """q(z|x); in training call the (wrapped) model instead, or DDP will not reduce the gradients."""
+        moments = self.encoder(x)
+        return DiagonalGaussian.from_moments(moments) if self.config.variational else PointMass(moments.float())
+
+    def decode(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b c h w"]:
+        """E[x|z] in the pixel range."""
+        return self.likelihood.mean(self.decoder(z))
+
+    def forward(self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b *latent"]) -> ElboTerms:
+        """One-sample estimate of the ELBO's terms, z drawn with the given standard normal `noise`."""
+        posterior = self.encode(x)
+        params = self.decoder(posterior.sample(noise=noise))
+        return ElboTerms(-self.likelihood.log_prob(params, x), posterior.kl(), params)
+
+    def from_uint8(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Stored images as the floats this model is trained on."""
+        return self.likelihood.from_uint8(images)
+
+    def reconstruct(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Decode the posterior's mode; images in and out in the pixel range."""
+        return self.decode(self.encode(x).mode())
+
+    def sample(self, indices: Sequence[int], seed: int = 0, temperature: float = 1.0) -> Float[Tensor, "b c h w"]:
+        """Images number `indices` of the endless set that `seed` names, from z ~ N(0, temperature² I)."""
+        z = sample_standard_normal(seed, indices, self.config.latent_shape, temperature)
+        return self.decode(z.to(next(self.parameters()).device))

@@ -1,0 +1,80 @@
+"""The building blocks of the convolutional encoder and decoder; all map (b, c, h, w) to (b, c', h', w')."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with groups of about 16 channels; it never mixes images, so a batch may be cut anywhere."""
+    num_groups = max(1, channels // 16)
+    while channels % num_groups:
+        num_groups -= 1
+    return nn.GroupNorm(num_groups, channels)
+
+
+def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
+    """Start a residual branch at zero, so that a deep network begins as the identity (Zhang et al. 2019, Fixup)."""
+    nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """x + f(x), f = (norm, SiLU, 3×3 convolution) twice; a 1×1 convolution on the skip where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        """Apply the block; resolution is kept."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions with heads of about 64 channels, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.num_heads = max(1, channels // 64)
+        while channels % self.num_heads:
+            self.num_heads -= 1
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Apply the block; cost grows with (h·w)²."""
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n d) h w -> three b n (h w) d", three=3, n=self.num_heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(attended, "b n (h w) d -> b (n d) h w", h=x.shape[2]))
+
+
+class Downsample(nn.Conv2d):
+    """Half the resolution by a strided 3×3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a 3×3 convolution (no checkerboard, Odena et al. 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        """Apply the block."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

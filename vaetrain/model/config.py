@@ -1,0 +1,107 @@
+"""What a model is: every architectural choice and the likelihood, without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LikelihoodName = Literal[
+    "gaussian-fixed", "gaussian-shared", "gaussian-pixel", "bernoulli", "discretized-logistic", "logistic-mixture"
+]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The autoencoder: encoder, latent, decoder and the likelihood the decoder parameterises."""
+
+    kind: Literal["conv", "dense"] = "conv"
+    """`conv`: residual convolutions. `dense`: fully connected layers only (the lecture's "without CNN")."""
+
+    image_size: int = 64
+    """Height and width of the images in pixels; must equal the shard set's."""
+
+    in_channels: int = 3
+    """Image channels: 3 (colour) or 1 (grayscale); must equal the shard set's."""
+
+    patch_size: int = 1
+    """Pixels per side folded into channels before the first convolution (conv). 2 quarters the cost of the top level."""
+
+    base_channels: int = 64
+    """Channels of the highest-resolution level (conv)."""
+
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    """Channels of each level as multiples of `base_channels`; each level after the first halves the resolution (conv)."""
+
+    num_res_blocks: int = 2
+    """Residual blocks per level in the encoder; the decoder has one more (conv)."""
+
+    attention_resolutions: tuple[int, ...] = ()
+    """Resolutions in pixels (e.g. 16 8) whose residual blocks are followed by self-attention (conv)."""
+
+    hidden_features: tuple[int, ...] = (512, 256)
+    """Widths of the encoder's hidden layers, mirrored in the decoder (dense)."""
+
+    latent: Literal["spatial", "vector"] = "spatial"
+    """`spatial`: a (latent_channels, h, w) map; `vector`: latent_channels numbers. A dense model's latent is a vector."""
+
+    latent_channels: int = 16
+    """Channels of a spatial latent, or the length of a vector latent."""
+
+    variational: bool = True
+    """True: a VAE with a diagonal Gaussian posterior. False: a deterministic autoencoder (rate 0)."""
+
+    likelihood: LikelihoodName = "gaussian-shared"
+    """p(x|z). gaussian-fixed: variance sigma² (the lecture's MSE). gaussian-shared: one learned variance (σ-VAE).
+    gaussian-pixel: mean and variance per pixel (the lecture's Assumption 3). bernoulli: for near-binary images.
+    discretized-logistic, logistic-mixture: mass functions on the 256 levels, true bits per dimension."""
+
+    sigma: float = 0.1
+    """Standard deviation of gaussian-fixed, on the [-1, 1] pixel scale (0.1 is 12.75 of 255 levels)."""
+
+    num_mixtures: int = 5
+    """Components of logistic-mixture."""
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be built."""
+        if self.in_channels not in (1, 3):
+            raise ValueError(f"--model.in-channels is {self.in_channels}; images have 3 channels or, grayscale, 1")
+        for name in ("image_size", "patch_size", "base_channels", "num_res_blocks", "latent_channels", "num_mixtures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--model.{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.sigma <= 0:
+            raise ValueError(f"--model.sigma is {self.sigma}; a standard deviation is positive")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError(f"--model.channel-mult is {self.channel_mult}; give one or more factors of at least 1")
+        if self.kind == "conv":
+            if self.image_size % self.downsample_factor:
+                raise ValueError(
+                    f"--model.image-size {self.image_size} is not a multiple of {self.downsample_factor}, the downsampling "
+                    f"of --model.patch-size {self.patch_size} and the {len(self.channel_mult)} levels of "
+                    "--model.channel-mult; use fewer levels or make shards of another size"
+                )
+            levels = {self.image_size // self.patch_size // 2**level for level in range(len(self.channel_mult))}
+            if unknown := set(self.attention_resolutions) - levels:
+                raise ValueError(
+                    f"--model.attention-resolutions {sorted(unknown)} are no resolutions of this model; "
+                    f"it has {sorted(levels, reverse=True)}"
+                )
+        elif not self.hidden_features:
+            raise ValueError("--model.hidden-features is empty; a dense model needs at least one hidden layer")
+
+    @property
+    def downsample_factor(self) -> int:
+        """Image pixels per side of one cell of the lowest-resolution feature map (conv)."""
+        return int(self.patch_size * 2 ** (len(self.channel_mult) - 1))
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latent: (channels,) or (channels, height, width)."""
+        if self.kind == "dense" or self.latent == "vector":
+            return (self.latent_channels,)
+        side = self.image_size // self.downsample_factor
+        return (self.latent_channels, side, side)
+
+    @property
+    def num_pixels(self) -> int:
+        """Dimensions of one image: channels × height × width."""
+        return self.in_channels * self.image_size**2

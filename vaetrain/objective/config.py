@@ -1,0 +1,48 @@
+"""What is minimised: the weight of the rate and its schedule, without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The training loss: distortion + β · rate, in nats per image (docs/objective.md)."""
+
+    beta: float = 1.0
+    """Weight of the rate. 1 is the ELBO; above it trades reconstruction for a latent closer to the prior (Higgins et al. 2017)."""
+
+    beta_schedule: Literal["constant", "warmup", "cyclical"] = "constant"
+    """How β gets there: at once, linearly from 0 (Bowman et al. 2016), or in repeated ramps (Fu et al. 2019)."""
+
+    beta_warmup_images: int = 0
+    """Images over which β rises from 0 (warmup)."""
+
+    beta_cycle_images: int = 0
+    """Images of one cycle, the first half of which rises from 0 and the second stays at β (cyclical)."""
+
+    free_bits: float = 0.0
+    """Rate in nats per latent dimension and image below which it costs no more (Kingma et al. 2016, Eq. 15)."""
+
+    def __post_init__(self) -> None:
+        """Refuse weights and schedules that mean nothing."""
+        if self.beta < 0:
+            raise ValueError(f"--objective.beta is {self.beta}; it must not be negative")
+        if self.free_bits < 0:
+            raise ValueError(f"--objective.free-bits is {self.free_bits}; it must not be negative")
+        if self.beta_schedule == "warmup" and self.beta_warmup_images < 1:
+            raise ValueError("--objective.beta-schedule warmup needs --objective.beta-warmup-images of at least 1")
+        if self.beta_schedule == "cyclical" and self.beta_cycle_images < 2:
+            raise ValueError("--objective.beta-schedule cyclical needs --objective.beta-cycle-images of at least 2")
+
+
+def beta_at(config: ObjectiveConfig, images_seen: int) -> float:
+    """β after `images_seen` images: a pure function, the same after a resume and for any number of processes."""
+    match config.beta_schedule:
+        case "constant":
+            return config.beta
+        case "warmup":
+            return config.beta * min(1.0, images_seen / config.beta_warmup_images)
+        case "cyclical":
+            return config.beta * min(1.0, 2 * (images_seen % config.beta_cycle_images) / config.beta_cycle_images)
