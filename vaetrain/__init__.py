@@ -1,0 +1,26 @@
+"""Train, scale, score and ship convolutional variational autoencoders on image shards."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vaetrain.export import load
+    from vaetrain.model.autoencoder import VAE
+
+__version__ = version("vaetrain")
+__all__ = ["VAE", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only for those who ask for a model, so that every command's --help answers at once."""
+    if name == "load":
+        from vaetrain.export import load
+
+        return load
+    if name == "VAE":
+        from vaetrain.model.autoencoder import VAE
+
+        return VAE
+    raise AttributeError(f"module 'vaetrain' has no attribute {name!r}")

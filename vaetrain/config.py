@@ -79,7 +79,7 @@ class TrainConfig:
     """Compile the model with torch.compile: a minute at the start for a faster step."""
 
     ema_half_life_images: int = 50_000
-    """Images after which a weight's share in the exponential moving average has halved; 0: no EMA."""
+    """Images after which a weight's share in the exponential moving average has halved; 0: the average is the weights."""
 
     val_every_epochs: int = 1
     """Epochs between validations (and checkpoints); the end of training always has one."""
@@ -121,6 +121,11 @@ class LogConfig:
 
     tensorboard: bool = False
     """Also log to TensorBoard, under the run directory."""
+
+    @property
+    def trackers(self) -> list[str]:
+        """Accelerate's names of the trackers asked for."""
+        return [*(["wandb"] if self.wandb != "disabled" else []), *(["tensorboard"] if self.tensorboard else [])]
 
     def __post_init__(self) -> None:
         """Refuse intervals that mean nothing."""

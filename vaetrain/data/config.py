@@ -42,6 +42,8 @@ class DataConfig:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"--data.classes {' '.join(self.classes)} names a class twice")
         if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"--data.num-workers is {self.num_workers}; give 0 or more, or None to choose from the cores")
+            raise ValueError(
+                f"--data.num-workers is {self.num_workers}; give 0 or more, or None to choose from the cores"
+            )
         if self.resident_gib < 0:
             raise ValueError(f"--data.resident-gib is {self.resident_gib}; a size is not negative (0: never resident)")

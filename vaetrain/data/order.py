@@ -110,6 +110,13 @@ def train_indices(
     """
     images_per_epoch = layout.images_per_epoch(num_images)
     layout.check_position(images_seen)
+    # The checks stand outside the generator so that they fail here and not at its first batch.
+    return _endless_micro_batches(num_images, images_per_epoch, seed, images_seen, layout)
+
+
+def _endless_micro_batches(
+    num_images: int, images_per_epoch: int, seed: int, images_seen: int, layout: BatchLayout
+) -> Iterator[Int64[np.ndarray, " micro"]]:
     epoch, start = divmod(images_seen, images_per_epoch)
     while True:
         order = epoch_order(num_images, seed, epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ class ConvDecoder(nn.Module):
 def dense_layers(widths: Sequence[int]) -> nn.Sequential:
     """Linear layers through the given widths with SiLU between them."""
     layers: list[nn.Module] = []
-    for in_features, out_features in zip(widths, widths[1:], strict=False):
+    for in_features, out_features in pairwise(widths):
         layers += [nn.Linear(in_features, out_features), nn.SiLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -166,7 +167,13 @@ class VAE(nn.Module):
         """Decode the posterior's mode; images in and out in the pixel range."""
         return self.decode(self.encode(x).mode())
 
-    def sample(self, indices: Sequence[int], seed: int = 0, temperature: float = 1.0) -> Float[Tensor, "b c h w"]:
-        """Images number `indices` of the endless set that `seed` names, from z ~ N(0, temperature² I)."""
+    def sample(
+        self, num_images: int, *, seed: int = 0, start: int = 0, temperature: float = 1.0
+    ) -> Float[Tensor, "b c h w"]:
+        """Images number `start`, `start` + 1, … of the endless set that `seed` names, in the pixel range.
+
+        Decoder means at latents z ~ N(0, temperature² I); image i is the same whatever `start` and `num_images` are.
+        """
+        indices = range(start, start + num_images)
         z = sample_standard_normal(seed, indices, self.config.latent_shape, temperature)
         return self.decode(z.to(next(self.parameters()).device))

@@ -56,7 +56,8 @@ class ModelConfig:
     discretized-logistic, logistic-mixture: mass functions on the 256 levels, true bits per dimension."""
 
     sigma: float = 0.1
-    """Standard deviation of gaussian-fixed, on the [-1, 1] pixel scale (0.1 is 12.75 of 255 levels)."""
+    """Standard deviation of gaussian-fixed, and about where gaussian-shared starts, on the [-1, 1] pixel scale (0.1 is
+    12.75 of 255 levels)."""
 
     num_mixtures: int = 5
     """Components of logistic-mixture."""
@@ -87,6 +88,19 @@ class ModelConfig:
                 )
         elif not self.hidden_features:
             raise ValueError("--model.hidden-features is empty; a dense model needs at least one hidden layer")
+
+    def check_images(self, image_size: int, channels: int) -> None:
+        """Raise ValueError unless images of this size and number of channels fit the model."""
+        if image_size != self.image_size:
+            raise ValueError(
+                f"the shard set's images are {image_size}×{image_size} pixels but --model.image-size is {self.image_size}; "
+                f"pass --model.image-size {image_size}, or make shards with --size {self.image_size}"
+            )
+        if channels != self.in_channels:
+            raise ValueError(
+                f"the shard set's images have {channels} channel(s) but --model.in-channels is {self.in_channels}; "
+                f"pass --model.in-channels {channels}, or make shards {'with' if self.in_channels == 1 else 'without'} --gray"
+            )
 
     @property
     def downsample_factor(self) -> int:

@@ -35,8 +35,12 @@ def image_sum(x: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     return reduce(x, "b c h w -> b", "sum")
 
 
+MAX_LOG_SCALE = 5.0
+"""A logistic of 148 times half the pixel range is flat; a far wider one would give the levels inside it probability 0."""
+
+
 def soft_lower_bound(x: Tensor, bound: float) -> Tensor:
-    """Smooth max(x, bound) whose gradient never dies (Rybkin et al. 2021, App. A)."""
+    """Smooth max(x, bound) whose gradient fades below the bound instead of stopping there (as in Chua et al. 2018)."""
     return bound + F.softplus(x - bound)
 
 
@@ -81,9 +85,10 @@ class Likelihood(nn.Module, ABC):
 
 
 class Gaussian(Likelihood):
-    """N(x; mean, σ²) with σ fixed (`gaussian-fixed`) or one learned number (`gaussian-shared`, Rybkin et al. 2021, Eq. 6).
+    """N(x; mean, σ²) with σ fixed (`gaussian-fixed`) or one learned number (`gaussian-shared`, Rybkin et al. 2021).
 
     −log p(x|z) = Σ (x − mean)² / 2σ² + D (log σ + ½ log 2π): with fixed σ, MSE up to a factor and a constant.
+    The best shared σ² is the mean of (x − mean)² over images, pixels and channels.
     """
 
     params_per_channel = 1
@@ -126,9 +131,7 @@ class PixelGaussian(Likelihood):
         """See `Likelihood.log_prob`."""
         mean, log_sigma = params.float().chunk(2, dim=1)
         log_sigma = soft_lower_bound(log_sigma, MIN_LOG_SIGMA)
-        return image_sum(
-            -0.5 * (x - mean).square() * (-2 * log_sigma).exp() - log_sigma - 0.5 * math.log(2 * math.pi)
-        )
+        return image_sum(-0.5 * (x - mean).square() * (-2 * log_sigma).exp() - log_sigma - 0.5 * math.log(2 * math.pi))
 
     def mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
         """See `Likelihood.mean`."""
@@ -175,7 +178,8 @@ class LogisticMixture(Likelihood):
         params = rearrange(params.float(), "b (p k c) h w -> p k b c h w", k=self.num_mixtures, c=self.channels(params))
         logits = params[2] if self.num_mixtures > 1 else torch.zeros_like(params[0])
         # A logistic's standard deviation is 1.8 scales: the same lower bound as for the Gaussians, about.
-        return logits.log_softmax(dim=0), params[0], soft_lower_bound(params[1] - 2, MIN_LOG_SIGMA - 0.6)
+        log_scale = soft_lower_bound(params[1] - 2, MIN_LOG_SIGMA - 0.6).clamp(max=MAX_LOG_SCALE)
+        return logits.log_softmax(dim=0), params[0], log_scale
 
     def channels(self, params: Tensor) -> int:
         """Image channels that `params` describes."""
@@ -196,9 +200,14 @@ class LogisticMixture(Likelihood):
         return image_sum((log_weights + log_prob).logsumexp(dim=0))
 
     def mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
-        """See `Likelihood.mean`; the component means are clamped before they are averaged."""
-        log_weights, mean, _ = self.split(params)
-        return (log_weights.exp() * mean.clamp(*self.pixel_range)).sum(dim=0)
+        """See `Likelihood.mean`; that of a logistic whose tails are gathered at the ends of the range.
+
+        E = −1 + ∫ P(X > t) dt over [−1, 1], the levels' sum up to half a level where the scale is narrower than one.
+        """
+        log_weights, mean, log_scale = self.split(params)
+        scale = log_scale.exp()
+        component_means = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale)) - 1
+        return (log_weights.exp() * component_means).sum(dim=0).clamp(*self.pixel_range)
 
 
 def build_likelihood(config: ModelConfig) -> Likelihood:

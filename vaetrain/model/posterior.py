@@ -18,7 +18,7 @@ def kl_to_standard_normal(mean: Float[Tensor, "b ..."], logvar: Float[Tensor, "b
     ½ (μ² + σ² − 1 − log σ²), Kingma & Welling 2013, App. B. The lecture prints −log σ in its place while calling σ a
     variance; with σ the standard deviation the term is −log σ², which is what stands here.
     """
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+    return 0.5 * (mean.square() + logvar.expm1() - logvar)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class ObjectiveConfig:
     """Weight of the rate. 1 is the ELBO; above it trades reconstruction for a latent closer to the prior (Higgins et al. 2017)."""
 
     beta_schedule: Literal["constant", "warmup", "cyclical"] = "constant"
-    """How β gets there: at once, linearly from 0 (Bowman et al. 2016), or in repeated ramps (Fu et al. 2019)."""
+    """How β gets there: at once, linearly from 0 (Sønderby et al. 2016), or in repeated ramps (Fu et al. 2019)."""
 
     beta_warmup_images: int = 0
     """Images over which β rises from 0 (warmup)."""
@@ -23,7 +23,7 @@ class ObjectiveConfig:
     """Images of one cycle, the first half of which rises from 0 and the second stays at β (cyclical)."""
 
     free_bits: float = 0.0
-    """Rate in nats per latent dimension and image below which it costs no more (Kingma et al. 2016, Eq. 15)."""
+    """Rate in nats per latent dimension and image below which lowering it earns nothing (Kingma et al. 2016)."""
 
     def __post_init__(self) -> None:
         """Refuse weights and schedules that mean nothing."""

@@ -1,0 +1,59 @@
+"""Random access to local shards: any image, by its byte offset, in the exact order of the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch.utils.data import Dataset
+
+from vaetrain.data.order import BatchLayout, eval_indices, train_indices
+from vaetrain.data.selection import Batch, Selection
+from vaetrain.data.workers import WorkerPool
+
+
+class _Images(Dataset[Batch]):
+    """A selection as DataLoader reads it: a whole batch at a time, straight into one buffer."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+
+    def __getitems__(self, positions: Int64[np.ndarray, " b"]) -> Batch:
+        return self.selection.load(positions)
+
+
+class IndexedReader:
+    """Reads and decodes each batch when it is due; memory is the index (28 bytes an image) and the batches in flight."""
+
+    def __init__(self, selection: Selection, *, num_workers: int, device: torch.device, reason: str) -> None:
+        self.manifest = selection.shard_set.manifest
+        self.num_images = selection.num_images
+        self.description = (
+            f"indexed ({reason}): {self.num_images:,} images read by offset from {selection.source}, "
+            f"{num_workers} decoding worker(s)"
+        )
+        self._selection = selection
+        self._images = _Images(selection)
+        self._workers = WorkerPool(num_workers, device)
+
+    def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
+        """Endless micro-batches of this process from the global position `images_seen` on."""
+        return self._workers.once(self._images, train_indices(self.num_images, seed, images_seen, layout))
+
+    def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
+        """This process's share of one pass over the split, every image exactly once over all processes."""
+        return self._workers.repeated(
+            (batch_size, rank, num_processes),
+            lambda: self._images,
+            lambda: list(eval_indices(self.num_images, batch_size, rank, num_processes)),
+        )
+
+    def first(self, num_images: int) -> Batch:
+        """The first images of the split, or all when it has fewer."""
+        return self._selection.load(np.arange(min(num_images, self.num_images)))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._workers.close()

@@ -1,0 +1,88 @@
+"""From an original in any format and shape to the encoded square image that goes into a shard."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vaetrain.data.shards import Encoding
+
+# Named, because Pillow would also open formats that run other programs (EPS).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+# What Pillow raises for files that are damaged or no images.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make an original into a training image."""
+
+    size: int
+    """Height and width of the result, in pixels."""
+
+    channels: int
+    """3 for RGB, 1 for grayscale."""
+
+    encoding: Encoding
+    """File format, quality and crop."""
+
+    def apply(self, picture: Image.Image) -> bytes:
+        """The encoded image; raises ValueError for a picture that the recipe does not cover."""
+        picture = with_channels(ImageOps.exif_transpose(picture), self.channels)
+        width, height = picture.size
+        if self.encoding.crop == "pad":
+            picture = ImageOps.pad(picture, (max(width, height),) * 2, color=0)
+        elif self.encoding.crop == "center":
+            side = min(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+            picture = picture.crop((left, top, left + side, top + side))
+        elif width != height:
+            raise ValueError(f"it is {width}×{height}, not square; choose --crop center or --crop pad")
+        if picture.width != self.size:
+            picture = picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        # Pillow copies comments, colour profiles and EXIF (where was this cat photographed?) unless they are gone.
+        picture.info = {}
+        encoded = io.BytesIO()
+        match self.encoding.format:
+            case "jpg":
+                picture.save(encoded, "JPEG", quality=self.encoding.quality, subsampling=0)
+            case "webp":
+                picture.save(encoded, "WEBP", quality=self.encoding.quality)
+            case "png":
+                picture.save(encoded, "PNG")
+        return encoded.getvalue()
+
+
+def decode_picture(content: bytes) -> Image.Image:
+    """The pixels of an image file; raises one of UNREADABLE when it is damaged or not of FORMATS."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:  # whose own message is a memory address
+        raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
+    picture.load()
+    return picture
+
+
+def with_channels(picture: Image.Image, channels: int) -> Image.Image:
+    """A picture of any mode as 8-bit RGB or grayscale, transparent parts over white; raises ValueError for float pixels."""
+    if picture.mode.startswith("I"):
+        wide = np.asarray(picture).astype(np.int64)  # Pillow's own conversion clips at 255
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its 32-bit pixels go beyond 16 bits, so what is white in them is unknown")
+        picture = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    elif picture.mode == "F":
+        raise ValueError("it has floating-point pixels, so what is white in them is unknown")
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    if picture.mode not in ("L", "RGB"):
+        picture = picture.convert("RGB")
+    return picture.convert("L" if channels == 1 else "RGB")

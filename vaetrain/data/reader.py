@@ -1,0 +1,91 @@
+"""From a data configuration to batches: the interface of all readers, and which of them reads what."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+
+from vaetrain.data.config import DataConfig
+from vaetrain.data.indexed import IndexedReader
+from vaetrain.data.order import BatchLayout
+from vaetrain.data.resident import ResidentReader
+from vaetrain.data.selection import Batch, Selection
+from vaetrain.data.shards import Manifest, ShardSet
+from vaetrain.data.stream import StreamReader, base_url, fetch_selection
+from vaetrain.data.workers import choose_num_workers
+
+__all__ = ["Batch", "Reader", "open_reader"]
+
+
+@runtime_checkable  # for the type checks of the tests
+class Reader(Protocol):
+    """Batches of one split: uint8 images (b, c, h, w), labels and indices, on the host or already on the device."""
+
+    manifest: Manifest
+    """What the shard set says about itself."""
+
+    num_images: int
+    """Images of the split after the class filter."""
+
+    description: str
+    """One line: which reader, why, how many images, what it occupies."""
+
+    def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
+        """Endless micro-batches of this process, from the global position `images_seen` on.
+
+        Raises ValueError when `images_seen` is inside a global batch, the split is smaller than one, or a sample is
+        damaged.
+        """
+        ...
+
+    def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
+        """One pass over the split, each image exactly once over all processes; the last batch may be smaller."""
+        ...
+
+    def first(self, num_images: int) -> Batch:
+        """The first images of the split (all when it has fewer), read in this process."""
+        ...
+
+    def close(self) -> None:
+        """End the worker processes, and with them any pass that is still running."""
+        ...
+
+
+def open_reader(
+    config: DataConfig, split: Literal["train", "val"], *, device: torch.device, processes_per_node: int = 1
+) -> Reader:
+    """The reader that `config` asks for or, with `auto`, the fastest that can read this split.
+
+    `processes_per_node` training processes share the cores. Raises FileNotFoundError when there is no shard set and
+    ValueError when it lacks the split or a class, or cannot be read the way the configuration asks for.
+    """
+    location = config.train if split == "train" or config.val is None else config.val
+    num_workers = config.num_workers
+    if num_workers is None:
+        num_workers = choose_num_workers(device, processes_per_node)
+    reason = f"--data.reader {config.reader}"
+    url = base_url(location)
+    if url:
+        if config.reader in ("indexed", "resident"):
+            raise ValueError(
+                f"--data.reader {config.reader} needs local shards, and {location} is a URL; "
+                "download them or use --data.reader stream"
+            )
+        selection = fetch_selection(url, split, config.classes)
+    else:
+        shard_set = ShardSet.open(location)
+        shard_set.verify()
+        selection = Selection.of(shard_set, split, config.classes)
+    if url or config.reader == "stream":
+        return StreamReader(selection, base_url=url, num_workers=num_workers, device=device, reason=reason)
+    fits = selection.decoded_bytes <= config.resident_gib * 2**30
+    if config.reader == "auto":
+        size = f"{selection.decoded_bytes / 2**30:.2f} GiB decoded"
+        reason += f", {size}, {'within' if fits else 'over'} --data.resident-gib {config.resident_gib:g}"
+    if config.reader == "resident" or (config.reader == "auto" and fits):
+        num_threads = max(1, len(os.sched_getaffinity(0)) // processes_per_node)
+        return ResidentReader(selection, num_threads=num_threads, device=device, reason=reason)
+    return IndexedReader(selection, num_workers=num_workers, device=device, reason=reason)

@@ -1,0 +1,374 @@
+"""The shard format: WebDataset tars, a manifest that vouches for them, and an index of where each image lies.
+
+    FOLDER/manifest.json         what the data is: sizes, encoding, classes, splits, and the SHA-256 of everything below
+    FOLDER/index.safetensors     per split: the shard, byte offset, byte size and label of each image
+    FOLDER/train-000000.tar ...  KEY.jpg (or .png, .webp) followed by KEY.json, readable by webdataset without us
+
+The manifest is written last, so a folder that has one is complete. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int32, Int64
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from vaetrain.strict_json import from_json, replace_file, sha256_of_json
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.safetensors"
+TAR_BLOCK = 512
+
+ImageFormat = Literal["jpg", "png", "webp"]
+Crop = Literal["center", "pad", "none"]
+
+
+class NewerFormatError(ValueError):
+    """A file that only a newer vaetrain reads."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    """File name in the shard set's folder."""
+
+    num_images: int
+    """Samples in it."""
+
+    num_bytes: int
+    """Size of the file."""
+
+    sha256: str
+    """SHA-256 of the file, in hexadecimal."""
+
+    def __post_init__(self) -> None:
+        """Refuse names that lead out of the folder, and sizes that cannot be."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]+\.tar", self.name):
+            raise ValueError(f"name {self.name!r} is not a plain file name ending in .tar")
+        if self.num_images < 1 or self.num_bytes < 1:
+            raise ValueError(f"{self.name} is said to hold {self.num_images} images in {self.num_bytes} bytes")
+        _check_sha256(f"sha256 of {self.name}", self.sha256)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of the data, such as `train` or `val`."""
+
+    num_images: int
+    """Images over all shards."""
+
+    class_counts: dict[str, int]
+    """Images of each class, in the manifest's order of classes."""
+
+    shards: tuple[Shard, ...]
+    """Files, in reading order."""
+
+    def __post_init__(self) -> None:
+        """Hold the three counts against each other."""
+        in_shards = sum(shard.num_images for shard in self.shards)
+        in_classes = sum(self.class_counts.values())
+        if not self.num_images == in_shards == in_classes or self.num_images < 1:
+            raise ValueError(f"num_images is {self.num_images}, its shards hold {in_shards}, its classes {in_classes}")
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("shards has one name twice")
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How originals became the images in the shards."""
+
+    format: ImageFormat = "jpg"
+    """File format of the images; png is lossless."""
+
+    quality: int | None = 95
+    """Quality setting of jpg and webp, 1 to 100; None for png."""
+
+    subsampling: Literal["4:4:4", "4:2:0"] | None = "4:4:4"
+    """Resolution of colour against brightness: 4:4:4 is full (jpg), 4:2:0 halved (webp); None for png and grayscale."""
+
+    resize: Literal["lanczos"] = "lanczos"
+    """Filter, antialiased, of images that were not already of the right size."""
+
+    crop: Crop = "center"
+    """How images that are not square became so: the central square, black bars, or none: there were no such images."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What wrote a shard set; not part of its fingerprint."""
+
+    versions: dict[str, str]
+    """Versions of vaetrain and of the libraries that decide the bytes."""
+
+    arguments: dict[str, Any]
+    """The command's arguments."""
+
+    plan: str
+    """SHA-256 over the arguments that decide the data and the list of originals: tells a rerun from another command."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard set holds: everything that decides the training data, and a fingerprint over it."""
+
+    format_version: int
+    """Version of this format."""
+
+    image_size: int
+    """Height and width of every image, in pixels."""
+
+    channels: int
+    """3 for RGB, 1 for grayscale."""
+
+    encoding: Encoding
+    """How the images are stored."""
+
+    classes: tuple[str, ...]
+    """Class names; an image's label is a position in here."""
+
+    splits: dict[str, Split]
+    """Splits by name."""
+
+    index_sha256: str
+    """SHA-256 of index.safetensors."""
+
+    tool: Tool
+    """What wrote the shard set."""
+
+    fingerprint: str = ""
+    """SHA-256 over all fields above but `tool`, so that the same data has the same one; empty: computed here."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no reader could read; fill in the fingerprint, or hold the given one against the fields."""
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"format_version is {self.format_version}, this vaetrain reads {FORMAT_VERSION}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; it must be at least 1 pixel")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels is {self.channels}; it must be 1 (grayscale) or 3 (RGB)")
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes is {list(self.classes)}; there must be at least one, and none twice")
+        if not self.splits:
+            raise ValueError("splits is empty")
+        for name, split in self.splits.items():
+            if tuple(split.class_counts) != self.classes:
+                raise ValueError(
+                    f"splits.{name}.class_counts names {list(split.class_counts)}, not {list(self.classes)}"
+                )
+        _check_sha256("index_sha256", self.index_sha256)
+        determining = {name: value for name, value in self.to_json().items() if name not in ("tool", "fingerprint")}
+        fingerprint = sha256_of_json(determining)
+        if self.fingerprint not in ("", fingerprint):
+            raise ValueError(
+                "fingerprint does not match the other fields, one of which was changed after it was written"
+            )
+        object.__setattr__(self, "fingerprint", fingerprint)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Manifest:
+        """Read a manifest.json; raises ValueError naming the file and the field that is wrong."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = content.get("format_version") if isinstance(content, dict) else None
+            if isinstance(version, int) and version > FORMAT_VERSION:
+                tool = content.get("tool")
+                raise NewerFormatError(
+                    f"{path} has format_version {version}, this vaetrain reads {FORMAT_VERSION}; update vaetrain "
+                    f"(the file was written with {tool.get('versions') if isinstance(tool, dict) else 'a newer one'})"
+                )
+            manifest: Manifest = from_json(cls, content)
+        except NewerFormatError:
+            raise
+        except ValueError as error:  # includes json.JSONDecodeError and UnicodeDecodeError
+            raise ValueError(
+                f"{path} is no valid manifest: {error}; write it again with tools/make_shards.py"
+            ) from error
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json into `folder`, atomically."""
+        replace_file(folder / MANIFEST_NAME, (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain mappings, lists, strings and numbers."""
+        return dataclasses.asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """What a checkpoint carries: everything but the shards and the tool."""
+        content = {name: value for name, value in self.to_json().items() if name not in ("index_sha256", "tool")}
+        splits = {
+            name: {"num_images": split.num_images, "class_counts": split.class_counts}
+            for name, split in self.splits.items()
+        }
+        return content | {"classes": list(self.classes), "splits": splits}
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """Where each image of a split lies, in shard order."""
+
+    shard: Int32[np.ndarray, " n"]
+    """Position in `Split.shards`."""
+
+    offset: Int64[np.ndarray, " n"]
+    """First byte of the encoded image in its tar."""
+
+    num_bytes: Int64[np.ndarray, " n"]
+    """Length of the encoded image."""
+
+    label: Int64[np.ndarray, " n"]
+    """Position in `Manifest.classes`."""
+
+
+class ShardSet:
+    """An opened folder of shards."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> ShardSet:
+        """Open a folder, or its manifest.json; raises FileNotFoundError when there is no manifest."""
+        folder = Path(path).parent if Path(path).name == MANIFEST_NAME else Path(path)
+        if not (folder / MANIFEST_NAME).is_file():
+            state = f"has no {MANIFEST_NAME}" if folder.is_dir() else "does not exist"
+            raise FileNotFoundError(
+                f"shard set {folder} {state}; make one with tools/make_shards.py SRC {folder} --size N"
+            )
+        return cls(folder, Manifest.read(folder / MANIFEST_NAME))
+
+    def path(self, shard: Shard) -> Path:
+        """Where a shard lies."""
+        return self.folder / shard.name
+
+    def index(self, split: str) -> SplitIndex:
+        """The index of a split; raises ValueError naming the splits there are, or when the index is not the manifest's."""
+        if split not in self.manifest.splits:
+            raise ValueError(f"{self.folder} has no split {split}; it has {', '.join(self.manifest.splits)}")
+        return self._indices[split]
+
+    @cached_property
+    def _indices(self) -> dict[str, SplitIndex]:
+        path = self.folder / INDEX_NAME
+        remedy = "write the shard set again with tools/make_shards.py"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; copy it from where the shards came from, or {remedy}")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest.index_sha256:
+            raise ValueError(f"{path} is not the index that the manifest vouches for (its SHA-256 differs); {remedy}")
+        try:
+            return unpack_index(content, self.manifest)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no valid index: {error}; {remedy}") from error
+
+    def verify(self, full: bool = False) -> None:
+        """Raise ValueError listing every shard that is missing or of the wrong size, and a damaged index.
+
+        `full` also takes each shard's SHA-256 and decodes each image. No shard is skipped because another one is bad.
+        """
+        problems: list[str] = []
+        try:
+            indices: dict[str, SplitIndex] = self._indices
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+            indices = {}
+        for split_name, split in self.manifest.splits.items():
+            for position, shard in enumerate(split.shards):
+                path = self.path(shard)
+                if not path.is_file():
+                    problems.append(f"{shard.name} is missing")
+                elif (num_bytes := path.stat().st_size) != shard.num_bytes:
+                    problems.append(f"{shard.name} has {num_bytes:,} bytes, not {shard.num_bytes:,}")
+                elif full and sha256_of_file(path) != shard.sha256:
+                    problems.append(f"{shard.name} has another SHA-256 than in the manifest: its content was changed")
+                elif full and split_name in indices:
+                    problems += self._undecodable(shard, position, indices[split_name])
+        if problems:
+            listing = "".join(f"\n  {problem}" for problem in problems)
+            raise ValueError(
+                f"{self.folder} has {len(problems)} problem(s):{listing}\n"
+                f"Copy the files named again from where they came, or delete {self.folder} and run tools/make_shards.py."
+            )
+
+    def _undecodable(self, shard: Shard, position: int, index: SplitIndex) -> list[str]:
+        expected = (self.manifest.image_size, self.manifest.image_size), "L" if self.manifest.channels == 1 else "RGB"
+        problems = []
+        with self.path(shard).open("rb") as file:
+            for image in np.flatnonzero(index.shard == position):
+                file.seek(index.offset[image])
+                try:
+                    with Image.open(io.BytesIO(file.read(index.num_bytes[image]))) as picture:
+                        picture.load()
+                        found = picture.size, picture.mode
+                except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
+                    problems.append(f"{shard.name}: the image at byte {index.offset[image]} does not decode: {error}")
+                else:
+                    if found != expected:
+                        problems.append(
+                            f"{shard.name}: the image at byte {index.offset[image]} is {found}, not {expected}"
+                        )
+        return problems
+
+
+def pack_index(indices: dict[str, SplitIndex]) -> bytes:
+    """The content of index.safetensors: tensors `SPLIT.shard`, `SPLIT.offset`, `SPLIT.num_bytes` and `SPLIT.label`."""
+    return save(
+        {
+            f"{split}.{field.name}": getattr(index, field.name)
+            for split, index in indices.items()
+            for field in dataclasses.fields(SplitIndex)
+        }
+    )
+
+
+def unpack_index(content: bytes, manifest: Manifest) -> dict[str, SplitIndex]:
+    """The index of each split of `manifest`; raises ValueError, KeyError or SafetensorError when it is not of this data."""
+    tensors = load(content)
+    indices = {}
+    for name, split in manifest.splits.items():
+        index = SplitIndex(*(tensors[f"{name}.{field.name}"] for field in dataclasses.fields(SplitIndex)))
+        if any(len(getattr(index, field.name)) != split.num_images for field in dataclasses.fields(SplitIndex)):
+            raise ValueError(f"the {name} split has {split.num_images} images, its index another number")
+        in_shards = np.bincount(index.shard, minlength=len(split.shards)).tolist()
+        if in_shards != [shard.num_images for shard in split.shards]:
+            raise ValueError(f"the {name} split's shards hold other numbers of images")
+        in_classes = np.bincount(index.label, minlength=len(manifest.classes)).tolist()
+        if in_classes != list(split.class_counts.values()):
+            raise ValueError(f"the {name} split's classes hold other numbers of images")
+        sizes = np.array([shard.num_bytes for shard in split.shards])[index.shard]
+        if np.any(index.offset < TAR_BLOCK) or np.any(index.offset + index.num_bytes > sizes):
+            raise ValueError(f"the {name} split has an image that lies outside its shard")
+        indices[name] = index
+    return indices
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sha256(what: str, value: str) -> None:
+    if not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"{what} is {value!r}, not 64 hexadecimal digits")

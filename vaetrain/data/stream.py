@@ -1,0 +1,245 @@
+"""Shards read from front to back, over HTTP or from disk, for shard sets too large to keep.
+
+An epoch lays the shards end to end in an order that depends on (seed, epoch), drops what exceeds whole global batches (a
+random part of it at either end), and cuts the rest into equal pieces by image count: one per process, and that one into
+one per worker. So every process has the same number of batches, each image comes at most once an epoch, and the order is
+fixed as long as the numbers of processes and workers are. Within its piece a worker shuffles through a buffer.
+
+Resuming reads over the images of the current epoch that were seen already without decoding them: up to one piece of
+reading before the first batch.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from io import BufferedIOBase
+from itertools import count, islice
+from pathlib import Path
+from tarfile import TarError
+from typing import cast
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.filters import shuffle
+from webdataset.tariterators import tar_file_expander
+
+from vaetrain.data.order import BatchLayout, epoch_order
+from vaetrain.data.selection import Batch, Selection
+from vaetrain.data.shards import INDEX_NAME, MANIFEST_NAME, ShardSet
+from vaetrain.data.workers import WorkerPool
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Encoded images a worker holds to shuffle; at 9 KB (128 pixels) 18 MB.
+SHUFFLE_BUFFER = 2000
+TIMEOUT_SECONDS = 60
+
+Sample = tuple[int, bytes]
+"""Position in the selection, encoded image."""
+
+
+def base_url(location: str) -> str | None:
+    """The folder of a shard set named by a URL, with its trailing slash, and None for a path.
+
+    Raises ValueError for a scheme that is not read, such as webdataset's `pipe:`, which runs a command.
+    """
+    scheme = location.partition(":")[0].lower() if ":" in location else ""
+    if scheme in ("http", "https"):
+        return location.removesuffix(MANIFEST_NAME).rstrip("/") + "/"
+    if "://" in location or scheme == "pipe":
+        raise ValueError(f"{location}: only paths and http(s) URLs are read, not {scheme}:")
+    return None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Sequential access to a selection; picklable, its shards are opened anew in every worker."""
+
+    selection: Selection
+    base_url: str | None
+    """URL of the folder that the shards lie in, with its trailing slash; None: local."""
+
+    def images(self, shards: Int64[np.ndarray, " shards"], start: int, stop: int) -> Iterator[Sample]:
+        """Images start..stop of the kept images of `shards` laid end to end."""
+        for shard in shards.tolist():
+            if stop <= 0:
+                return
+            first, last = np.searchsorted(self.selection.index.shard, [shard, shard + 1]).tolist()
+            wanted = np.arange(first, last)[max(start, 0) : stop]
+            if len(wanted):
+                yield from self._read(shard, wanted)
+            start, stop = start - (last - first), stop - (last - first)
+
+    def _read(self, shard_number: int, wanted: Int64[np.ndarray, " b"]) -> Iterator[Sample]:
+        selection = self.selection
+        shard = selection.shard_set.manifest.splits[selection.split].shards[shard_number]
+        location = f"{self.base_url}{quote(shard.name)}" if self.base_url else str(selection.shard_set.path(shard))
+        position_of = dict(zip(selection.within_shard[wanted].tolist(), wanted.tolist(), strict=True))
+        found = 0
+        try:
+            with closing(_open(location)) as stream:
+                # Not webdataset's own opener, which starts curl, nor its decoders, which unpickle.
+                files = tar_file_expander([{"url": location, "stream": stream}], select_files=_is_image, eof_value=None)
+                for file in files:
+                    position = position_of.pop(found, None)
+                    found += 1
+                    if position is None:
+                        continue
+                    if len(file["data"]) != selection.index.num_bytes[position]:
+                        raise ValueError(
+                            f"{location} is not what its manifest describes: {selection.where(position)} differs"
+                        )
+                    yield position, file["data"]
+                    if not position_of:
+                        return
+        except (OSError, HTTPException, TarError) as error:
+            # webdataset appends the open file and the location to a TarError's arguments.
+            cause = error.args[0] if isinstance(error, TarError) else error
+            raise ValueError(f"{location} broke off after {found} of {shard.num_images} images: {cause}") from error
+        # A tar cut between two members reads like a whole one.
+        raise ValueError(f"{location} ends after {found} of {shard.num_images} images; run tools/verify_shards.py")
+
+    def batch(self, samples: list[Sample]) -> Batch:
+        """Decode samples; raises ValueError naming the one that is damaged."""
+        images = torch.empty((len(samples), *self.selection.image_shape), dtype=torch.uint8)
+        for (position, encoded), image in zip(samples, images, strict=True):
+            self.selection.decode(bytearray(encoded), position, out=image)
+        return self.selection.batch(images, np.array([position for position, _ in samples], dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class _TrainBatches(IterableDataset[Batch]):
+    """The endless micro-batches of one process. Micro-batch t (from the run's start) is worker t mod num_workers' work."""
+
+    stream: Stream
+    seed: int
+    images_seen: int
+    layout: BatchLayout
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, num_workers = _worker()
+        num_images = self.stream.selection.num_images
+        num_shards = len(self.stream.selection.shard_set.manifest.splits[self.stream.selection.split].shards)
+        images_per_epoch = self.layout.images_per_epoch(num_images)
+        micro_batch_size = self.layout.micro_batch_size
+        per_epoch = images_per_epoch // self.layout.num_processes // micro_batch_size
+        start = self.images_seen // self.layout.global_batch_size * self.layout.grad_accum_steps
+        # DataLoader takes its first batch from worker 0, and that batch is number `start`.
+        piece = (start + worker) % num_workers
+
+        def batches_of(piece: int, epoch: int) -> range:
+            return range(
+                epoch * per_epoch + (piece - epoch * per_epoch) % num_workers, (epoch + 1) * per_epoch, num_workers
+            )
+
+        for epoch in count(start // per_epoch):
+            dropped_before = random.Random(f"{self.seed} {epoch}").randint(0, num_images - images_per_epoch)
+            batches_before = self.layout.rank * per_epoch + sum(len(batches_of(other, epoch)) for other in range(piece))
+            batches = batches_of(piece, epoch)
+            first = dropped_before + batches_before * micro_batch_size
+            order = epoch_order(num_shards, self.seed, epoch)
+            samples = self.stream.images(order, first, first + len(batches) * micro_batch_size)
+            # Several pieces of one epoch may lie in one shard; each shuffles differently.
+            rng = random.Random(f"{self.seed} {epoch} {first}")
+            samples = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(samples)
+            seen = sum(batch < start for batch in batches)
+            samples = islice(samples, seen * micro_batch_size, None)
+            for _ in batches[seen:]:
+                yield self.stream.batch(list(islice(samples, micro_batch_size)))
+
+
+@dataclass(frozen=True)
+class _EvalBatches(IterableDataset[Batch]):
+    """One pass of one process: consecutive blocks of the split, an equal stretch of them for each process and worker."""
+
+    stream: Stream
+    batch_size: int
+    rank: int
+    num_processes: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, num_workers = _worker()
+        selection = self.stream.selection
+        num_blocks = -(-selection.num_images // self.batch_size)
+        part, num_parts = self.rank * num_workers + worker, self.num_processes * num_workers
+        start, stop = (num_blocks * edge // num_parts * self.batch_size for edge in (part, part + 1))
+        shards = np.arange(len(selection.shard_set.manifest.splits[selection.split].shards))
+        samples = self.stream.images(shards, start, min(stop, selection.num_images))
+        while block := list(islice(samples, self.batch_size)):
+            yield self.stream.batch(block)
+
+
+class StreamReader:
+    """Batches from shards read in sequence; memory is a shuffle buffer of encoded images per worker."""
+
+    def __init__(
+        self, selection: Selection, *, base_url: str | None, num_workers: int, device: torch.device, reason: str
+    ) -> None:
+        self.manifest = selection.shard_set.manifest
+        self.num_images = selection.num_images
+        self.description = (
+            f"stream ({reason}): {self.num_images:,} images read in sequence from {selection.source}, "
+            f"{num_workers} decoding worker(s)"
+        )
+        self._stream = Stream(selection, base_url)
+        self._workers = WorkerPool(num_workers, device)
+
+    def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
+        """Endless micro-batches of this process from the global position `images_seen` on.
+
+        Which images have been seen by then depends on the numbers of processes and workers: keep both to resume exactly.
+        """
+        layout.images_per_epoch(self.num_images)
+        layout.check_position(images_seen)
+        return self._workers.once(_TrainBatches(self._stream, seed, images_seen, layout))
+
+    def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
+        """This process's share of one pass over the split, every image exactly once over all processes."""
+        return self._workers.repeated(
+            (batch_size, rank, num_processes),
+            lambda: _EvalBatches(self._stream, batch_size, rank, num_processes),
+            lambda: None,
+        )
+
+    def first(self, num_images: int) -> Batch:
+        """The first images of the split, or all when it has fewer."""
+        return next(iter(_EvalBatches(self._stream, batch_size=num_images, rank=0, num_processes=1)))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._workers.close()
+
+
+def fetch_selection(base_url: str, split: str, classes: tuple[str, ...]) -> Selection:
+    """The wanted images of a remote shard set, from its manifest and index; raises FileNotFoundError without them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (MANIFEST_NAME, INDEX_NAME):
+            try:
+                with closing(_open(base_url + name)) as remote:
+                    (Path(folder) / name).write_bytes(remote.read())
+            except (OSError, HTTPException) as error:
+                raise FileNotFoundError(f"no shard set at {base_url}: {name}: {error}") from error
+        return Selection.of(ShardSet.open(folder), split, classes, source=base_url)
+
+
+def _open(location: str) -> BufferedIOBase:
+    if base_url(location):
+        return cast(HTTPResponse, urllib.request.urlopen(location, timeout=TIMEOUT_SECONDS))
+    return open(location, "rb")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _worker() -> tuple[int, int]:
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)

@@ -1,0 +1,74 @@
+"""Who am I among the processes, and sums over them; nobody else reads RANK or WORLD_SIZE."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)
+"""A collective that waits longer ends the run: the other side is dead or stuck."""
+
+
+def start(precision: str = "fp32", *, log_with: Sequence[str] = (), project_dir: Path | None = None) -> Accelerator:
+    """Join the processes that `accelerate launch` (or torchrun) started, or run alone; call once, first.
+
+    On a machine without a GPU the processes talk through gloo. Raises RuntimeError when the launcher announced more
+    processes than joined, which Accelerate would pass over in silence, every process believing it is alone.
+    """
+    accelerator = Accelerator(
+        # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(log_with) or None,
+        project_dir=project_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+    )
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced != accelerator.num_processes:
+        raise RuntimeError(
+            f"the launcher announced {announced} processes (WORLD_SIZE) but {accelerator.num_processes} joined; start with "
+            "`accelerate launch --config_file launch/cpu2.yaml …` (or gpu1, node8, multinode) or `torchrun`"
+        )
+    return accelerator
+
+
+@contextmanager
+def finishing(accelerator: Accelerator) -> Iterator[None]:
+    """Leave the process group in order when the work inside is done.
+
+    After an exception it is left alone: the other processes may be inside a collective, and waiting for them here would
+    keep the launcher from seeing the failure and ending them.
+    """
+    yield
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def processes_per_node() -> int:
+    """Training processes on this machine, which share its cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Elementwise sum over all processes, the same on each; a collective: every process must call it, in the same order."""
+    return accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
+
+
+def max_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """The largest over all processes of each number; a collective."""
+    mine = torch.tensor([list(values)], dtype=torch.float64, device=accelerator.device)
+    return accelerator.gather(mine).amax(dim=0).tolist()
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's product name, or "cpu" with the number of threads PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,71 @@
+"""ELBO and reconstruction scores of a split: every image exactly once, the same for any number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from vaetrain.data.reader import Reader
+from vaetrain.distributed import sum_over_processes
+from vaetrain.metrics.reconstruction import mse, psnr_db, ssim
+from vaetrain.model.autoencoder import VAE
+from vaetrain.objective.elbo import rate
+from vaetrain.randomness import noise_of_images
+
+
+@dataclass(frozen=True)
+class ValidationScores:
+    """Means over all images of a split."""
+
+    elbo_nats: float | None
+    """−distortion − rate; None for a deterministic autoencoder, which bounds no likelihood."""
+    distortion_nats: float
+    """−log p(x|z) at one z ~ q(z|x) whose noise depends on (seed, image) alone."""
+    rate_nats: float
+    """KL(q(z|x) ‖ p(z))."""
+    bits_per_dim: float | None
+    """Minus the ELBO per channel and pixel, see `Likelihood.bits_per_dim`; None where there is no ELBO."""
+    mse: float
+    """Mean squared error on [0, 1] between image and decoded posterior mode; psnr_db and ssim are of the same pair."""
+    psnr_db: float
+    """Mean over images of each image's peak signal-to-noise ratio."""
+    ssim: float
+    """Mean over images of each image's structural similarity."""
+
+    @property
+    def score(self) -> float:
+        """−(distortion + rate), by which checkpoints are compared: the ELBO, or a deterministic autoencoder's log-density."""
+        return -(self.distortion_nats + self.rate_nats)
+
+
+@torch.no_grad()
+def validate(vae: VAE, reader: Reader, accelerator: Accelerator, batch_size: int, seed: int) -> ValidationScores:
+    """Score every image of the reader's split exactly once, whatever the number of processes. A collective."""
+    sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
+    for batch in reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes):
+        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+        noise = noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape).to(x.device)
+        with accelerator.autocast():
+            terms = vae(x, noise)
+            recon = vae.likelihood.to_unit(vae.reconstruct(x))
+        unit = vae.likelihood.to_unit(x)
+        scores: tuple[Tensor, ...] = (
+            terms.distortion, rate(terms.kl), mse(recon, unit), psnr_db(recon, unit), ssim(recon, unit),
+            torch.ones_like(terms.distortion),
+        )  # fmt: skip
+        sums += torch.stack([score.double().sum() for score in scores])
+    *totals, count = sum_over_processes(accelerator, sums).tolist()
+    distortion, mean_rate, mean_mse, mean_psnr, mean_ssim = (total / count for total in totals)
+    elbo = -distortion - mean_rate if vae.config.variational else None
+    return ValidationScores(
+        elbo_nats=elbo,
+        distortion_nats=distortion,
+        rate_nats=mean_rate,
+        bits_per_dim=None if elbo is None else vae.likelihood.bits_per_dim(-elbo, vae.config.num_pixels),
+        mse=mean_mse,
+        psnr_db=mean_psnr,
+        ssim=mean_ssim,
+    )

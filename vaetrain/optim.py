@@ -1,0 +1,70 @@
+"""AdamW, its learning rate as a function of images seen, and the moving average of weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vaetrain.config import OptimConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def learning_rate_at(config: OptimConfig, images_seen: int, total_images: int) -> float:
+    """Learning rate of the step that ends at `images_seen` of `total_images`: linear warm-up, then cosine or flat.
+
+    A pure function of images, so that it survives a resume and a change of batch size or process count.
+    """
+    if images_seen < config.warmup_images:
+        return config.lr * images_seen / config.warmup_images
+    if config.schedule == "constant":
+        return config.lr
+    progress = (images_seen - config.warmup_images) / max(1, total_images - config.warmup_images)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW (CPU and CUDA); weight decay only on matrices and kernels."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+class ExponentialMovingAverage(Generic[M]):
+    """A copy of the model whose weights follow the trained ones; what validation, samples and exports use.
+
+    The half-life is counted in images, so that it means the same at any batch size, and is kept below a twentieth of
+    the images seen, so that the random initial weights are forgotten (Karras et al. 2022, `ema_rampup_ratio`).
+    """
+
+    def __init__(self, model: M, half_life_images: int) -> None:
+        self.module: M = copy.deepcopy(model).requires_grad_(False).eval()
+        self.half_life_images = half_life_images
+
+    @torch.no_grad()
+    def update(
+        self, model: nn.Module, batch_size: int, images_seen: int, skipped: Float[Tensor, ""] | None = None
+    ) -> None:
+        """Follow `model` after a step on `batch_size` images; where `skipped` is 1 (on the device) nothing moves."""
+        half_life = min(self.half_life_images, images_seen / 20)
+        weight = torch.tensor(1 - 0.5 ** (batch_size / max(half_life, 1e-8)))
+        if skipped is not None:
+            weight = weight.to(skipped.device, non_blocking=True) * (1 - skipped)
+        averaged: list[Tensor] = list(self.module.parameters())
+        current: list[Tensor] = list(model.parameters())
+        # Not _foreach_lerp_: given a weight on the device it would wait for the device to read it.
+        difference = list(torch._foreach_sub(current, averaged))
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(averaged, difference)

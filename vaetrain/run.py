@@ -1,0 +1,173 @@
+"""A run directory: where its files are, who made it, and its metrics."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vaetrain.command_line import parse, to_yaml
+from vaetrain.config import Config
+from vaetrain.data.shards import Manifest
+
+RECORDED_PACKAGES = (
+    "vaetrain", "torch", "torchvision", "accelerate", "webdataset", "einops", "safetensors", "torch-fidelity", "numpy",
+    "pillow", "scipy", "wandb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run; see design.md's "Run directory" for what each file holds."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config; `--config` reads it back."""
+        return self.path / "config.yaml"
+
+    @property
+    def provenance_file(self) -> Path:
+        """What made this run: code, packages, machine, data, command; one entry more for every resume."""
+        return self.path / "provenance.json"
+
+    @property
+    def dataset_file(self) -> Path:
+        """Summary of the manifests of the training and validation shard sets."""
+        return self.path / "dataset.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line; every one carries step, images_seen, epoch and split."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of PNG files."""
+        return self.path / "figures"
+
+    @property
+    def evaluation_file(self) -> Path:
+        """Scores written by evaluate.py."""
+        return self.path / "evaluation.json"
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run; FileNotFoundError says what makes one."""
+        run = cls(Path(path))
+        if not run.config_file.is_file():
+            raise FileNotFoundError(f"{path} is no run directory (it has no config.yaml); vaetrain/train.py makes one")
+        return run
+
+    def config(self) -> Config:
+        """The resolved config the run was trained with."""
+        return parse(Config, None, ["--config", str(self.config_file)])
+
+    def provenance(self) -> dict[str, Any]:
+        """The recorded provenance; {} for a run that has none yet."""
+        return json.loads(self.provenance_file.read_text()) if self.provenance_file.is_file() else {}
+
+    def write_start(
+        self, config: Config, provenance: Mapping[str, Any], dataset: Mapping[str, Any], *, step: int
+    ) -> None:
+        """Record what starts now, at `step`: later records are dropped, they will be written again.
+
+        A resume keeps the first start's provenance and adds its own under `resumes`.
+        """
+        self.figures.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        earlier = self.provenance() if step > 0 else {}
+        if earlier:
+            earlier.setdefault("resumes", []).append(dict(provenance))
+        write_text_atomically(self.config_file, to_yaml(config))
+        write_json(self.provenance_file, earlier or provenance)
+        write_json(self.dataset_file, dataset)
+        kept = [record for record in self.metrics() if record["step"] <= step and step > 0]
+        write_text_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl; it is on disk when this returns from the operating system's point of view."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records so far, oldest first; a last line cut short by a kill is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        lines = self.metrics_file.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a file at once: a kill leaves the old or the new content, never half."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def describe_dataset(train: Manifest, val: Manifest) -> dict[str, Any]:
+    """What the training and validation shard sets are, without their lists of shards."""
+    return {"train": train.summary(), "val": val.summary()}
+
+
+def provenance(*, device: str, num_processes: int, dataset_fingerprint: str | None) -> dict[str, Any]:
+    """What is making this result: code revision, package versions, machine, processes, data, command and time (UTC)."""
+    revision, dirty = git_state(Path(__file__).parents[1])
+    return {
+        "git_revision": revision,
+        "git_dirty": dirty,
+        "packages": {name: package_version(name) for name in RECORDED_PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "num_processes": num_processes,
+        "num_cpus": os.cpu_count(),
+        "dataset_fingerprint": dataset_fingerprint,
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_state(source: Path) -> tuple[str | None, bool | None]:
+    """Revision of the checkout the code runs from and whether it has uncommitted changes; (None, None) outside git."""
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+        status = subprocess.run(
+            ["git", "-C", str(source), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None, None  # installed from a wheel, or no git here: provenance says so by null
+    return revision.stdout.strip(), bool(status.stdout.strip())
+
+
+def package_version(name: str) -> str | None:
+    """Installed version of a distribution, None when it is absent."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,59 @@
+"""Strict JSON: frozen dataclasses read back from files with every type checked, content hashes, and atomic writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+
+def from_json(kind: Any, value: Any, where: str = "") -> Any:
+    """Build a dataclass, or what its fields hold, from JSON; raises ValueError naming the field that does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        kinds = typing.get_type_hints(kind)
+        if not isinstance(value, dict):
+            raise ValueError(f"{where or 'the file'} holds {_shorten(value)}, not a mapping")
+        if absent := kinds.keys() - value.keys():
+            raise ValueError(f"{where or 'the file'} lacks {', '.join(sorted(absent))}")
+        fields = {name: from_json(kinds[name], value[name], f"{where}.{name}".lstrip(".")) for name in kinds}
+        try:
+            return kind(**fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}" if where else str(error)) from error
+    if origin is tuple and isinstance(value, list):
+        return tuple(from_json(arguments[0], item, f"{where}[{position}]") for position, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: from_json(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin in (types.UnionType, typing.Union):
+        wanted = type(None) if value is None else next(argument for argument in arguments if argument is not type(None))
+        return from_json(wanted, value, where)
+    if kind is Any or (origin is Literal and value in arguments) or (origin is None and type(value) is kind):
+        return value
+    raise ValueError(f"{where} is {_shorten(value)}, not {getattr(kind, '__name__', kind)}")
+
+
+def sha256_of_json(content: Any) -> str:
+    """SHA-256 over the canonical JSON of plain values: sorted keys, no spaces."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file aside and rename it into place, so that nobody ever sees half of it."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
