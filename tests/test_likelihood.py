@@ -189,7 +189,7 @@ def test_extreme_bf16_parameters_stay_finite_and_so_do_their_gradients(name):
     values = torch.cartesian_prod(*[torch.tensor([-1e4, 0.0, 1e4])] * min(k, 6)).reshape(-1, min(k, 6))
     values = torch.nn.functional.pad(values, (0, k - values.shape[1]))
     params = values[:, :, None, None].expand(-1, -1, 1, 3).bfloat16().requires_grad_()
-    x = likelihood.from_uint8(torch.tensor([0, 100, 255], dtype=torch.uint8)).expand(len(values), 1, 1, 3)
+    x = likelihood.from_uint8(LEVELS[[0, 100, 255]]).reshape(1, 1, 1, 3).expand(len(values), 1, 1, 3)
     log_prob = likelihood.log_prob(params, x)
     assert log_prob.isfinite().all()
     (gradient,) = torch.autograd.grad(log_prob.sum(), params)
@@ -289,8 +289,8 @@ def test_bits_per_dim_of_known_distributions():
 
 @pytest.mark.parametrize(("sigma", "tolerance"), [(0.2, 1e-3), (2 * BIN_WIDTH, 0.02)])
 def test_a_density_times_the_bin_width_approximates_the_bits_of_a_level(sigma, tolerance):
-    likelihood, level = Gaussian(sigma, learned=False), torch.tensor([37 * BIN_WIDTH])
-    normal = Normal(torch.tensor(0.2, dtype=torch.float64), sigma)
+    likelihood, level = Gaussian(sigma, learned=False), torch.tensor([0.29], dtype=torch.float64)
+    normal = Normal(torch.tensor([0.275], dtype=torch.float64), sigma)
     mass = normal.cdf(level + BIN_WIDTH / 2) - normal.cdf(level - BIN_WIDTH / 2)
-    bits = likelihood.bits_per_dim(-of_one_pixel(likelihood, [0.2], level).item(), 1)
+    bits = likelihood.bits_per_dim(-of_one_pixel(likelihood, [0.275], level.float()).item(), 1)
     assert bits == pytest.approx(-mass.log2().item(), abs=tolerance)

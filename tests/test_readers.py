@@ -107,8 +107,10 @@ def test_training_follows_the_order_for_any_number_of_workers(tiny_shards, kind,
         assert indices_of(read) == [indices.tolist() for indices in expected]
 
 
-@pytest.mark.parametrize("batch_size", [5, 8, 100])
-@pytest.mark.parametrize(("kind", "num_workers"), KINDS_WITH_WORKERS)
+@pytest.mark.parametrize(
+    ("kind", "num_workers", "batch_size"),
+    [(kind, 0, batch_size) for kind in KINDS for batch_size in (5, 8, 23, 100)] + [("indexed", 2, 5), ("stream", 2, 8)],
+)
 def test_evaluation_reads_every_image_once(tiny_shards, kind, num_workers, batch_size):
     with opened(tiny_shards, kind, "val", num_workers=num_workers) as reader:
         for num_processes in (1, 2):

@@ -4,8 +4,8 @@ python tools/make_shards.py photos datasets/photos128 --size 128 --val-count 500
 """
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.data.sharding import closing_line, make_shards
 from vaetrain.data.shard_plan import ShardingConfig
+from vaetrain.data.sharding import closing_line, make_shards
 
 
 def main() -> None:

@@ -91,9 +91,14 @@ class ShardingConfig:
         """What is done to each image of `source`."""
         channels = 1 if self.gray or source.is_idx else 3
         image_format = self.format or ("png" if source.is_idx else "jpg")
-        colour = {"jpg": "4:4:4", "webp": "4:2:0", "png": None}[image_format] if channels == 3 else None
-        quality = None if image_format == "png" else self.quality
-        return Recipe(self.size, channels, Encoding(image_format, quality, colour, crop=self.crop))
+        match image_format:
+            case "jpg":
+                encoding = Encoding("jpg", self.quality, "4:4:4" if channels == 3 else None, crop=self.crop)
+            case "webp":
+                encoding = Encoding("webp", self.quality, "4:2:0", crop=self.crop)
+            case "png":
+                encoding = Encoding("png", None, None, crop=self.crop)
+        return Recipe(self.size, channels, encoding)
 
 
 class ShardTask(NamedTuple):

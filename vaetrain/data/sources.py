@@ -30,7 +30,7 @@ from vaetrain.data.idx import PARTS, find_idx, idx_name, read_idx
 from vaetrain.data.picture import SUFFIXES, decode_picture
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-DECOMPRESSORS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DECOMPRESSORS = {".gz": gzip.GzipFile, ".tgz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 
 
 class Item(NamedTuple):
