@@ -13,7 +13,7 @@ help:
 	@echo "make test          all tests"
 	@echo "make check         lint, format and types"
 	@echo "make format        rewrite the code in the house format"
-	@echo "make bench         the benchmarks that run on this machine"
+	@echo "make bench         images per second of the readers and of training, on this machine"
 	@echo "make requirements  renew the pinned requirements (see CONTRIBUTING.md)"
 
 setup: $(STAMP)
@@ -32,3 +32,31 @@ requirements: pyproject.toml
 	  --custom-compile-command "make requirements" pyproject.toml --group dev --extra tensorboard -o requirements/dev.txt
 	grep '^uv==' requirements/dev.txt | sed 's/ .*//' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --custom-compile-command "make requirements" - -o requirements/uv.txt
+
+# The demo's run directory keeps everything; running `make demo` again goes on where it stopped, or finds all done.
+demo: setup
+	$(BIN)/python tools/make_shards.py faces datasets/faces64 --size 64 --num-images 3000 --val-count 300
+	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/train.py --config configs/demo.yaml
+	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/evaluate.py --run runs/demo
+	test -e runs/demo/samples/manifest.json || \
+	  $(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run runs/demo --num-images 200 --out runs/demo/samples
+	test -e runs/demo/export/config.json || $(BIN)/python tools/export.py runs/demo runs/demo/export
+	@echo "Look at runs/demo/figures: losses.png kl.png reconstructions.png samples.png interpolations.png"
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check $(SRC)
+	$(BIN)/ruff format --check $(SRC)
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix $(SRC)
+	$(BIN)/ruff format $(SRC)
+
+bench: setup
+	$(BIN)/python tools/bench_train.py --json docs/bench_train.json
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache

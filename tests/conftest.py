@@ -1,6 +1,8 @@
 """Shard sets small enough to be made anew for every test session."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,36 +11,31 @@ from PIL import Image
 from vaetrain.data.shard_plan import ShardingConfig
 from vaetrain.data.sharding import make_shards
 
+# Before torch starts its threads: they spin while they wait, and tests that run side by side with something else, such as
+# their own two processes, take many times longer with two threads each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-def _write_originals(folder: Path, num_images: int, channels: int) -> None:
-    """Noise, so that no two images are alike, in two classes of which the first has twice the images of the second."""
+
+def _make(folder: Path, num_images: int, channels: int, **options: Any) -> Path:
+    """Shards of noise, so that no two images are alike, in two classes, the first with twice the images of the second."""
     rng = np.random.default_rng(0)
     for number in range(num_images):
         pixels = rng.integers(0, 256, (16, 16, 3) if channels == 3 else (16, 16), dtype=np.uint8)
-        file = folder / ("cat" if number % 3 else "dog") / f"{number:03d}.png"
+        file = folder / "originals" / ("cat" if number % 3 else "dog") / f"{number:03d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
+    out = folder / "shards"
+    make_shards(ShardingConfig(str(folder / "originals"), out, size=16, images_per_shard=12, workers=1, **options))
+    return out
 
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16×16 colour JPEGs in the classes cat and dog: 100 for training in 9 shards, 23 for validation in 2. Do not write."""
-    folder = tmp_path_factory.mktemp("tiny")
-    _write_originals(folder / "originals", 123, channels=3)
-    config = ShardingConfig(
-        str(folder / "originals"), folder / "shards", size=16, val_count=23, images_per_shard=12, workers=1
-    )
-    make_shards(config)
-    return config.out
+    return _make(tmp_path_factory.mktemp("tiny"), 123, channels=3, val_count=23)
 
 
 @pytest.fixture(scope="session")
 def tiny_gray_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 grayscale PNGs of 16×16 in 4 shards, for training only. Do not write."""
-    folder = tmp_path_factory.mktemp("tiny_gray")
-    _write_originals(folder / "originals", 40, channels=1)
-    config = ShardingConfig(
-        str(folder / "originals"), folder / "shards", size=16, gray=True, format="png", images_per_shard=12, workers=1
-    )
-    make_shards(config)
-    return config.out
+    return _make(tmp_path_factory.mktemp("tiny_gray"), 40, channels=1, gray=True, format="png")

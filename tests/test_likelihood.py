@@ -110,7 +110,9 @@ def test_the_256_levels_of_logistic_mixtures_sum_to_one():
 
 def test_the_two_values_of_a_bernoulli_sum_to_one():
     for logit in (-80.0, -3.0, 0.0, 0.5, 30.0):
-        assert of_one_pixel(build("bernoulli"), [logit], torch.tensor([0.0, 1.0])).exp().sum().item() == pytest.approx(1)
+        assert of_one_pixel(build("bernoulli"), [logit], torch.tensor([0.0, 1.0])).exp().sum().item() == pytest.approx(
+            1
+        )
 
 
 @pytest.mark.parametrize("name", ["gaussian-fixed", "gaussian-shared"])
@@ -226,7 +228,9 @@ def test_the_mean_of_the_narrowest_logistic_is_within_a_quarter_of_a_level():
 
 
 def test_the_mean_of_a_bernoulli_is_the_probability_of_white():
-    assert build("bernoulli").mean(torch.tensor(0.8).reshape(1, 1, 1, 1)).item() == pytest.approx(1 / (1 + math.exp(-0.8)))
+    assert build("bernoulli").mean(torch.tensor(0.8).reshape(1, 1, 1, 1)).item() == pytest.approx(
+        1 / (1 + math.exp(-0.8))
+    )
 
 
 def test_the_best_shared_variance_is_the_mean_squared_error_and_is_soon_found():

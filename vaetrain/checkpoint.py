@@ -12,7 +12,6 @@ Training draws all its randomness from (seed, images seen), so no generator stat
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from vaetrain.command_line import parse
 from vaetrain.config import Config
+from vaetrain.files import fsync, sha256_of_file
 from vaetrain.run import RunDirectory
 
 FORMAT_VERSION = 1
@@ -96,7 +96,7 @@ class Checkpoints:
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         for file in self.attachments:
             shutil.copy(file, aside)
-        checksums = {file.name: sha256(file) for file in sorted(aside.iterdir())}
+        checksums = {file.name: sha256_of_file(file) for file in sorted(aside.iterdir())}
         (aside / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
         for file in aside.iterdir():
             fsync(file)
@@ -221,7 +221,7 @@ def check(checkpoint: Path) -> None:
         )
     for name, expected in checksums.items():
         file = checkpoint / name
-        if not file.is_file() or sha256(file) != expected:
+        if not file.is_file() or sha256_of_file(file) != expected:
             raise ValueError(f"{file} is damaged (its checksum differs); use an older checkpoint")
 
 
@@ -265,18 +265,3 @@ def restore_optimizer_state(
     current = optimizer.state_dict()["param_groups"]
     merged = [{**now, **saved, "lr": now["lr"]} for now, saved in zip(current, groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

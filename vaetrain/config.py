@@ -28,7 +28,7 @@ class OptimConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     """After warm-up: a half cosine down to `final_lr_fraction` of the peak at the end of training, or flat."""
 
-    final_lr_fraction: float = 0.0
+    final_lr_fraction: float = 0.01
     """Learning rate at the end of the cosine, as a fraction of the peak."""
 
     beta1: float = 0.9
@@ -169,3 +169,8 @@ class Config:
     resume: str = "auto"
     """`auto`: go on from the run directory's newest good checkpoint, if it has one. `never`: refuse a run directory that
     has one. A path to a run or a checkpoint: start from that one (the run directory's own still comes first)."""
+
+    def __post_init__(self) -> None:
+        """Seeds are counted from 0."""
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}; it must not be negative")

@@ -22,6 +22,8 @@ def start(precision: str = "fp32", *, log_with: Sequence[str] = (), project_dir:
     On a machine without a GPU the processes talk through gloo. Raises RuntimeError when the launcher announced more
     processes than joined, which Accelerate would pass over in silence, every process believing it is alone.
     """
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--train.precision fp16 needs a GPU and there is none; use bf16 or fp32")
     accelerator = Accelerator(
         # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
         cpu=not torch.cuda.is_available(),

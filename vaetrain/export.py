@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 
 from vaetrain import checkpoint as checkpoints
 from vaetrain.command_line import plain
+from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.run import RunDirectory, write_json, write_text_atomically
+from vaetrain.run import RunDirectory, write_json
+from vaetrain.strict_json import from_json
 
 FORMAT_VERSION = 1
 
@@ -60,7 +62,7 @@ def load(
             f"{folder}/config.json has format {content.get('format_version')}, this vaetrain reads {FORMAT_VERSION}; "
             "use the version named in it, or export the run again"
         )
-    vae = VAE(model_config_from_json(content["model"]))
+    vae = VAE(from_json(ModelConfig, content["model"], f"{folder}/config.json, model"))
     checkpoints.load_into(vae, folder / "model.safetensors")
     return ready(vae, device)
 
@@ -94,12 +96,6 @@ def ready(vae: VAE, device: str | torch.device) -> VAE:
     return vae.to(device).eval().requires_grad_(False)
 
 
-def model_config_from_json(content: dict[str, Any]) -> ModelConfig:
-    """A ModelConfig from its JSON form, in which tuples are lists."""
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-    return ModelConfig(**fields)
-
-
 def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path:
     """Write the export of a run's checkpoint (its EMA weights) to `out`; returns `out`.
 
@@ -126,7 +122,7 @@ def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path
             "scores": scores,
         },
     )
-    write_text_atomically(out / "README.md", model_card(trained, scores))
+    replace_file(out / "README.md", model_card(trained, scores).encode())
     aside = out / ".model.safetensors"
     save_file(checkpoints.plain_tensors(trained.vae), aside, metadata={"format": "pt"})
     aside.rename(out / "model.safetensors")

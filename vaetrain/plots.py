@@ -109,19 +109,18 @@ def save_curves(metrics: Sequence[dict[str, Any]], folder: Path) -> None:
         draw_curve(axes[1], points(train, "train/distortion_nats"), "training", TRAIN_COLOUR)
         draw_curve(axes[1], points(val, "val/distortion_nats"), "validation", VAL_COLOUR, marker="o")
         axes[1].set(title="Distortion, −log p(x|z)", xlabel="epoch", ylabel="nats per image")
-        finish(figure, axes, folder / "losses.png")
+        finish(figure, list(axes), folder / "losses.png")
 
         figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
         draw_curve(axis, points(train, "train/rate_nats"), "training", TRAIN_COLOUR)
         draw_curve(axis, points(val, "val/rate_nats"), "validation", VAL_COLOUR, marker="o")
         axis.set(title="Rate, KL(q(z|x) ‖ p(z))", xlabel="epoch", ylabel="nats per image")
-        axes = [axis]
         if len({record["train/beta"] for record in train}) > 1:
             right = axis.twinx()
             right.grid(False)
             draw_curve(right, points(train, "train/beta"), "β (right)", OTHER_COLOUR, linestyle="--")
             right.set_ylim(bottom=0)
-        finish(figure, axes, folder / "kl.png")
+        finish(figure, [axis], folder / "kl.png")
 
 
 def finite(record: dict[str, Any], name: str) -> bool:

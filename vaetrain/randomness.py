@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+TRAINING, IMAGES = 0, 1  # what the randomness is for: image 0 and the first batch share no stream
+
 
 def mixed_seed(*numbers: int) -> int:
     """One well-spread 63-bit seed from several numbers; adjacent raw seeds would give correlated streams."""
@@ -27,7 +29,7 @@ def noise_of_images(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -
     rows = torch.empty(len(indices), *shape)
     generator = torch.Generator()
     for row, index in zip(rows, indices, strict=True):
-        row.normal_(generator=generator.manual_seed(mixed_seed(seed, index)))
+        row.normal_(generator=generator.manual_seed(mixed_seed(seed, index, IMAGES)))
     return rows
 
 
@@ -39,7 +41,7 @@ def noise_of_global_batch(
     Every process draws the whole and uses its slice: 4,096 images of 1,024 latent dimensions are 16 MB and well under a
     millisecond on a GPU, and cutting the batch otherwise changes nothing.
     """
-    generator = torch.Generator(device).manual_seed(mixed_seed(seed, images_seen))
+    generator = torch.Generator(device).manual_seed(mixed_seed(seed, images_seen, TRAINING))
     noise = torch.randn(global_batch_size, *shape, generator=generator, device=device)
     mirror = torch.rand(global_batch_size, generator=generator, device=device) < 0.5
     return noise, mirror

@@ -17,6 +17,7 @@ from typing import Any
 from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config
 from vaetrain.data.shards import Manifest
+from vaetrain.files import replace_file
 
 RECORDED_PACKAGES = (
     "vaetrain", "torch", "torchvision", "accelerate", "webdataset", "einops", "safetensors", "torch-fidelity", "numpy",
@@ -93,11 +94,11 @@ class RunDirectory:
         earlier = self.provenance() if step > 0 else {}
         if earlier:
             earlier.setdefault("resumes", []).append(dict(provenance))
-        write_text_atomically(self.config_file, to_yaml(config))
+        replace_file(self.config_file, to_yaml(config).encode())
         write_json(self.provenance_file, earlier or provenance)
         write_json(self.dataset_file, dataset)
         kept = [record for record in self.metrics() if record["step"] <= step and step > 0]
-        write_text_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+        replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; it is on disk when this returns from the operating system's point of view."""
@@ -112,19 +113,9 @@ class RunDirectory:
         return [json.loads(line) for line in lines[:-1] if line]
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file at once: a kill leaves the old or the new content, never half."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON atomically."""
-    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def describe_dataset(train: Manifest, val: Manifest) -> dict[str, Any]:

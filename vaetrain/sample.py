@@ -65,7 +65,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaetrain import distributed
-from vaetrain.data.shards import ShardWriter
+from vaetrain.data.shard_writer import ShardWriter
 from vaetrain.export import load_run
 from vaetrain.run import provenance, write_json
 from vaetrain.sampling import generate

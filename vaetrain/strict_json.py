@@ -1,14 +1,12 @@
-"""Strict JSON: frozen dataclasses read back from files with every type checked, content hashes, and atomic writing."""
+"""Strict JSON: frozen dataclasses read back from files with every type checked, and a hash of their content."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 import types
 import typing
-from pathlib import Path
 from typing import Any, Literal
 
 
@@ -42,16 +40,6 @@ def sha256_of_json(content: Any) -> str:
     """SHA-256 over the canonical JSON of plain values: sorted keys, no spaces."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it into place, so that nobody ever sees half of it."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _shorten(value: Any) -> str:

@@ -250,7 +250,8 @@ class Tracker:
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB"))
         for tracker in self.accelerator.trackers:
-            tracker.log_images({name: pixels[None]}, step=step)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: pixels[None]}, step=step, **layout)
 
 
 def flat_config(config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 JPEG_SIGNATURE = b"\xff\xd8"
 
 
-def decode_pixels(encoded: bytearray, channels: int) -> UInt8[Tensor, "c h w"]:
+def decode_pixels(encoded: bytearray, channels: int) -> UInt8[np.ndarray, "h w c"]:
     """Pixels in [0, 255] with 1 (grayscale) or 3 (colour) channels; raises ValueError when the bytes are damaged."""
     if not encoded.startswith(JPEG_SIGNATURE):
         return _decode_with_pillow(encoded, "L" if channels == 1 else "RGB")
@@ -25,15 +25,15 @@ def decode_pixels(encoded: bytearray, channels: int) -> UInt8[Tensor, "c h w"]:
         pixels: Tensor = decode_jpeg(torch.frombuffer(encoded, dtype=torch.uint8), mode)
     except RuntimeError as error:
         raise ValueError(f"not a readable JPEG: {error}") from error
-    return pixels
+    return pixels.permute(1, 2, 0).numpy()
 
 
-def _decode_with_pillow(encoded: bytearray, mode: str) -> UInt8[Tensor, "c h w"]:
+def _decode_with_pillow(encoded: bytearray, mode: str) -> UInt8[np.ndarray, "h w c"]:
     try:
         with Image.open(io.BytesIO(encoded), formats=["PNG", "WEBP"]) as image:
             if image.mode.startswith("I"):
                 raise ValueError("16 bits per channel, not 8")
-            pixels = np.array(image.convert(mode))
+            pixels = np.asarray(image.convert(mode))
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
         raise ValueError(f"not a readable image: {error}") from error
-    return torch.from_numpy(pixels[None] if mode == "L" else pixels.transpose(2, 0, 1))
+    return pixels[..., None] if mode == "L" else pixels

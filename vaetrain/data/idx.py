@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ def find_idx(folder: Path, part: str, dimensions: int) -> Path | None:
     return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
 
 
-@lru_cache(maxsize=4)
 def read_idx(path: Path, dimensions: int) -> UInt8[np.ndarray, "..."]:
     """The array in an idx file of unsigned bytes; raises ValueError when it is damaged or not of these dimensions."""
     try:

@@ -11,17 +11,20 @@ from torch.utils.data import Dataset
 
 from vaetrain.data.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.selection import Batch, Selection
-from vaetrain.data.workers import WorkerPool
+from vaetrain.data.workers import Outcome, WorkerPool
 
 
-class _Images(Dataset[Batch]):
+class _Images(Dataset[Outcome]):
     """A selection as DataLoader reads it: a whole batch at a time, straight into one buffer."""
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
 
-    def __getitems__(self, positions: Int64[np.ndarray, " b"]) -> Batch:
-        return self.selection.load(positions)
+    def __getitems__(self, positions: Int64[np.ndarray, " b"]) -> Outcome:
+        try:
+            return self.selection.load(positions)
+        except ValueError as error:
+            return error
 
 
 class IndexedReader:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vaetrain.data.shards import Encoding
 
 # Named, because Pillow would also open formats that run other programs (EPS).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 # What Pillow raises for files that are damaged or no images.

@@ -14,7 +14,7 @@ from vaetrain.data.order import BatchLayout
 from vaetrain.data.resident import ResidentReader
 from vaetrain.data.selection import Batch, Selection
 from vaetrain.data.shards import Manifest, ShardSet
-from vaetrain.data.stream import StreamReader, base_url, fetch_selection
+from vaetrain.data.stream import StreamReader, fetch_selection, remote_folder
 from vaetrain.data.workers import choose_num_workers
 
 __all__ = ["Batch", "Reader", "open_reader"]
@@ -67,7 +67,7 @@ def open_reader(
     if num_workers is None:
         num_workers = choose_num_workers(device, processes_per_node)
     reason = f"--data.reader {config.reader}"
-    url = base_url(location)
+    url = remote_folder(location)
     if url:
         if config.reader in ("indexed", "resident"):
             raise ValueError(
@@ -80,7 +80,7 @@ def open_reader(
         shard_set.verify()
         selection = Selection.of(shard_set, split, config.classes)
     if url or config.reader == "stream":
-        return StreamReader(selection, base_url=url, num_workers=num_workers, device=device, reason=reason)
+        return StreamReader(selection, url=url, num_workers=num_workers, device=device, reason=reason)
     fits = selection.decoded_bytes <= config.resident_gib * 2**30
     if config.reader == "auto":
         size = f"{selection.decoded_bytes / 2**30:.2f} GiB decoded"

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from torch import Tensor
 
 from vaetrain.data.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.selection import Batch, Selection
@@ -28,15 +27,15 @@ class ResidentReader:
     def __init__(self, selection: Selection, *, num_threads: int, device: torch.device, reason: str) -> None:
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
-        images = _decode_all(selection, num_threads)
-        if device.type == "cuda" and images.nbytes <= DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
-            images = images.to(device)
-        self._pin = device.type == "cuda" and images.device.type == "cpu"
-        self._images = images
+        pixels = torch.from_numpy(_decode_all(selection, num_threads))
+        if device.type == "cuda" and pixels.nbytes <= DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+            pixels = pixels.to(device)
+        self._pixels = pixels
+        self._pin = device.type == "cuda"
         self._labels = torch.from_numpy(selection.index.label)
         self.description = (
-            f"resident on {images.device} ({reason}): {self.num_images:,} images from {selection.source}, "
-            f"{images.nbytes / 2**20:,.1f} MiB in each process"
+            f"resident on {pixels.device} ({reason}): {self.num_images:,} images from {selection.source}, "
+            f"{pixels.nbytes / 2**20:,.1f} MiB in each process"
         )
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
@@ -56,22 +55,25 @@ class ResidentReader:
 
     def _gather(self, positions: Int64[np.ndarray, " b"]) -> Batch:
         indices = torch.from_numpy(positions)
-        shape = (len(positions), *self._images.shape[1:])
-        # index_select takes a seventh of the time of self._images[indices].
-        out = torch.empty(shape, dtype=torch.uint8, device=self._images.device, pin_memory=self._pin)
-        torch.index_select(self._images, 0, indices.to(self._images.device), out=out)
-        return Batch(out, self._labels[indices], indices)
+        if self._pixels.device.type == "cpu":
+            out = torch.empty((len(positions), *self._pixels.shape[1:]), dtype=torch.uint8, pin_memory=self._pin)
+            # One thread of NumPy does 155,000 images of 128 pixels a second. index_select starts OpenMP threads, and with
+            # other processes on the cores they waited for each other: 9,000. "clip": "raise" would copy once more.
+            np.take(self._pixels.numpy(), positions, axis=0, out=out.numpy(), mode="clip")
+        else:
+            out = torch.index_select(self._pixels, 0, indices.to(self._pixels.device))
+        return Batch(out.permute(0, 3, 1, 2), self._labels[indices], indices)
 
 
-def _decode_all(selection: Selection, num_threads: int) -> UInt8[Tensor, "n c h w"]:
-    images = torch.empty((selection.num_images, *selection.image_shape), dtype=torch.uint8)
+def _decode_all(selection: Selection, num_threads: int) -> UInt8[np.ndarray, "n h w c"]:
+    pixels = np.empty((selection.num_images, *selection.image_shape), dtype=np.uint8)
 
     def decode_from(start: int) -> None:
         for position in range(start, min(start + IMAGES_PER_TASK, selection.num_images)):
-            selection.decode(selection.read(position), position, out=images[position])
+            selection.decode(selection.read(position), position, out=pixels[position])
 
-    # Threads, since JPEG and WebP are decoded without the GIL and straight into the shared tensor.
+    # Threads, since JPEGs are decoded without the GIL.
     with ThreadPoolExecutor(num_threads) as threads:
         for _ in threads.map(decode_from, range(0, selection.num_images, IMAGES_PER_TASK)):
             pass
-    return images
+    return pixels

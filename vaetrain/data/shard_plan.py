@@ -80,17 +80,17 @@ class ShardingConfig:
             raise ValueError(f"--seed is {self.seed}; it must be between 0 and {2**32 - 1}")
         if self.max_rejected < 0:
             raise ValueError(f"--max-rejected is {self.max_rejected}; it must not be negative")
-        if self.gray and self.format == "webp":
-            raise ValueError("WebP has no grayscale; give --format png or jpg with --gray")
         if self.val_count is not None and self.val_src is not None:
             raise ValueError("--val-count and --val-src both say what to validate on; give one of them")
         if self.num_images is not None and self.src != FACES:
             raise ValueError(f"--num-images says how many faces to draw, but SRC is {self.src}; leave it out")
 
     def recipe(self, source: Source) -> Recipe:
-        """What is done to each image of `source`."""
+        """What is done to each image of `source`; raises ValueError for grayscale WebP, which there is not."""
         channels = 1 if self.gray or source.is_idx else 3
         image_format = self.format or ("png" if source.is_idx else "jpg")
+        if channels == 1 and image_format == "webp":
+            raise ValueError("WebP has no grayscale; choose --format png or jpg")
         match image_format:
             case "jpg":
                 encoding = Encoding("jpg", self.quality, "4:4:4" if channels == 3 else None, crop=self.crop)
@@ -183,9 +183,9 @@ class Plan:
 
     def staged(self, folder: Path) -> Plan:
         """The same plan on sources that open each original at once; they may put files into `folder`."""
-        splits = {
-            name: (source.staged(folder / f"source-{name}.tar"), items) for name, (source, items) in self.splits.items()
-        }
+        sources = {source for source, _ in self.splits.values()}
+        staged = {source: source.staged(folder / f"source-{number}.tar") for number, source in enumerate(sources)}
+        splits = {name: (staged[source], items) for name, (source, items) in self.splits.items()}
         return dataclasses.replace(self, splits=splits)
 
     def tasks(self, out: Path, images_per_shard: int) -> Iterator[ShardTask]:

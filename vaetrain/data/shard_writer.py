@@ -9,7 +9,7 @@ import re
 import tarfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class ShardWriter:
         columns = np.array(self._rows, dtype=np.int64).reshape(-1, 4).T.copy()
         return SplitIndex(columns[0].astype(np.int32), columns[1], columns[2], columns[3])
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ShardWriter:
         """Nothing is opened before the first sample."""
         return self
 

@@ -24,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -44,9 +44,9 @@ from vaetrain.data.shards import (
     SplitIndex,
     Tool,
     pack_index,
-    sha256_of_file,
 )
-from vaetrain.strict_json import from_json, replace_file
+from vaetrain.files import replace_file, sha256_of_file
+from vaetrain.strict_json import from_json
 
 PARTIAL_NAME = ".partial"
 REJECTED_NAME = "rejected.jsonl"
@@ -115,6 +115,8 @@ def _already_complete(out: Path, plan: Plan) -> Manifest:
             f"{out} holds a shard set made with other arguments or from other originals; name a new folder, or delete it"
         )
     shard_set.verify()
+    if (out / PARTIAL_NAME).exists():  # killed after the manifest was written
+        shutil.rmtree(out / PARTIAL_NAME)
     print(f"{out} is already complete", file=sys.stderr)
     return shard_set.manifest
 
@@ -284,7 +286,7 @@ class _Progress:
             rate = (self.done - self.first) / (now - self.start)
             print(f"{self.done:,} of {self.total:,} images, {rate:,.0f} images/s", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:

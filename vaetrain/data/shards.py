@@ -25,7 +25,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from vaetrain.strict_json import from_json, replace_file, sha256_of_json
+from vaetrain.files import replace_file, sha256_of_file
+from vaetrain.strict_json import from_json, sha256_of_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -197,6 +198,8 @@ class Manifest:
                     f"(the file was written with {tool.get('versions') if isinstance(tool, dict) else 'a newer one'})"
                 )
             manifest: Manifest = from_json(cls, content)
+            if not content["fingerprint"]:
+                raise ValueError("fingerprint is empty")
         except NewerFormatError:
             raise
         except ValueError as error:  # includes json.JSONDecodeError and UnicodeDecodeError
@@ -318,7 +321,8 @@ class ShardSet:
             for image in np.flatnonzero(index.shard == position):
                 file.seek(index.offset[image])
                 try:
-                    with Image.open(io.BytesIO(file.read(index.num_bytes[image]))) as picture:
+                    content = io.BytesIO(file.read(index.num_bytes[image]))
+                    with Image.open(content, formats=("JPEG", "PNG", "WEBP")) as picture:
                         picture.load()
                         found = picture.size, picture.mode
                 except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
@@ -361,12 +365,6 @@ def unpack_index(content: bytes, manifest: Manifest) -> dict[str, SplitIndex]:
             raise ValueError(f"the {name} split has an image that lies outside its shard")
         indices[name] = index
     return indices
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_sha256(what: str, value: str) -> None:

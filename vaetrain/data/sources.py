@@ -23,11 +23,14 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from vaetrain.data.faces import CLASSES, draw_face
 from vaetrain.data.idx import PARTS, find_idx, idx_name, read_idx
 from vaetrain.data.picture import SUFFIXES, decode_picture
+from vaetrain.data.shards import TAR_BLOCK
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 DECOMPRESSORS = {".gz": gzip.GzipFile, ".tgz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
@@ -166,7 +169,7 @@ class ImageZip(_Files):
     def read(self, item: Item) -> bytes:
         """The content of one; raises ValueError when its checksum is wrong."""
         try:
-            return _open_zip(self.path).read(str(item.member))
+            return _open_zip(self.path, _identity(self.path)).read(str(item.member))
         except zipfile.BadZipFile as error:
             raise ValueError(str(error)) from error
 
@@ -175,25 +178,42 @@ class ImageTar(_Files):
     """A tar of such a folder, read in place."""
 
     def members(self) -> Iterator[Member]:
-        """All files with their byte offsets, in the decompressed tar if it is a compressed one."""
+        """All files with their byte offsets; raises ValueError when the tar is cut short."""
         with _readable(self.path), tarfile.open(self.path) as archive:
-            for info in archive:
-                if info.isreg():
-                    yield Member(info.name, info.offset_data, info.size)
+            yield from _tar_members(archive)
+            # Where tarfile finds no header it stops as if that were the end, which is a block of zeros.
+            if os.pread(_open_file(self.path, _identity(self.path)).fileno(), TAR_BLOCK, archive.offset) != bytes(
+                TAR_BLOCK
+            ):
+                raise tarfile.ReadError(f"no file and no end at byte {archive.offset:,}")
 
     def read(self, item: Item) -> bytes:
         """The content of one."""
-        return os.pread(_open_file(self.path).fileno(), item.num_bytes, int(item.member))
+        return os.pread(_open_file(self.path, _identity(self.path)).fileno(), item.num_bytes, int(item.member))
 
 
 class CompressedTar(ImageTar):
     """A compressed tar. It has no random access, so it is decompressed (one file) before its images are opened."""
 
+    def members(self) -> Iterator[Member]:
+        """All files with their byte offsets in the decompressed tar; raises ValueError when it is damaged."""
+        with _readable(self.path), tarfile.open(self.path) as archive:
+            yield from _tar_members(archive)
+
     def staged(self, file: Path) -> Source:
-        """Decompress into `file`."""
+        """Decompress into `file`; raises ValueError when the tar is damaged or cut short."""
         with _readable(self.path), DECOMPRESSORS[self.path.suffix](self.path, "rb") as source, file.open("wb") as plain:
             shutil.copyfileobj(source, plain, 1 << 20)
-        return ImageTar(file)
+        staged = ImageTar(file)
+        for _ in staged.members():  # for its look at the end
+            pass
+        return staged
+
+
+def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
+    for info in archive:
+        if info.isreg():
+            yield Member(info.name, info.offset_data, info.size)
 
 
 @dataclass(frozen=True)
@@ -207,8 +227,7 @@ class IdxFolder(Source):
         """All images; raises FileNotFoundError for a missing file, ValueError for one that is damaged."""
         items = []
         for part, split in zip(PARTS, ("train", "val"), strict=True):
-            labels = read_idx(self._file(part, 1), 1)
-            images = read_idx(self._file(part, 3), 3)
+            labels, images = self._array(part, 1), self._array(part, 3)
             if len(labels) != len(images) or labels.max(initial=0) > 9:
                 raise ValueError(
                     f"{self.path}: {part} has {len(images)} images and {len(labels)} labels up to {labels.max()}"
@@ -220,13 +239,13 @@ class IdxFolder(Source):
     def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
         """A grayscale picture."""
         part = item.source.split("/")[0]
-        return Image.fromarray(read_idx(self._file(part, 3), 3)[int(item.member)]), {}
+        return Image.fromarray(self._array(part, 3)[int(item.member)]), {}
 
-    def _file(self, part: str, dimensions: int) -> Path:
+    def _array(self, part: str, dimensions: int) -> UInt8[np.ndarray, "..."]:
         file = find_idx(self.path, part, dimensions)
         if file is None:
             raise FileNotFoundError(f"{self.path} lacks {idx_name(part, dimensions)}.gz; MNIST is four files")
-        return file
+        return _open_idx(file, _identity(file), dimensions)
 
 
 @dataclass(frozen=True)
@@ -312,11 +331,22 @@ def _readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged or no archive: {error}; download or pack it again") from error
 
 
+def _identity(path: Path) -> tuple[int, int, int]:
+    # What stays open is kept under this too: a file may be replaced by another of the same name.
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @lru_cache(maxsize=2)
-def _open_zip(path: Path) -> zipfile.ZipFile:
+def _open_zip(path: Path, identity: tuple[int, int, int]) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
 @lru_cache(maxsize=2)
-def _open_file(path: Path) -> IO[bytes]:
+def _open_file(path: Path, identity: tuple[int, int, int]) -> IO[bytes]:
     return io.FileIO(path)
+
+
+@lru_cache(maxsize=4)
+def _open_idx(path: Path, identity: tuple[int, int, int], dimensions: int) -> UInt8[np.ndarray, "..."]:
+    return read_idx(path, dimensions)

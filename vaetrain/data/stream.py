@@ -35,7 +35,7 @@ from webdataset.tariterators import tar_file_expander
 from vaetrain.data.order import BatchLayout, epoch_order
 from vaetrain.data.selection import Batch, Selection
 from vaetrain.data.shards import INDEX_NAME, MANIFEST_NAME, ShardSet
-from vaetrain.data.workers import WorkerPool
+from vaetrain.data.workers import Outcome, WorkerPool
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Encoded images a worker holds to shuffle; at 9 KB (128 pixels) 18 MB.
@@ -46,7 +46,7 @@ Sample = tuple[int, bytes]
 """Position in the selection, encoded image."""
 
 
-def base_url(location: str) -> str | None:
+def remote_folder(location: str) -> str | None:
     """The folder of a shard set named by a URL, with its trailing slash, and None for a path.
 
     Raises ValueError for a scheme that is not read, such as webdataset's `pipe:`, which runs a command.
@@ -64,7 +64,7 @@ class Stream:
     """Sequential access to a selection; picklable, its shards are opened anew in every worker."""
 
     selection: Selection
-    base_url: str | None
+    url: str | None
     """URL of the folder that the shards lie in, with its trailing slash; None: local."""
 
     def images(self, shards: Int64[np.ndarray, " shards"], start: int, stop: int) -> Iterator[Sample]:
@@ -81,7 +81,7 @@ class Stream:
     def _read(self, shard_number: int, wanted: Int64[np.ndarray, " b"]) -> Iterator[Sample]:
         selection = self.selection
         shard = selection.shard_set.manifest.splits[selection.split].shards[shard_number]
-        location = f"{self.base_url}{quote(shard.name)}" if self.base_url else str(selection.shard_set.path(shard))
+        location = f"{self.url}{quote(shard.name)}" if self.url else str(selection.shard_set.path(shard))
         position_of = dict(zip(selection.within_shard[wanted].tolist(), wanted.tolist(), strict=True))
         found = 0
         try:
@@ -109,14 +109,14 @@ class Stream:
 
     def batch(self, samples: list[Sample]) -> Batch:
         """Decode samples; raises ValueError naming the one that is damaged."""
-        images = torch.empty((len(samples), *self.selection.image_shape), dtype=torch.uint8)
-        for (position, encoded), image in zip(samples, images, strict=True):
+        pixels = np.empty((len(samples), *self.selection.image_shape), dtype=np.uint8)
+        for (position, encoded), image in zip(samples, pixels, strict=True):
             self.selection.decode(bytearray(encoded), position, out=image)
-        return self.selection.batch(images, np.array([position for position, _ in samples], dtype=np.int64))
+        return self.selection.batch(pixels, np.array([position for position, _ in samples], dtype=np.int64))
 
 
 @dataclass(frozen=True)
-class _TrainBatches(IterableDataset[Batch]):
+class _TrainBatches(IterableDataset[Outcome]):
     """The endless micro-batches of one process. Micro-batch t (from the run's start) is worker t mod num_workers' work."""
 
     stream: Stream
@@ -124,7 +124,10 @@ class _TrainBatches(IterableDataset[Batch]):
     images_seen: int
     layout: BatchLayout
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Outcome]:
+        return _until_error(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         worker, num_workers = _worker()
         num_images = self.stream.selection.num_images
         num_shards = len(self.stream.selection.shard_set.manifest.splits[self.stream.selection.split].shards)
@@ -157,7 +160,7 @@ class _TrainBatches(IterableDataset[Batch]):
 
 
 @dataclass(frozen=True)
-class _EvalBatches(IterableDataset[Batch]):
+class _EvalBatches(IterableDataset[Outcome]):
     """One pass of one process: consecutive blocks of the split, an equal stretch of them for each process and worker."""
 
     stream: Stream
@@ -165,7 +168,10 @@ class _EvalBatches(IterableDataset[Batch]):
     rank: int
     num_processes: int
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Outcome]:
+        return _until_error(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         worker, num_workers = _worker()
         selection = self.stream.selection
         num_blocks = -(-selection.num_images // self.batch_size)
@@ -181,7 +187,7 @@ class StreamReader:
     """Batches from shards read in sequence; memory is a shuffle buffer of encoded images per worker."""
 
     def __init__(
-        self, selection: Selection, *, base_url: str | None, num_workers: int, device: torch.device, reason: str
+        self, selection: Selection, *, url: str | None, num_workers: int, device: torch.device, reason: str
     ) -> None:
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
@@ -189,7 +195,7 @@ class StreamReader:
             f"stream ({reason}): {self.num_images:,} images read in sequence from {selection.source}, "
             f"{num_workers} decoding worker(s)"
         )
-        self._stream = Stream(selection, base_url)
+        self._stream = Stream(selection, url)
         self._workers = WorkerPool(num_workers, device)
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
@@ -211,33 +217,41 @@ class StreamReader:
 
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
-        return next(iter(_EvalBatches(self._stream, batch_size=num_images, rank=0, num_processes=1)))
+        shards = np.arange(len(self.manifest.splits[self._stream.selection.split].shards))
+        return self._stream.batch(list(self._stream.images(shards, 0, min(num_images, self.num_images))))
 
     def close(self) -> None:
         """End the worker processes."""
         self._workers.close()
 
 
-def fetch_selection(base_url: str, split: str, classes: tuple[str, ...]) -> Selection:
-    """The wanted images of a remote shard set, from its manifest and index; raises FileNotFoundError without them."""
+def fetch_selection(url: str, split: str, classes: tuple[str, ...]) -> Selection:
+    """The wanted images of the shard set in a remote folder, from its manifest and index; FileNotFoundError without them."""
     with tempfile.TemporaryDirectory() as folder:
         for name in (MANIFEST_NAME, INDEX_NAME):
             try:
-                with closing(_open(base_url + name)) as remote:
+                with closing(_open(url + name)) as remote:
                     (Path(folder) / name).write_bytes(remote.read())
             except (OSError, HTTPException) as error:
-                raise FileNotFoundError(f"no shard set at {base_url}: {name}: {error}") from error
-        return Selection.of(ShardSet.open(folder), split, classes, source=base_url)
+                raise FileNotFoundError(f"no shard set at {url}: {name}: {error}") from error
+        return Selection.of(ShardSet.open(folder), split, classes, source=url)
 
 
 def _open(location: str) -> BufferedIOBase:
-    if base_url(location):
+    if remote_folder(location):
         return cast(HTTPResponse, urllib.request.urlopen(location, timeout=TIMEOUT_SECONDS))
     return open(location, "rb")
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _until_error(batches: Iterator[Batch]) -> Iterator[Outcome]:
+    try:
+        yield from batches
+    except ValueError as error:
+        yield error
 
 
 def _worker() -> tuple[int, int]:

@@ -18,6 +18,10 @@ from vaetrain.data.selection import Batch
 MAX_WORKERS = 8
 PREFETCH_BATCHES_PER_WORKER = 4
 
+Outcome = Batch | ValueError
+"""What a worker hands over: a batch, or why there is none. An error raised in a worker would reach the user with the
+worker's traceback in its message."""
+
 
 def choose_num_workers(device: torch.device, processes_per_node: int) -> int:
     """Decoding processes for one training process: one per core left to it, none on a CPU, whose cores all compute."""
@@ -27,25 +31,21 @@ def choose_num_workers(device: torch.device, processes_per_node: int) -> int:
     return max(1, min(MAX_WORKERS, cores - 1))
 
 
-def _as_read(batch: Batch) -> Batch:
-    return batch
-
-
 class WorkerPool:
     """The decoding processes of one reader: batches in order for any number of them, 0 being this process itself."""
 
     def __init__(self, num_workers: int, device: torch.device) -> None:
         self.num_workers = num_workers
         self._device = device
-        self._repeated: dict[Hashable, DataLoader[Batch]] = {}
-        self._passes: WeakSet[Generator[Batch]] = WeakSet()
+        self._repeated: dict[Hashable, DataLoader[Outcome]] = {}
+        self._passes: WeakSet[Generator[Batch, None, None]] = WeakSet()
 
-    def once(self, dataset: Dataset[Batch], indices: Iterable[Any] | None = None) -> Iterator[Batch]:
+    def once(self, dataset: Dataset[Outcome], indices: Iterable[Any] | None = None) -> Iterator[Batch]:
         """Start reading a dataset. A mapping one reads `indices` with `__getitems__`; an iterable one has none."""
         return self._start(self._loader(dataset, indices, persistent=False))
 
     def repeated(
-        self, key: Hashable, dataset: Callable[[], Dataset[Batch]], indices: Callable[[], Iterable[Any] | None]
+        self, key: Hashable, dataset: Callable[[], Dataset[Outcome]], indices: Callable[[], Iterable[Any] | None]
     ) -> Iterator[Batch]:
         """The same for a pass that comes again under the same `key`: its workers stay alive between passes."""
         if key not in self._repeated:
@@ -58,13 +58,15 @@ class WorkerPool:
             running.close()
         self._repeated.clear()
 
-    def _start(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
+    def _start(self, loader: DataLoader[Outcome]) -> Iterator[Batch]:
         # Workers start now rather than at the first batch, so that they read while the model is built.
-        batches = _batches(iter(loader))
+        batches = _raising(iter(loader))
         self._passes.add(batches)
         return batches
 
-    def _loader(self, dataset: Dataset[Batch], indices: Iterable[Any] | None, persistent: bool) -> DataLoader[Batch]:
+    def _loader(
+        self, dataset: Dataset[Outcome], indices: Iterable[Any] | None, persistent: bool
+    ) -> DataLoader[Outcome]:
         return DataLoader(
             dataset,
             batch_size=None if indices is None else 1,
@@ -80,8 +82,17 @@ class WorkerPool:
         )
 
 
-def _batches(batches: Iterator[Batch]) -> Generator[Batch]:
-    yield from batches
+def _raising(outcomes: Iterator[Outcome]) -> Generator[Batch, None, None]:
+    for outcome in outcomes:
+        if not isinstance(outcome, ValueError):
+            yield outcome
+            continue
+        try:
+            raise outcome
+        finally:
+            # The error keeps this frame, and the frame must keep neither the error nor the iterator: found by the cycle
+            # collector, DataLoader's iterator waits ten seconds for workers it can no longer tell to end.
+            del outcome, outcomes
 
 
 def _unchanged(batch: Any) -> Any:

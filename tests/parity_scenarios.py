@@ -1,0 +1,113 @@
+"""Trains and validates on however many processes it is launched with, and writes what happened as JSON.
+
+[accelerate launch --config_file launch/cpu2.yaml] tests/parity_scenarios.py SHARDS OUT
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+import vaetrain.train
+from vaetrain import distributed
+from vaetrain.config import Config, LogConfig, OptimConfig, TrainConfig
+from vaetrain.data.config import DataConfig
+from vaetrain.data.reader import open_reader
+from vaetrain.metrics.validation import validate
+from vaetrain.model.autoencoder import VAE
+from vaetrain.model.config import ModelConfig
+
+NUM_STEPS = 20
+MODEL = ModelConfig(image_size=16, base_channels=16, channel_mult=(1, 2), num_res_blocks=1, latent_channels=4)
+EVAL_BATCH_SIZES = (1, 7, 23, 64)
+
+
+def config(shards: str, run_dir: Path, micro_batch_size: int | None = None) -> Config:
+    return Config(
+        data=DataConfig(train=shards),
+        model=MODEL,
+        optim=OptimConfig(warmup_images=64),
+        train=TrainConfig(num_images=NUM_STEPS * 32, global_batch_size=32, micro_batch_size=micro_batch_size),
+        log=LogConfig(every_steps=1, num_pictures=2),
+        run_dir=run_dir,
+    )
+
+
+def train(accelerator: Accelerator, settings: Config) -> dict[str, object]:
+    """Losses of every step, and how far the weights of the processes are apart in the end."""
+    built: list[VAE] = []
+
+    class RememberedVAE(VAE):
+        def __init__(self, model_config: ModelConfig) -> None:
+            super().__init__(model_config)
+            if not torch.empty(0).is_meta:
+                built.append(self)
+
+    with patch.object(vaetrain.train, "VAE", RememberedVAE):
+        vaetrain.train.train(settings, accelerator)
+    weights = torch.cat([parameter.detach().flatten() for parameter in built[0].parameters()])
+    everybody = accelerator.gather(weights[None])
+    records = [json.loads(line) for line in (settings.run_dir / "metrics.jsonl").read_text().splitlines()]
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return {
+        "losses": [record["train/loss"] for record in records if record["split"] == "train"],
+        "elbos": [record["val_raw/elbo_nats"] for record in records if record["split"] == "val"],
+        "apart": float((everybody - everybody[0]).abs().max()),
+        "norm": float(weights.norm()),
+    }
+
+
+def train_unwrapped(accelerator: Accelerator, settings: Config) -> dict[str, object]:
+    """The mistake that the parity test must catch: the step calls the model inside DDP, so nothing reduces gradients."""
+    prepare = accelerator.prepare
+
+    def prepare_and_unwrap(model, optimizer):
+        wrapped, prepared = prepare(model, optimizer)
+        return accelerator.unwrap_model(wrapped), prepared
+
+    with patch.object(accelerator, "prepare", prepare_and_unwrap):
+        return train(accelerator, settings)
+
+
+def validation(accelerator: Accelerator, shards: str) -> dict[str, object]:
+    """For each reader, number of workers and batch size: the images each process saw, and the mean scores."""
+    torch.manual_seed(0)
+    vae = VAE(MODEL).eval()
+    results = {}
+    for reader_name, num_workers in (("resident", 0), ("indexed", 0), ("indexed", 2), ("stream", 0)):
+        data = DataConfig(train=shards, reader=reader_name, num_workers=num_workers)
+        reader = open_reader(data, "val", device=accelerator.device)
+        for batch_size in EVAL_BATCH_SIZES:
+            batches = reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)
+            mine = [index for batch in batches for index in batch.indices.tolist()]
+            scores = validate(vae, reader, accelerator, batch_size, seed=0)
+            results[f"{reader_name}, {num_workers} workers, batches of {batch_size}"] = {
+                "indices": gather_object(mine),
+                "scores": dataclasses.asdict(scores),
+            }
+        reader.close()
+    return results
+
+
+def main(shards: str, out: Path) -> None:
+    accelerator = distributed.start()
+    with distributed.finishing(accelerator):
+        results = {
+            "num_processes": accelerator.num_processes,
+            "plain": train(accelerator, config(shards, out / "plain")),
+            "accumulated": train(accelerator, config(shards, out / "accumulated", micro_batch_size=8)),
+            "unwrapped": train_unwrapped(accelerator, config(shards, out / "unwrapped")),
+            "validation": validation(accelerator, shards),
+        }
+        if accelerator.is_main_process:
+            (out / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

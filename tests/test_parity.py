@@ -1,0 +1,68 @@
+"""One and two processes do the same: losses, weights, and validation of each image exactly once."""
+
+import json
+
+import pytest
+from launching import finish, start
+
+
+@pytest.fixture(scope="module")
+def results(tiny_shards, tmp_path_factory):
+    """What parity_scenarios.py saw on one and on two processes, started side by side."""
+    folders = [tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")]
+    processes = [
+        start("tests/parity_scenarios.py", tiny_shards, folder, two_processes=two) for two, folder in enumerate(folders)
+    ]
+    for process in processes:
+        result = finish(process)
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in folders)
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    return one, two
+
+
+def check_parity(one, two):
+    """The same losses within 1e-5, the same validation, and the same weights on both processes to the bit."""
+    assert len(one["losses"]) == 20
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["elbos"] == pytest.approx(one["elbos"], rel=1e-5)
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    assert two["apart"] == 0
+
+
+@pytest.mark.parametrize("scenario", ["plain", "accumulated"])
+def test_two_processes_train_like_one(results, scenario):
+    one, two = results
+    check_parity(one[scenario], two[scenario])
+
+
+def test_accumulation_trains_like_a_whole_batch(results):
+    one, _ = results
+    assert one["accumulated"]["losses"] == pytest.approx(one["plain"]["losses"], rel=1e-5)
+
+
+def test_training_moves(results):
+    one, _ = results
+    assert one["plain"]["losses"][-1] < 0.9 * one["plain"]["losses"][0]
+
+
+def test_calling_the_unwrapped_model_is_caught(results):
+    one, two = results
+    assert two["unwrapped"]["apart"] > 0  # each process has gone its own way
+    with pytest.raises(AssertionError):
+        check_parity(one["unwrapped"], two["unwrapped"])
+
+
+def test_every_validation_image_exactly_once(results):
+    for result in results:
+        assert len(result["validation"]) == 16
+        for name, seen in result["validation"].items():
+            assert sorted(seen["indices"]) == list(range(23)), name
+
+
+def test_validation_scores_do_not_depend_on_processes_workers_or_batches(results):
+    one, two = results
+    expected = one["validation"]["resident, 0 workers, batches of 23"]["scores"]
+    for result in (one, two):
+        for name, seen in result["validation"].items():
+            assert seen["scores"] == pytest.approx(expected, rel=1e-5), name

@@ -1,0 +1,304 @@
+import gzip
+import io
+import os
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from vaetrain.data.idx import read_idx
+from vaetrain.data.picture import Recipe, decode_picture, with_channels
+from vaetrain.data.shards import Crop, Encoding
+from vaetrain.data.sources import Source, open_source
+
+
+def write_image(file: Path, colour: tuple[int, int, int] = (200, 100, 50)) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 10), colour).save(file)
+
+
+def layout(source: Source) -> list[tuple[str, str, str | None]]:
+    listing = source.listing()
+    return [(item.source, listing.classes[item.label], item.split) for item in listing.items]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("dog/2.png", "cat/1.png", "cat/more/0.JPG"):
+        write_image(tmp_path / "pets" / name)
+    (tmp_path / "pets" / "cat" / "readme.txt").write_text("cats")
+    (tmp_path / "pets" / ".DS_Store").write_text("")
+    return tmp_path / "pets"
+
+
+def pack_tar(folder: Path, file: Path, mode: str = "w") -> Path:
+    with tarfile.open(file, mode) as tar:
+        tar.add(folder, folder.name)
+    return file
+
+
+def pack_zip(folder: Path, file: Path) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in folder.rglob("*"):
+            archive.write(path, path.relative_to(folder.parent))
+    return file
+
+
+PETS = [("cat/1.png", "cat", None), ("cat/more/0.JPG", "cat", None), ("dog/2.png", "dog", None)]
+
+
+def test_folder_zip_and_tars_of_it_are_the_same_originals(folder: Path, tmp_path: Path) -> None:
+    sources = [
+        folder,
+        pack_zip(folder, tmp_path / "a.zip"),
+        pack_tar(folder, tmp_path / "a.tar"),
+        pack_tar(folder, tmp_path / "b.tar.gz", "w:gz"),
+        pack_tar(folder, tmp_path / "c.tgz", "w:gz"),
+        pack_tar(folder, tmp_path / "d.tar.xz", "w:xz"),
+    ]
+    for path in sources:
+        source = open_source(str(path))
+        listing = source.listing()
+        assert layout(source) == PETS
+        assert [Path(name).name for name in listing.ignored] == ["readme.txt"]
+        staged = source.staged(tmp_path / "staged.tar")
+        for item in listing.items:
+            picture, extra = staged.open(item)
+            expected = Image.open(folder / item.source)
+            assert np.array_equal(np.asarray(picture), np.asarray(expected))
+            assert extra == {}
+
+
+def test_splits_are_recognised_below_wrapping_folders(tmp_path: Path) -> None:
+    for name in ("afhq/train/cat/0.png", "afhq/train/dog/1.png", "afhq/test/cat/2.png"):
+        write_image(tmp_path / "data" / name)
+    assert layout(open_source(str(tmp_path / "data"))) == [
+        ("test/cat/2.png", "cat", "val"),
+        ("train/cat/0.png", "cat", "train"),
+        ("train/dog/1.png", "dog", "train"),
+    ]
+    write_image(tmp_path / "data/afhq/val/cat/3.png")
+    assert [split for *_, split in layout(open_source(str(tmp_path / "data")))] == ["test", "train", "train", "val"]
+    write_image(tmp_path / "data/afhq/extra/cat/4.png")
+    with pytest.raises(ValueError, match="has extra beside its splits"):
+        open_source(str(tmp_path / "data")).listing()
+
+
+def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
+    write_image(tmp_path / "train/0.png")
+    write_image(tmp_path / "plane/1.png")
+    assert open_source(str(tmp_path)).listing().classes == ("plane", "train")
+
+
+def test_images_without_class_folders_are_one_class_named_after_the_source(tmp_path: Path) -> None:
+    write_image(tmp_path / "whiskers" / "0.png")
+    assert layout(open_source(str(tmp_path / "whiskers"))) == [("0.png", "whiskers", None)]
+    packed = pack_tar(tmp_path / "whiskers", tmp_path / "mine.tar.gz", "w:gz")
+    assert layout(open_source(str(packed))) == [("whiskers/0.png", "whiskers", None)]
+
+
+def test_ambiguous_and_empty_sources_are_refused(folder: Path, tmp_path: Path) -> None:
+    write_image(folder / "stray.png")
+    with pytest.raises(ValueError, match=r"class folders, but stray\.png lies in none"):
+        open_source(str(folder)).listing()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no images"):
+        open_source(str(tmp_path / "empty")).listing()
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        open_source(str(tmp_path / "nowhere"))
+    (tmp_path / "notes.txt").write_text("no archive")
+    with pytest.raises(ValueError, match=r"notes\.txt is no folder, zip or tar"):
+        open_source(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+def test_truncated_archives_are_refused(folder: Path, tmp_path: Path, suffix: str, kept: float) -> None:
+    file = tmp_path / f"pets{suffix}"
+    if suffix == ".zip":
+        pack_zip(folder, file)
+    else:
+        pack_tar(folder, file, "w:gz" if suffix == ".tar.gz" else "w")
+    content = file.read_bytes().rstrip(b"\0")  # a tar this small is mostly padding
+    file.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(ValueError, match=r"pets\.(zip|tar|tar\.gz) is (damaged|no folder)"):
+        open_source(str(file)).listing()
+
+
+def test_a_compressed_tar_without_its_end_is_refused(folder: Path, tmp_path: Path) -> None:
+    plain = pack_tar(folder, tmp_path / "pets.tar").read_bytes().rstrip(b"\0")
+    plain += bytes(-len(plain) % 512)  # the last file is whole, the end mark is missing
+    (tmp_path / "pets.tar.gz").write_bytes(gzip.compress(plain))
+    source = open_source(str(tmp_path / "pets.tar.gz"))
+    assert len(source.listing().items) == 3
+    with pytest.raises(ValueError, match=r"staged\.tar is damaged"):
+        source.staged(tmp_path / "staged.tar")
+
+
+def test_linked_folders_are_read_and_loops_end(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "linked" / name).symlink_to(folder / name)
+    (folder / "cat" / "loop").symlink_to(folder / "cat")
+    assert layout(open_source(str(tmp_path / "linked"))) == PETS
+
+
+def write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray, compress: bool) -> None:
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        content = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+        name = f"{part}-{kind}-ubyte"
+        (folder / (name + ".gz" * compress)).write_bytes(gzip.compress(content) if compress else content)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_idx_files(tmp_path: Path, compress: bool) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    labels = np.array([3, 1, 4, 1, 5], dtype=np.uint8)
+    write_idx(tmp_path, "train", images, labels, compress)
+    with pytest.raises(FileNotFoundError, match="lacks t10k-labels-idx1-ubyte"):
+        open_source(str(tmp_path)).listing()
+    write_idx(tmp_path, "t10k", images[:2], labels[:2], compress)
+    source = open_source(str(tmp_path))
+    listing = source.listing()
+    assert listing.classes == tuple("0123456789")
+    assert [(item.split, item.label) for item in listing.items] == [
+        *(("train", label) for label in labels.tolist()),
+        ("val", 3),
+        ("val", 1),
+    ]
+    picture, _ = source.open(listing.items[4])
+    assert picture.mode == "L"
+    assert np.array_equal(np.asarray(picture), images[4])
+
+
+def test_damaged_idx_files_are_refused(tmp_path: Path) -> None:
+    images = np.zeros((4, 28, 28), dtype=np.uint8)
+    write_idx(tmp_path, "train", images, np.zeros(4, dtype=np.uint8), compress=False)
+    file = tmp_path / "train-images-idx3-ubyte"
+    content = file.read_bytes()
+    for damaged, message in (
+        (content[:-1], r"says \[4, 28, 28\] of itself but has 3,151 bytes"),
+        (content[:10], r"says \[4\] of itself"),
+        (b"", "magic number is missing, not 2051"),
+        (b"\x00\x00\x08\x01" + content[4:], "magic number is 2049, not 2051"),
+        (gzip.compress(content), "magic number is"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            read_idx(file, 3)
+    packed = tmp_path / "packed.gz"
+    packed.write_bytes(gzip.compress(os.urandom(500))[:300])
+    with pytest.raises(ValueError, match="no intact gzip file"):
+        read_idx(packed, 3)
+
+
+def test_idx_counts_and_labels_must_agree(tmp_path: Path) -> None:
+    images = np.zeros((4, 28, 28), dtype=np.uint8)
+    write_idx(tmp_path, "t10k", images, np.zeros(4, dtype=np.uint8), compress=True)
+    write_idx(tmp_path, "train", images, np.array([0, 1, 2], dtype=np.uint8), compress=True)
+    with pytest.raises(ValueError, match="train has 4 images and 3 labels"):
+        open_source(str(tmp_path)).listing()
+    write_idx(tmp_path, "train", images, np.array([0, 1, 2, 10], dtype=np.uint8), compress=True)
+    with pytest.raises(ValueError, match="labels up to 10"):
+        open_source(str(tmp_path)).listing()
+
+
+def recipe(size: int, channels: int = 3, crop: Crop = "center") -> Recipe:
+    return Recipe(size, channels, Encoding("png", None, None, crop=crop))
+
+
+def apply(picture: Image.Image, recipe: Recipe) -> np.ndarray:
+    return np.asarray(decode_picture(recipe.apply(picture)))
+
+
+def test_transparency_becomes_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    palette = Image.new("P", (4, 4), 0)
+    palette.info["transparency"] = 0
+    assert with_channels(clear, 3).getpixel((0, 0)) == (255, 255, 255)
+    assert with_channels(half, 3).getpixel((0, 0)) == (127, 127, 127)
+    assert with_channels(palette, 1).getpixel((0, 0)) == 255
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    encoded = io.BytesIO()
+    Image.fromarray(np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)).save(encoded, "PNG")
+    picture = decode_picture(encoded.getvalue())
+    assert np.asarray(with_channels(picture, 1)).tolist() == [[0, 100], [200, 255]]
+    assert np.asarray(with_channels(picture, 3)).shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "YCbCr", "RGBA", "RGB"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_mode_has_the_channels_asked_for(mode: str, channels: int) -> None:
+    picture = with_channels(Image.new("RGB", (2, 2), "white").convert(mode), channels)
+    assert picture.mode == ("L" if channels == 1 else "RGB")
+    assert np.all(np.asarray(picture) == 255)
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    with pytest.raises(ValueError, match="floating-point"):
+        with_channels(Image.new("F", (2, 2)), 3)
+
+
+def test_orientation_of_the_camera_is_applied() -> None:
+    upright = np.zeros((4, 4), dtype=np.uint8)
+    upright[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn by 90° clockwise to see it upright
+    encoded = io.BytesIO()
+    Image.fromarray(np.rot90(upright)).save(encoded, "PNG", exif=exif)
+    assert np.array_equal(apply(decode_picture(encoded.getvalue()), recipe(4, channels=1)), upright)
+
+
+def test_pictures_that_are_not_square() -> None:
+    wide = np.repeat(np.array([[1, 1, 2, 3, 4, 5, 5]], dtype=np.uint8), 4, axis=0)
+    picture = Image.fromarray(wide)
+    assert apply(picture, recipe(4, channels=1)).tolist() == [[1, 2, 3, 4]] * 4
+    padded = apply(picture, recipe(7, channels=1, crop="pad"))
+    assert padded[3].tolist() == wide[0].tolist()
+    assert padded[0].tolist() == padded[6].tolist() == [0] * 7
+    with pytest.raises(ValueError, match="7×4, not square; choose --crop"):
+        apply(picture, recipe(4, crop="none"))
+
+
+def test_shrinking_is_antialiased() -> None:
+    checks = np.indices((64, 64)).sum(axis=0) % 2 * 255
+    small = apply(Image.fromarray(checks.astype(np.uint8)), recipe(16, channels=1))
+    assert small.min() > 120
+    assert small.max() < 135
+
+
+@pytest.mark.parametrize("image_format", ["jpg", "png", "webp"])
+def test_nothing_but_pixels_is_kept(image_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "SECRET"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(encoded, "JPEG", exif=exif, icc_profile=profile, comment=b"SECRET")
+    encoding = Encoding(image_format, None if image_format == "png" else 95, None)
+    content = Recipe(8, 3, encoding).apply(decode_picture(encoded.getvalue()))
+    assert b"SECRET" not in content
+    assert decode_picture(content).info.keys().isdisjoint({"exif", "icc_profile", "comment"})
+
+
+def test_jpeg_keeps_the_full_resolution_of_colour() -> None:
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    sizes = {}
+    for quality in (50, 95):
+        picture = decode_picture(Recipe(16, 3, Encoding(quality=quality)).apply(colours))
+        assert [layer[1:3] for layer in picture.layer] == [(1, 1)] * 3
+        sizes[quality] = np.abs(np.asarray(picture).astype(int) - np.asarray(colours)).mean()
+    assert sizes[95] < sizes[50] < 60
+
+
+def test_files_that_are_no_images_say_so_without_an_address_in_memory() -> None:
+    with pytest.raises(ValueError, match="it is none of JPEG, PNG"):
+        decode_picture(b"not an image")
