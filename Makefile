@@ -56,7 +56,7 @@ format: setup
 	$(BIN)/ruff format $(SRC)
 
 bench: setup
-	$(BIN)/python tools/bench_train.py --json docs/bench_train.json
+	$(BIN)/python tools/bench_train.py
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache

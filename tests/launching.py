@@ -1,34 +1,64 @@
 """Starting commands the way a user does, from the root of the repository."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TWO_PROCESSES = ("-m", "accelerate.commands.launch", "--config_file", "launch/cpu2.yaml")
+LAUNCH = ("-m", "accelerate.commands.launch", "--config_file")
+TWO_PROCESSES = (*LAUNCH, "launch/cpu2.yaml")
+
+TINY = (
+    "--model.image-size", "16", "--model.base-channels", "16", "--model.channel-mult", "1", "2",
+    "--model.num-res-blocks", "1", "--model.latent-channels", "4", "--train.global-batch-size", "20",
+    "--optim.warmup-images", "40", "--log.every-steps", "2", "--log.num-pictures", "8",
+)  # fmt: skip
+"""A model for the 16×16 shards of conftest.py that takes a second an epoch."""
 
 
-def start(*arguments: object, two_processes: bool = False) -> subprocess.Popen[str]:
-    """Start `python ARGUMENTS`, or `accelerate launch` with two gloo processes, each on one thread."""
+def start(
+    *arguments: object,
+    two_processes: bool = False,
+    within: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Start `python ARGUMENTS`, or `accelerate launch` with two gloo processes, each on one thread.
+
+    `within` is a command that runs the one that follows it, such as `ip netns exec NAME`.
+    """
     # One thread each: two processes of two spinning threads on two cores take many times longer.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "VAETRAIN_TRACEBACK": "1"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "VAETRAIN_TRACEBACK": "1"} | dict(environment or {})
     prefix = [*TWO_PROCESSES, "--main_process_port", str(free_port())] if two_processes else []
     return subprocess.Popen(
-        [sys.executable, *prefix, *map(str, arguments)],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*within, sys.executable, *prefix, *map(str, arguments)],
+        cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
-    """Wait for a started command; past the timeout it is ended and the test fails."""
+    """Wait for a started command; past the timeout it is ended, with all that it started, and the test fails."""
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        stdout, stderr = process.communicate()
+    except BaseException as error:  # also Ctrl-C, which no longer reaches a process in a session of its own
+        stdout, stderr = end(process)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         raise AssertionError(f"{process.args} took more than {timeout_s} s\n{stdout}\n{stderr}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a started command, if it still runs, and all that it started; returns what it had written."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, signal_number)  # at SIGTERM torchrun ends its workers, which are in groups of their own
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=10)
+    raise AssertionError(f"{process.args} left processes behind that still write")
 
 
 def run(*arguments: object, two_processes: bool = False) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,7 @@ from vaetrain.model.likelihood import (
     LogisticMixture,
     PixelGaussian,
     build_likelihood,
+    from_uint8,
     soft_lower_bound,
 )
 
@@ -48,7 +49,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def random_images(likelihood: Likelihood, *shape: int, seed: int = 0) -> Tensor:
     levels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return likelihood.from_uint8(levels)
+    return from_uint8(levels, likelihood.pixel_range)
 
 
 def of_one_pixel(likelihood: Likelihood, params: list[float], x: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def test_densities_integrate_to_one(name, mean, scale_param):
 @pytest.mark.parametrize("mean", [-1e4, -1.3, -1.0, 0.004, 0.7, 40.0])
 def test_the_256_levels_of_a_discretized_logistic_sum_to_one(mean, scale_param):
     likelihood = build("discretized-logistic")
-    log_prob = of_one_pixel(likelihood, [mean, scale_param], likelihood.from_uint8(LEVELS))
+    log_prob = of_one_pixel(likelihood, [mean, scale_param], from_uint8(LEVELS, likelihood.pixel_range))
     assert log_prob.dtype == torch.float32
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -104,7 +105,7 @@ def test_the_256_levels_of_logistic_mixtures_sum_to_one():
     likelihood = build("logistic-mixture")
     for spread in (0.5, 3.0, 30.0):
         for params in spread * draw(20, 9):
-            log_prob = of_one_pixel(likelihood, params.tolist(), likelihood.from_uint8(LEVELS))
+            log_prob = of_one_pixel(likelihood, params.tolist(), from_uint8(LEVELS, likelihood.pixel_range))
             assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -144,7 +145,7 @@ def test_bernoulli_agrees_with_torch_distributions_and_is_an_expectation_for_gre
 def test_level_probabilities_agree_with_differences_of_the_logistic_cdf(name):
     likelihood = build(name)
     for params in draw(10, likelihood.params_per_channel):
-        got = of_one_pixel(likelihood, params.tolist(), likelihood.from_uint8(LEVELS)).exp()
+        got = of_one_pixel(likelihood, params.tolist(), from_uint8(LEVELS, likelihood.pixel_range)).exp()
         expected = pixels_of_mixture(likelihood, params.reshape(1, -1, 1, 1))[0]
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-9)
 
@@ -152,7 +153,7 @@ def test_level_probabilities_agree_with_differences_of_the_logistic_cdf(name):
 def test_levels_in_the_far_tail_keep_their_probability():
     # sigmoid(u) − sigmoid(l) rounds to 0 in float32 from some 17 scales on, and its logarithm would be −∞.
     likelihood = build("discretized-logistic")
-    near, far = of_one_pixel(likelihood, [0.9, -1e4], likelihood.from_uint8(LEVELS)[[40, 41]].flip(0))
+    near, far = of_one_pixel(likelihood, [0.9, -1e4], from_uint8(LEVELS, likelihood.pixel_range)[[40, 41]].flip(0))
     assert near - far == pytest.approx(BIN_WIDTH / math.exp(MIN_LOG_SIGMA - 0.6), rel=1e-3)
 
 
@@ -191,7 +192,7 @@ def test_extreme_bf16_parameters_stay_finite_and_so_do_their_gradients(name):
     values = torch.cartesian_prod(*[torch.tensor([-1e4, 0.0, 1e4])] * min(k, 6)).reshape(-1, min(k, 6))
     values = torch.nn.functional.pad(values, (0, k - values.shape[1]))
     params = values[:, :, None, None].expand(-1, -1, 1, 3).bfloat16().requires_grad_()
-    x = likelihood.from_uint8(LEVELS[[0, 100, 255]]).reshape(1, 1, 1, 3).expand(len(values), 1, 1, 3)
+    x = from_uint8(LEVELS[[0, 100, 255]], likelihood.pixel_range).reshape(1, 1, 1, 3).expand(len(values), 1, 1, 3)
     log_prob = likelihood.log_prob(params, x)
     assert log_prob.isfinite().all()
     (gradient,) = torch.autograd.grad(log_prob.sum(), params)
@@ -215,7 +216,7 @@ def test_the_mean_of_a_density_is_its_expectation(name):
 def test_the_mean_of_the_levels_is_their_expectation(name):
     likelihood = build(name)
     params = 2 * draw(200, likelihood.params_per_channel, 1, 1)
-    expected = pixels_of_mixture(likelihood, params) @ likelihood.from_uint8(LEVELS).flatten().double()
+    expected = pixels_of_mixture(likelihood, params) @ from_uint8(LEVELS, likelihood.pixel_range).flatten().double()
     torch.testing.assert_close(likelihood.mean(params).flatten().double(), expected, rtol=0, atol=1e-4)
 
 
@@ -223,7 +224,7 @@ def test_the_mean_of_the_narrowest_logistic_is_within_a_quarter_of_a_level():
     likelihood = build("discretized-logistic")
     means = torch.linspace(-1.1, 1.1, 500)
     params = torch.stack([means, torch.full_like(means, -1e4)], dim=1)[:, :, None, None]
-    expected = pixels_of_mixture(likelihood, params) @ likelihood.from_uint8(LEVELS).flatten().double()
+    expected = pixels_of_mixture(likelihood, params) @ from_uint8(LEVELS, likelihood.pixel_range).flatten().double()
     torch.testing.assert_close(likelihood.mean(params).flatten().double(), expected, rtol=0, atol=BIN_WIDTH / 4)
 
 
@@ -276,7 +277,7 @@ def test_only_a_learned_sigma_is_a_parameter_and_neither_fixed_one_is_saved():
 @pytest.mark.parametrize("name", ALL)
 def test_levels_survive_the_pixel_range(name):
     likelihood = build(name)
-    x = likelihood.from_uint8(LEVELS)
+    x = from_uint8(LEVELS, likelihood.pixel_range)
     assert (x.min().item(), x.max().item()) == pytest.approx(likelihood.pixel_range)
     assert likelihood.to_uint8(x).equal(LEVELS)
     torch.testing.assert_close(likelihood.to_unit(x), LEVELS / 255)

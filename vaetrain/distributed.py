@@ -19,7 +19,7 @@ TIMEOUT = timedelta(minutes=10)
 def start(precision: str = "fp32", *, log_with: Sequence[str] = (), project_dir: Path | None = None) -> Accelerator:
     """Join the processes that `accelerate launch` (or torchrun) started, or run alone; call once, first.
 
-    On a machine without a GPU the processes talk through gloo. Raises RuntimeError when the launcher announced more
+    On a machine without a GPU the processes talk through gloo. Raises ValueError when the launcher announced more
     processes than joined, which Accelerate would pass over in silence, every process believing it is alone.
     """
     if precision == "fp16" and not torch.cuda.is_available():
@@ -34,7 +34,7 @@ def start(precision: str = "fp32", *, log_with: Sequence[str] = (), project_dir:
     )
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if announced != accelerator.num_processes:
-        raise RuntimeError(
+        raise ValueError(
             f"the launcher announced {announced} processes (WORLD_SIZE) but {accelerator.num_processes} joined; start with "
             "`accelerate launch --config_file launch/cpu2.yaml …` (or gpu1, node8, multinode) or `torchrun`"
         )

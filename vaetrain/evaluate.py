@@ -78,7 +78,8 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     data = RunDirectory.open(config.run).config().data
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
-    val_reader = open_reader(data, "val", device=accelerator.device)
+    sharing = distributed.processes_per_node()
+    val_reader = open_reader(data, "val", device=accelerator.device, processes_per_node=sharing)
     vae.config.check_images(val_reader.manifest.image_size, val_reader.manifest.channels)
     val_scores = validate(vae, val_reader, accelerator, config.batch_size, config.seed)
     record: dict[str, Any] = {
@@ -115,7 +116,7 @@ def generation_scores(vae: VAE, data: DataConfig, config: EvaluateConfig, accele
     if config.fid.weights is None:
         return {"eval/fid": None, "eval/fid_reason": f"no Inception weights were given. {HOW_TO_GET_WEIGHTS}"}
     extractor = FeatureExtractor(config.fid.weights, accelerator.device)
-    reader = open_reader(data, "train", device=accelerator.device)
+    reader = open_reader(data, "train", device=accelerator.device, processes_per_node=distributed.processes_per_node())
     num_images = config.fid.num_images
     if reader.num_images < num_images:
         raise ValueError(

@@ -215,7 +215,8 @@ class Tracker:
         val = scores["val"]
         bound = "" if val.elbo_nats is None else f"ELBO {val.elbo_nats:,.1f} nats  {val.bits_per_dim:.3f} bits/dim  "
         self.say(
-            f"epoch {progress.images_seen / self.images_per_epoch:g}  validation  {bound}PSNR {val.psnr_db:.2f} dB"
+            f"epoch {progress.images_seen / self.images_per_epoch:g}  validation  {bound}PSNR {val.psnr_db:.2f} dB",
+            above_bar=True,
         )
 
     def write(self, split: str, progress: Progress, record: Mapping[str, Any]) -> None:
@@ -232,10 +233,12 @@ class Tracker:
         numbers = {key: value for key, value in (place | record).items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=progress.step)
 
-    def say(self, line: str) -> None:
-        """A plain line where there is no terminal to draw a progress bar on."""
+    def say(self, line: str, *, above_bar: bool = False) -> None:
+        """A plain line where there is no terminal to draw a progress bar on, or where it may stand above the bar."""
         if self.accelerator.is_main_process and self.bar.disable:
             print(line, flush=True)
+        elif above_bar:
+            self.bar.write(line)
 
     def close(self) -> None:
         """End the progress bar."""

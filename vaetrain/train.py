@@ -25,6 +25,7 @@ from vaetrain.data.order import BatchLayout
 from vaetrain.data.reader import open_reader
 from vaetrain.metrics.validation import validate
 from vaetrain.model.autoencoder import VAE
+from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.config import beta_at
 from vaetrain.objective.elbo import negative_elbo, rate
 from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_rate_at
@@ -127,7 +128,7 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
             pixels = batch.images.to(device, non_blocking=True)  # uint8 until here
             if config.data.horizontal_flip:
                 pixels = torch.where(mirror[part][:, None, None, None], pixels.flip(-1), pixels)
-            x = vae.from_uint8(pixels).contiguous(memory_format=torch.channels_last)
+            x = from_uint8(pixels, vae.likelihood.pixel_range).contiguous(memory_format=torch.channels_last)
             with contextlib.nullcontext() if number == layout.grad_accum_steps else accelerator.no_sync(model):
                 terms = model(x, noise[part])
                 loss = negative_elbo(terms.distortion, terms.kl, beta, config.objective.free_bits).sum()
@@ -164,6 +165,8 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
             tracker.log_training(progress, interval, performance, beta=beta, lr=lr)
             stop_if_diverged(interval, progress, config)
 
+    for reader in (train_reader, val_reader):
+        reader.close()
     if accelerator.is_main_process:
         tracker.close()
         print(f"{progress.images_seen:,} images trained; run written to {run.path}")

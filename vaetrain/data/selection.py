@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,7 +91,7 @@ class Selection:
     @property
     def decoded_bytes(self) -> int:
         """Size of all images as uint8 pixels, in bytes."""
-        return self.num_images * int(np.prod(self.image_shape))
+        return self.num_images * math.prod(self.image_shape)
 
     def shard_of(self, position: int) -> Shard:
         """The shard that holds an image."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vaetrain.model.blocks import Attention, Downsample, ResBlock, Upsample, group_norm
 from vaetrain.model.config import ModelConfig
-from vaetrain.model.likelihood import build_likelihood
+from vaetrain.model.likelihood import build_likelihood, from_uint8
 from vaetrain.model.posterior import DiagonalGaussian, PointMass, Posterior
 from vaetrain.model.prior import sample_standard_normal
 
@@ -161,7 +161,7 @@ class VAE(nn.Module):
 
     def from_uint8(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Stored images as the floats this model is trained on."""
-        return self.likelihood.from_uint8(images)
+        return from_uint8(images, self.likelihood.pixel_range)
 
     def reconstruct(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Decode the posterior's mode; images in and out in the pixel range."""

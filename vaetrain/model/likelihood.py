@@ -44,6 +44,12 @@ def soft_lower_bound(x: Tensor, bound: float) -> Tensor:
     return bound + F.softplus(x - bound)
 
 
+def from_uint8(images: UInt8[Tensor, "b c h w"], pixel_range: tuple[float, float]) -> Float[Tensor, "b c h w"]:
+    """Stored images as float32; level 0 becomes the lower and level 255 the upper end of `pixel_range`."""
+    low, high = pixel_range
+    return images.float() * ((high - low) / 255) + low
+
+
 class Likelihood(nn.Module, ABC):
     """p(x|z) of an image x whose pixels lie in `pixel_range`."""
 
@@ -59,11 +65,6 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
         """E[x|z], clamped to the pixel range: the reconstruction or sample that is shown and scored."""
-
-    def from_uint8(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Stored images as float32 in the pixel range; level 0 is its lower and level 255 its upper end."""
-        low, high = self.pixel_range
-        return images.float() * ((high - low) / 255) + low
 
     def to_unit(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """From the pixel range to [0, 1], where MSE, PSNR and SSIM are defined."""

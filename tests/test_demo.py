@@ -1,0 +1,48 @@
+"""`make demo` in small: its own commands, on fewer faces and for fewer steps."""
+
+import json
+import shlex
+import subprocess
+
+import pytest
+from launching import ROOT, succeed
+from PIL import Image
+
+import vaetrain
+
+FEWER = {"--num-images 3000 --val-count 300": "--num-images 72 --val-count 8", "--num-images 200": "--num-images 10"}
+SHORTER = "--train.num-images 64 --train.val-every-epochs 1 --log.every-steps 1 --log.num-pictures 4"
+
+
+def demo_commands(folder):
+    """What `make demo` would run, with its folders under `folder` and its numbers made small."""
+    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = recipe.replace("\\\n", " ")
+    for before, after in FEWER.items():
+        assert before in recipe
+        recipe = recipe.replace(before, after)
+    recipe = recipe.replace("datasets/faces64", f"{folder}/faces64").replace("runs/demo", f"{folder}/run")
+    scripts = [line for line in recipe.splitlines() if "vaetrain/" in line or "tools/" in line]
+    for line in scripts:
+        words = shlex.split(line)
+        first = next(number for number, word in enumerate(words) if word.startswith(("vaetrain/", "tools/")))
+        yield words[first:]
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_end_to_end(tmp_path):
+    commands = list(demo_commands(tmp_path))
+    assert [command[0] for command in commands] == [
+        "tools/make_shards.py", "vaetrain/train.py", "vaetrain/evaluate.py", "vaetrain/sample.py", "tools/export.py",
+    ]  # fmt: skip
+    for command in commands:
+        if command[0] == "vaetrain/train.py":
+            own = ["--run-dir", tmp_path / "run", "--data.train", tmp_path / "faces64"]
+            command = [*command, *own, *SHORTER.split()]
+        assert str(tmp_path) in succeed(*command).splitlines()[-1], "the last line says where the output is"
+    for name in ("losses", "kl", "reconstructions", "samples", "interpolations"):
+        with Image.open(tmp_path / "run" / "figures" / f"{name}.png") as picture:
+            assert len(set(picture.convert("RGB").resize((32, 32)).getdata())) > 10, f"{name}.png is blank"
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["val/ssim"] <= 1
+    assert json.loads((tmp_path / "run" / "samples" / "manifest.json").read_text())["count"] == 10
+    assert vaetrain.load(tmp_path / "run" / "export").sample(2).shape == (2, 3, 64, 64)

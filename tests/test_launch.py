@@ -1,0 +1,247 @@
+"""The files of launch/: what accelerate and Slurm make of them, and training as they start it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import uuid
+from unittest.mock import patch
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from launching import LAUNCH, ROOT, TINY, end, finish, start
+from safetensors.torch import load_file
+
+from vaetrain import distributed
+from vaetrain.checkpoint import list_checkpoints
+
+SBATCH = ROOT / "launch" / "slurm.sbatch"
+IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "num_machines", "num_processes"),
+    [("gpu1", "NO", 1, 1), ("cpu2", "MULTI_GPU", 1, 2), ("node8", "MULTI_GPU", 1, 8), ("multinode", "MULTI_GPU", 2, 16)],
+)
+def test_accelerate_reads_every_file(name, kind, num_machines, num_processes):
+    assert len(list((ROOT / "launch").glob("*.yaml"))) == 4
+    config = load_config_from_file(str(ROOT / "launch" / f"{name}.yaml"))
+    assert (config.distributed_type.value, config.num_machines, config.num_processes) == (
+        kind, num_machines, num_processes,
+    )  # fmt: skip
+    # "all" and not a list of ids, which would be wrong on every machine but one; no CPU where there are GPUs; and the
+    # precision is the run's to choose.
+    assert (config.gpu_ids or "all", config.use_cpu, config.mixed_precision) == ("all", False, "no")
+
+
+def told_torchrun(arguments):
+    """What `accelerate launch ARGUMENTS` asks torchrun for: machines, processes on each, and this machine's number."""
+    with patch("torch.distributed.run.run") as torchrun:
+        launch_command(launch_command_parser().parse_args(arguments))
+    return torchrun.call_args.args[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nodes", "processes_per_node"),
+    [
+        (["launch/cpu2.yaml"], "1", "2"),
+        (["launch/node8.yaml"], "1", "8"),
+        (["launch/node8.yaml", "--num_processes", "4"], "1", "4"),
+        (["launch/multinode.yaml", "--num_machines", "4", "--num_processes", "32", "--machine_rank", "3"], "4", "8"),
+    ],
+)
+def test_processes_that_each_file_starts(monkeypatch, arguments, nodes, processes_per_node):
+    monkeypatch.chdir(ROOT)
+    asked = told_torchrun(["--config_file", *arguments, "vaetrain/train.py"])
+    assert (asked.nnodes, asked.nproc_per_node) == (nodes, processes_per_node)
+
+
+def train_tiny(shards, run_dir):
+    return ("vaetrain/train.py", "--data.train", shards, *TINY, "--train.epochs", 1, "--run-dir", run_dir)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces that see each other through a virtual cable only, as two machines would."""
+    if IP is None:
+        pytest.skip("two hosts need the command ip (Debian: apt-get install iproute2)")
+    if os.geteuid() != 0:
+        pytest.skip("two hosts need root, to make network namespaces")
+    names = [f"vaetrain-{uuid.uuid4().hex[:8]}-{rank}" for rank in range(2)]
+    made = []
+    try:
+        for name in names:
+            result = subprocess.run([IP, "netns", "add", name], capture_output=True, text=True)
+            if result.returncode != 0:
+                pytest.skip(f"two hosts need network namespaces, which root may not make here: {result.stderr.strip()}")
+            made.append(name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for rank, name in enumerate(names):
+            ip("-n", name, "address", "add", f"10.213.77.{rank + 1}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in made:
+            for pid in ip("netns", "pids", name).split():
+                os.kill(int(pid), 9)
+            ip("netns", "delete", name)
+
+
+def ip(*arguments):
+    return subprocess.run([IP, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def bytes_sent(host):
+    return json.loads(ip("-n", host, "-s", "-j", "link", "show", "cable"))[0]["stats64"]["tx"]["bytes"]
+
+
+def training_losses(run_dir):
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["train/loss"] for record in records if record["split"] == "train"}
+
+
+def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
+    """launch/multinode.yaml on two hosts with a shared run directory, against launch/gpu1.yaml on the same images."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    processes = [start(*LAUNCH, "launch/gpu1.yaml", *train_tiny(tiny_shards, alone))]
+    for rank, host in enumerate(hosts):
+        processes.append(
+            start(
+                *LAUNCH, "launch/multinode.yaml", "--num_machines", 2, "--num_processes", 2, "--machine_rank", rank,
+                "--main_process_ip", "10.213.77.1", "--main_process_port", 29500, *train_tiny(tiny_shards, together),
+                within=(IP, "netns", "exec", host),
+                # gloo would look for the address of the host's name, which both namespaces share; NCCL looks for itself.
+                environment={"GLOO_SOCKET_IFNAME": "cable"},
+            )
+        )  # fmt: skip
+    try:
+        for process in processes:
+            result = finish(process, timeout_s=50)
+            assert result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
+    finally:
+        for process in processes:
+            end(process)
+    for run_dir, num_processes in ((alone, 1), (together, 2)):
+        assert json.loads((run_dir / "provenance.json").read_text())["num_processes"] == num_processes
+    assert len(list(tmp_path.rglob("metrics.jsonl"))) == 2
+    assert list(training_losses(together)) == [2, 4, 5]
+    assert training_losses(together) == pytest.approx(training_losses(alone), rel=1e-5)
+    # The gradients of all five steps went over the cable, in both directions.
+    weights = load_file(list_checkpoints(together / "checkpoints")[-1] / "model.safetensors")
+    gradient_bytes = 5 * sum(tensor.nbytes for tensor in weights.values())
+    assert min(map(bytes_sent, hosts)) > gradient_bytes
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A folder to submit from, with stand-ins for Slurm's commands and for accelerate that write down what they are told."""
+    commands = {
+        "bin/scontrol": """
+            [[ "$*" == "show hostnames gpu[07-09]" ]] && printf 'gpu%s\\n' 07 08 09""",
+        "bin/srun": """
+            while [[ $1 == --* ]]; do echo "$1" >> "$RECORDS/srun"; shift; done
+            for ((node = 0; node < SLURM_NNODES; node++)); do SLURM_NODEID=$node "$@" || exit; done""",
+        "checkout/.venv/bin/accelerate": """
+            printf '%s\\0' "$PWD" "$OMP_NUM_THREADS" "$@" > "$RECORDS/node$SLURM_NODEID" """,
+    }
+    for name, script in commands.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/usr/bin/env bash{script}\n")
+        file.chmod(0o755)
+    (tmp_path / "records").mkdir()
+    return tmp_path
+
+
+def submit(cluster, *arguments, **variables):
+    """Run slurm.sbatch as Slurm does: a copy of it, on the first node, with these variables set."""
+    spooled = shutil.copy(SBATCH, cluster / "slurm_script")
+    environment = {
+        "PATH": f"{cluster}/bin:{os.environ['PATH']}", "RECORDS": f"{cluster}/records",
+        "SLURM_SUBMIT_DIR": f"{cluster}/checkout", "SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "gpu[07-09]",
+        "SLURM_NNODES": "3", "SLURM_CPUS_PER_TASK": "32", "SLURM_GPUS_ON_NODE": "4", **variables,
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", spooled, *arguments], cwd=cluster, env={k: v for k, v in environment.items() if v is not None},
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+
+
+def test_slurm_starts_one_launcher_on_every_node(cluster, monkeypatch):
+    training = ["vaetrain/train.py", "--config", "configs/a b.yaml", "--run-dir", "runs/$HOME; \"x\" 'y' *", ""]
+    result = submit(cluster, *training)
+    assert result.returncode == 0, result.stderr
+    assert (cluster / "records" / "srun").read_text().split() == ["--kill-on-bad-exit=1", "--cpus-per-task=32"]
+    monkeypatch.chdir(ROOT)
+    for rank in range(3):
+        folder, threads, *told = (cluster / "records" / f"node{rank}").read_text().removesuffix("\0").split("\0")
+        assert (folder, threads) == (f"{cluster}/checkout", "8")
+        assert told == [
+            "launch", "--config_file", "launch/multinode.yaml", "--num_machines", "3", "--num_processes", "12",
+            "--machine_rank", str(rank), "--main_process_ip", "gpu07", "--main_process_port", "24567", *training,
+        ]  # fmt: skip
+        asked = told_torchrun(told[1:])
+        assert (asked.nnodes, asked.nproc_per_node, asked.node_rank) == ("3", "4", rank)
+        assert (asked.rdzv_backend, asked.master_addr, asked.master_port) == ("static", "gpu07", "24567")
+        assert [asked.training_script, *asked.training_script_args] == training
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("SLURM_SUBMIT_DIR", "start this with sbatch"), ("SLURM_GPUS_ON_NODE", "Slurm gave this job no GPUs")],
+)
+def test_slurm_script_says_what_is_missing(cluster, missing, message):
+    result = submit(cluster, "vaetrain/train.py", **{missing: None})
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not list((cluster / "records").iterdir())
+
+
+def test_slurm_script_stops_when_a_command_fails(cluster):
+    assert submit(cluster, "vaetrain/train.py", SLURM_JOB_NODELIST="other").returncode != 0
+    assert not list((cluster / "records").iterdir())
+    (cluster / "checkout" / ".venv" / "bin" / "accelerate").write_text("#!/usr/bin/env bash\nexit 7\n")
+    assert submit(cluster, "vaetrain/train.py").returncode == 7
+
+
+def test_a_cluster_user_edits_two_lines():
+    text = SBATCH.read_text()
+    assert subprocess.run(["bash", "-n", SBATCH], capture_output=True).returncode == 0
+    assert [line.split("=")[0] for line in text.splitlines() if "EDIT" in line] == ["#SBATCH --partition", "VENV"]
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", text, re.MULTILINE))
+    assert options["ntasks-per-node"] == "1"  # the launcher starts the processes, Slurm only the launcher
+    assert options.keys() >= {"nodes", "gpus-per-node", "cpus-per-task", "time"}
+    first_command = next(line for line in text.splitlines() if line and not line.startswith("#"))
+    assert "#SBATCH" not in text.partition(first_command)[2]  # sbatch would not read it
+
+
+@pytest.fixture
+def announced(monkeypatch):
+    """Set the variables of a launcher; the process forgets them, and what Accelerate made of them, afterwards."""
+    with patch.dict(os.environ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield os.environ.update
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU here, Accelerate would wait for the other process")
+@pytest.mark.parametrize("variables", [{}, {"RANK": "1", "LOCAL_RANK": "1"}], ids=["by hand", "by a launcher"])
+def test_nobody_trains_alone_who_was_announced_as_one_of_two(announced, monkeypatch, variables):
+    """Where Accelerate says "rank 0 of 1": without cpu=True, as on a machine with GPUs, or in its older versions."""
+    monkeypatch.setattr(distributed, "Accelerator", lambda cpu, **options: Accelerator(**options))
+    announced({"WORLD_SIZE": "2", **variables})
+    with pytest.raises(ValueError, match=r"announced 2 processes \(WORLD_SIZE\) but 1 joined; start with `accelerate"):
+        distributed.start()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's error message")
+def test_on_the_cpu_accelerate_itself_refuses_half_a_launch(announced):
+    announced({"WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        distributed.start()
