@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launching import TINY
 from PIL import Image
 
 from vaetrain.data.shard_plan import ShardingConfig
@@ -39,3 +40,28 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_gray_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 grayscale PNGs of 16×16 in 4 shards, for training only. Do not write."""
     return _make(tmp_path_factory.mktemp("tiny_gray"), 40, channels=1, gray=True, format="png")
+
+
+@pytest.fixture(scope="session")
+def accelerator():
+    """This process alone, in fp32."""
+    from vaetrain import distributed
+
+    return distributed.start()
+
+
+@pytest.fixture
+def train_tiny(tiny_shards, accelerator, tmp_path):
+    """Train the tiny model in this process; arguments are further command-line arguments."""
+    from vaetrain.command_line import parse
+    from vaetrain.config import Config
+    from vaetrain.train import train
+
+    def run_training(*arguments: object, run_dir: str = "run", epochs: int = 2) -> Path:
+        own = ["--data.train", tiny_shards, "--train.epochs", epochs, "--run-dir", tmp_path / run_dir]
+        config = parse(Config, None, [str(argument) for argument in (*TINY, *own, *arguments)])
+        train(config, accelerator)
+        accelerator.free_memory()
+        return config.run_dir
+
+    return run_training

@@ -12,6 +12,9 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ("-m", "accelerate.commands.launch", "--config_file")
 TWO_PROCESSES = (*LAUNCH, "launch/cpu2.yaml")
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""For several processes on a machine that may have a single GPU, which NCCL does not let them share."""
+
 TINY = (
     "--model.image-size", "16", "--model.base-channels", "16", "--model.channel-mult", "1", "2",
     "--model.num-res-blocks", "1", "--model.latent-channels", "4", "--train.global-batch-size", "20",
@@ -32,7 +35,10 @@ def start(
     """
     # One thread each: two processes of two spinning threads on two cores take many times longer.
     variables = os.environ | {"OMP_NUM_THREADS": "1", "VAETRAIN_TRACEBACK": "1"} | dict(environment or {})
-    prefix = [*TWO_PROCESSES, "--main_process_port", str(free_port())] if two_processes else []
+    prefix: list[str] = []
+    if two_processes:
+        prefix = [*TWO_PROCESSES, "--main_process_port", str(free_port())]
+        variables |= NO_GPU
     return subprocess.Popen(
         [*within, sys.executable, *prefix, *map(str, arguments)],
         cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -55,7 +61,8 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
     """End a started command, if it still runs, and all that it started; returns what it had written."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
-            os.killpg(process.pid, signal_number)  # at SIGTERM torchrun ends its workers, which are in groups of their own
+            # At SIGTERM torchrun ends its workers, which are in process groups of their own.
+            os.killpg(process.pid, signal_number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=10)
     raise AssertionError(f"{process.args} left processes behind that still write")

@@ -1,10 +1,13 @@
 """The files of launch/: what accelerate and Slurm make of them, and training as they start it."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 import uuid
 from unittest.mock import patch
 
@@ -14,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from launching import LAUNCH, ROOT, TINY, end, finish, start
+from launching import LAUNCH, NO_GPU, ROOT, TINY, end, finish, start
 from safetensors.torch import load_file
+from torch.distributed.run import config_from_args
 
 from vaetrain import distributed
 from vaetrain.checkpoint import list_checkpoints
@@ -26,7 +30,12 @@ IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 @pytest.mark.parametrize(
     ("name", "kind", "num_machines", "num_processes"),
-    [("gpu1", "NO", 1, 1), ("cpu2", "MULTI_GPU", 1, 2), ("node8", "MULTI_GPU", 1, 8), ("multinode", "MULTI_GPU", 2, 16)],
+    [
+        ("gpu1", "NO", 1, 1),
+        ("cpu2", "MULTI_GPU", 1, 2),
+        ("node8", "MULTI_GPU", 1, 8),
+        ("multinode", "MULTI_GPU", 2, 16),
+    ],
 )
 def test_accelerate_reads_every_file(name, kind, num_machines, num_processes):
     assert len(list((ROOT / "launch").glob("*.yaml"))) == 4
@@ -39,26 +48,29 @@ def test_accelerate_reads_every_file(name, kind, num_machines, num_processes):
     assert (config.gpu_ids or "all", config.use_cpu, config.mixed_precision) == ("all", False, "no")
 
 
-def told_torchrun(arguments):
-    """What `accelerate launch ARGUMENTS` asks torchrun for: machines, processes on each, and this machine's number."""
+def told_torchrun(monkeypatch, arguments):
+    """What `accelerate launch ARGUMENTS`, called in the repository's root, makes torchrun start, and the command line."""
+    monkeypatch.chdir(ROOT)
     with patch("torch.distributed.run.run") as torchrun:
         launch_command(launch_command_parser().parse_args(arguments))
-    return torchrun.call_args.args[0]
+    config, _, command = config_from_args(torchrun.call_args.args[0])
+    assert config.min_nodes == config.max_nodes
+    return config, command
 
 
 @pytest.mark.parametrize(
-    ("arguments", "nodes", "processes_per_node"),
+    ("arguments", "num_machines", "processes_per_machine"),
     [
-        (["launch/cpu2.yaml"], "1", "2"),
-        (["launch/node8.yaml"], "1", "8"),
-        (["launch/node8.yaml", "--num_processes", "4"], "1", "4"),
-        (["launch/multinode.yaml", "--num_machines", "4", "--num_processes", "32", "--machine_rank", "3"], "4", "8"),
+        ("launch/cpu2.yaml", 1, 2),
+        ("launch/node8.yaml", 1, 8),
+        ("launch/node8.yaml --num_processes 4", 1, 4),
+        ("launch/multinode.yaml --num_machines 4 --num_processes 32 --machine_rank 3", 4, 8),
+        ("launch/multinode.yaml --num_machines 1 --num_processes 1", 1, 1),  # sbatch --nodes=1 --gpus-per-node=1
     ],
 )
-def test_processes_that_each_file_starts(monkeypatch, arguments, nodes, processes_per_node):
-    monkeypatch.chdir(ROOT)
-    asked = told_torchrun(["--config_file", *arguments, "vaetrain/train.py"])
-    assert (asked.nnodes, asked.nproc_per_node) == (nodes, processes_per_node)
+def test_processes_that_each_file_starts(monkeypatch, arguments, num_machines, processes_per_machine):
+    config, _ = told_torchrun(monkeypatch, ["--config_file", *arguments.split(), "vaetrain/train.py"])
+    assert (config.min_nodes, config.nproc_per_node) == (num_machines, processes_per_machine)
 
 
 def train_tiny(shards, run_dir):
@@ -76,21 +88,26 @@ def hosts():
     made = []
     try:
         for name in names:
-            result = subprocess.run([IP, "netns", "add", name], capture_output=True, text=True)
-            if result.returncode != 0:
-                pytest.skip(f"two hosts need network namespaces, which root may not make here: {result.stderr.strip()}")
+            ip("netns", "add", name)
             made.append(name)
         ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
         for rank, name in enumerate(names):
             ip("-n", name, "address", "add", f"10.213.77.{rank + 1}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 ip("-n", name, "link", "set", device, "up")
-        yield names
-    finally:
-        for name in made:
-            for pid in ip("netns", "pids", name).split():
-                os.kill(int(pid), 9)
-            ip("netns", "delete", name)
+    except subprocess.CalledProcessError as error:
+        remove_hosts(made)
+        pytest.skip(f"two hosts need network namespaces, which cannot be made here: {error.stderr.strip()}")
+    yield names
+    remove_hosts(made)
+
+
+def remove_hosts(names):
+    for name in names:
+        for pid in ip("netns", "pids", name).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        ip("netns", "delete", name)
 
 
 def ip(*arguments):
@@ -103,13 +120,13 @@ def bytes_sent(host):
 
 def training_losses(run_dir):
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {record["step"]: record["train/loss"] for record in records if record["split"] == "train"}
+    return [(record["step"], record["train/loss"]) for record in records if record["split"] == "train"]
 
 
 def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
     """launch/multinode.yaml on two hosts with a shared run directory, against launch/gpu1.yaml on the same images."""
     alone, together = tmp_path / "alone", tmp_path / "together"
-    processes = [start(*LAUNCH, "launch/gpu1.yaml", *train_tiny(tiny_shards, alone))]
+    processes = [start(*LAUNCH, "launch/gpu1.yaml", *train_tiny(tiny_shards, alone), environment=NO_GPU)]
     for rank, host in enumerate(hosts):
         processes.append(
             start(
@@ -117,12 +134,13 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
                 "--main_process_ip", "10.213.77.1", "--main_process_port", 29500, *train_tiny(tiny_shards, together),
                 within=(IP, "netns", "exec", host),
                 # gloo would look for the address of the host's name, which both namespaces share; NCCL looks for itself.
-                environment={"GLOO_SOCKET_IFNAME": "cable"},
+                environment=NO_GPU | {"GLOO_SOCKET_IFNAME": "cable"},
             )
         )  # fmt: skip
+    deadline = time.monotonic() + 100
     try:
         for process in processes:
-            result = finish(process, timeout_s=50)
+            result = finish(process, timeout_s=deadline - time.monotonic())
             assert result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
     finally:
         for process in processes:
@@ -130,8 +148,11 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
     for run_dir, num_processes in ((alone, 1), (together, 2)):
         assert json.loads((run_dir / "provenance.json").read_text())["num_processes"] == num_processes
     assert len(list(tmp_path.rglob("metrics.jsonl"))) == 2
-    assert list(training_losses(together)) == [2, 4, 5]
-    assert training_losses(together) == pytest.approx(training_losses(alone), rel=1e-5)
+    (steps, losses), (steps_alone, losses_alone) = (
+        zip(*training_losses(run_dir), strict=True) for run_dir in (together, alone)
+    )
+    assert steps == steps_alone == (2, 4, 5)
+    assert losses == pytest.approx(losses_alone, rel=1e-5)
     # The gradients of all five steps went over the cable, in both directions.
     weights = load_file(list_checkpoints(together / "checkpoints")[-1] / "model.safetensors")
     gradient_bytes = 5 * sum(tensor.nbytes for tensor in weights.values())
@@ -178,7 +199,6 @@ def test_slurm_starts_one_launcher_on_every_node(cluster, monkeypatch):
     result = submit(cluster, *training)
     assert result.returncode == 0, result.stderr
     assert (cluster / "records" / "srun").read_text().split() == ["--kill-on-bad-exit=1", "--cpus-per-task=32"]
-    monkeypatch.chdir(ROOT)
     for rank in range(3):
         folder, threads, *told = (cluster / "records" / f"node{rank}").read_text().removesuffix("\0").split("\0")
         assert (folder, threads) == (f"{cluster}/checkout", "8")
@@ -186,10 +206,10 @@ def test_slurm_starts_one_launcher_on_every_node(cluster, monkeypatch):
             "launch", "--config_file", "launch/multinode.yaml", "--num_machines", "3", "--num_processes", "12",
             "--machine_rank", str(rank), "--main_process_ip", "gpu07", "--main_process_port", "24567", *training,
         ]  # fmt: skip
-        asked = told_torchrun(told[1:])
-        assert (asked.nnodes, asked.nproc_per_node, asked.node_rank) == ("3", "4", rank)
-        assert (asked.rdzv_backend, asked.master_addr, asked.master_port) == ("static", "gpu07", "24567")
-        assert [asked.training_script, *asked.training_script_args] == training
+        config, command = told_torchrun(monkeypatch, told[1:])
+        assert (config.min_nodes, config.nproc_per_node, config.rdzv_configs["rank"]) == (3, 4, rank)
+        assert (config.rdzv_backend, config.rdzv_endpoint) == ("static", "gpu07:24567")
+        assert command == ["-u", *training]
 
 
 @pytest.mark.parametrize(
@@ -222,26 +242,24 @@ def test_a_cluster_user_edits_two_lines():
 
 
 @pytest.fixture
-def announced(monkeypatch):
-    """Set the variables of a launcher; the process forgets them, and what Accelerate made of them, afterwards."""
+def announced():
+    """Set the variables of a launcher; they, and what Accelerate made of them, are forgotten afterwards."""
     with patch.dict(os.environ):
         AcceleratorState._reset_state(reset_partial_state=True)
         yield os.environ.update
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU here, Accelerate would wait for the other process")
-@pytest.mark.parametrize("variables", [{}, {"RANK": "1", "LOCAL_RANK": "1"}], ids=["by hand", "by a launcher"])
-def test_nobody_trains_alone_who_was_announced_as_one_of_two(announced, monkeypatch, variables):
-    """Where Accelerate says "rank 0 of 1": without cpu=True, as on a machine with GPUs, or in its older versions."""
+def test_one_of_two_does_not_train_alone(announced, monkeypatch):
+    """On GPUs Accelerate takes a process without LOCAL_RANK for the only one; so does this one, left without cpu=True."""
     monkeypatch.setattr(distributed, "Accelerator", lambda cpu, **options: Accelerator(**options))
-    announced({"WORLD_SIZE": "2", **variables})
+    announced({"WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match=r"announced 2 processes \(WORLD_SIZE\) but 1 joined; start with `accelerate"):
         distributed.start()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's error message")
-def test_on_the_cpu_accelerate_itself_refuses_half_a_launch(announced):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU; the test above is about it")
+def test_one_of_two_does_not_train_alone_on_the_cpu(announced):
     announced({"WORLD_SIZE": "2"})
-    with pytest.raises(ValueError, match="MASTER_ADDR"):
+    with pytest.raises(ValueError, match="MASTER_ADDR"):  # Accelerate's own message
         distributed.start()

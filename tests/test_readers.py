@@ -180,6 +180,15 @@ def test_streaming_shuffles_shards_and_images_anew_each_epoch(tiny_shards):
             assert np.mean(np.diff(order) == 1) < 0.2
 
 
+def test_streaming_drops_images_from_either_end_of_an_epoch(tiny_shards):
+    # 23 images in two shards. Dropping at one end would spare the first five of each for ever.
+    with opened(tiny_shards, "stream", "val") as reader:
+        batches = itertools.islice(reader.train_batches(0, 0, BatchLayout(16, 16, 0, 1)), 20)
+        dropped = [set(range(23)) - set(indices) for indices in indices_of(batches)]
+        assert all(len(images) == 7 for images in dropped)
+        assert set.union(*dropped) == set(range(23))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_class_filter_keeps_one_class_under_its_own_label(tiny_shards, kind):
     manifest = ShardSet.open(tiny_shards).manifest

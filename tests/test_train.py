@@ -6,66 +6,14 @@ import shutil
 
 import pytest
 import torch
-from launching import run, succeed
+from launching import TINY, run, succeed
 from safetensors.torch import load
 
 import vaetrain
 import vaetrain.train
 from vaetrain import distributed
 from vaetrain.checkpoint import Progress, list_checkpoints
-from vaetrain.command_line import parse
-from vaetrain.config import Config
-from vaetrain.train import nan_unless_finite, train
-
-TINY = [
-    "--model.image-size",
-    "16",
-    "--model.base-channels",
-    "16",
-    "--model.channel-mult",
-    "1",
-    "2",
-    "--model.num-res-blocks",
-    "1",
-    "--model.latent-channels",
-    "4",
-    "--train.global-batch-size",
-    "20",
-    "--optim.warmup-images",
-    "40",
-    "--log.every-steps",
-    "2",
-    "--log.num-pictures",
-    "8",
-]
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return distributed.start()
-
-
-@pytest.fixture
-def train_tiny(tiny_shards, accelerator, tmp_path):
-    """Train the tiny model in this process; arguments are further command-line arguments."""
-
-    def run_training(*arguments: object, run_dir="run", epochs=2):
-        argv = [
-            "--data.train",
-            tiny_shards,
-            *TINY,
-            "--train.epochs",
-            epochs,
-            "--run-dir",
-            tmp_path / run_dir,
-            *arguments,
-        ]
-        config = parse(Config, None, [str(argument) for argument in argv])
-        train(config, accelerator)
-        accelerator.free_memory()
-        return config.run_dir
-
-    return run_training
+from vaetrain.train import nan_unless_finite
 
 
 def records(run_dir, split):
@@ -251,40 +199,6 @@ def test_every_precision_and_option_trains(tiny_shards, tmp_path):
     assert "run written to" in out.splitlines()[-1]
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
     assert list((tmp_path / "run").rglob("*.wandb"))
-
-
-def test_sample_evaluate_export_load(train_tiny, tmp_path):
-    run_dir = train_tiny()
-    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "export"
-    succeed("vaetrain/sample.py", "--run", run_dir, "--num-images", 10, "--batch-size", 4, "--out", one)
-    succeed(
-        "vaetrain/sample.py", "--run", run_dir, "--num-images", 10, "--batch-size", 4, "--out", two, two_processes=True
-    )
-    assert {path.name for path in two.iterdir()} == {"rank-0000-000000.tar", "rank-0001-000000.tar", "manifest.json"}
-    pictures = [read_samples(folder) for folder in (one, two)]
-    assert len(pictures[0]) == 10
-    assert pictures[0] == pictures[1]
-    printed = succeed("vaetrain/evaluate.py", "--run", run_dir)
-    assert "eval/fid is not measured" in printed
-    scores = json.loads((run_dir / "evaluation.json").read_text())
-    assert scores["eval/fid"] is None
-    assert "--fid.weights" in scores["eval/fid_reason"]
-    assert scores["val/elbo_nats"] == pytest.approx(records(run_dir, "val")[-1]["val/elbo_nats"], rel=1e-4)
-    succeed("tools/export.py", run_dir, out)
-    shipped, trained = vaetrain.load(out), vaetrain.load(run_dir)
-    assert torch.equal(shipped.sample(3, seed=1), trained.sample(3, seed=1))
-    assert "val/elbo_nats" in (out / "README.md").read_text()
-    assert run("tools/export.py", run_dir, out).returncode == 1
-
-
-def read_samples(folder):
-    import tarfile
-
-    pictures = {}
-    for file in folder.glob("*.tar"):
-        with tarfile.open(file) as tar:
-            pictures |= {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith(".png")}
-    return pictures
 
 
 @pytest.mark.parametrize(

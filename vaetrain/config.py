@@ -43,7 +43,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices and kernels; biases, norms and the shared σ have none."""
 
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = 10.0
     """Gradients are scaled down to this norm, measured per pixel (the loss divided by the image's dimensions); None: never."""
 
     def __post_init__(self) -> None:

@@ -235,7 +235,9 @@ class Tracker:
 
     def say(self, line: str, *, above_bar: bool = False) -> None:
         """A plain line where there is no terminal to draw a progress bar on, or where it may stand above the bar."""
-        if self.accelerator.is_main_process and self.bar.disable:
+        if not self.accelerator.is_main_process:
+            return
+        if self.bar.disable:
             print(line, flush=True)
         elif above_bar:
             self.bar.write(line)

@@ -1,0 +1,109 @@
+"""What one does with a trained model: sample it, score it, export it, load it."""
+
+import json
+import tarfile
+
+import pytest
+import torch
+from inception_weights import write_random_inception_weights
+from launching import run, succeed
+
+import vaetrain
+from vaetrain.evaluate import EvaluateConfig, evaluate
+from vaetrain.export import export
+from vaetrain.metrics.config import FidConfig
+from vaetrain.run import RunDirectory
+from vaetrain.sample import SampleConfig, sample
+
+
+def read_samples(folder):
+    """Every picture of a sample set, by name."""
+    pictures = {}
+    for file in folder.glob("*.tar"):
+        with tarfile.open(file) as tar:
+            pictures |= {member.name: tar.extractfile(member).read() for member in tar if member.name.endswith(".png")}
+    return pictures
+
+
+def test_samples_are_the_same_on_one_and_two_processes(train_tiny, accelerator, tmp_path):
+    run_dir = train_tiny()
+    one, two, more = tmp_path / "one", tmp_path / "two", tmp_path / "more"
+    sample(SampleConfig(run_dir, one, num_images=10, batch_size=4), accelerator)
+    sample(SampleConfig(run_dir, more, num_images=13, batch_size=4), accelerator)
+    succeed(
+        "vaetrain/sample.py", "--run", run_dir, "--num-images", 10, "--batch-size", 4, "--out", two, two_processes=True
+    )
+    assert {path.name for path in two.iterdir()} == {"rank-0000-000000.tar", "rank-0001-000000.tar", "manifest.json"}
+    assert len(read_samples(one)) == 10
+    assert read_samples(one) == read_samples(two)
+    assert read_samples(one).items() <= read_samples(more).items()
+    manifest = json.loads((two / "manifest.json").read_text())
+    assert (manifest["count"], manifest["seed"], manifest["prior"], manifest["temperature"]) == (10, 0, "standard", 1.0)
+    assert sum(shard["num_images"] for shard in manifest["shards"]) == 10
+    assert manifest["training"]["config"]["run_dir"] == str(run_dir)
+
+
+def test_another_seed_draws_others_and_a_sample_set_is_not_overwritten(train_tiny, accelerator, tmp_path):
+    run_dir = train_tiny(epochs=1)
+    sample(SampleConfig(run_dir, tmp_path / "a", num_images=3), accelerator)
+    sample(SampleConfig(run_dir, tmp_path / "b", num_images=3, seed=1), accelerator)
+    assert not set(read_samples(tmp_path / "a").values()) & set(read_samples(tmp_path / "b").values())
+    with pytest.raises(FileExistsError, match="choose another --out"):
+        sample(SampleConfig(run_dir, tmp_path / "a", num_images=3), accelerator)
+
+
+def test_scores(train_tiny, accelerator, tmp_path):
+    run_dir = train_tiny()
+    scores = evaluate(EvaluateConfig(run_dir), accelerator)
+    last = RunDirectory(run_dir).metrics()[-1]
+    for name in ("elbo_nats", "distortion_nats", "rate_nats", "bits_per_dim", "mse", "psnr_db", "ssim"):
+        assert scores[f"val/{name}"] == pytest.approx(last[f"val/{name}"], rel=1e-4)
+    assert scores["eval/fid"] is None
+    assert "--fid.weights" in scores["eval/fid_reason"]
+    assert json.loads((run_dir / "evaluation.json").read_text()) == scores
+
+    weights = tmp_path / "inception.pth"
+    write_random_inception_weights(weights, seed=0)
+    fid = FidConfig(num_images=12, weights=weights)
+    scores = evaluate(EvaluateConfig(run_dir, out=tmp_path / "fid.json", fid=fid), accelerator)
+    assert scores["eval/fid"] > 0
+    assert scores["fid_protocol"]["num_real"] == scores["fid_protocol"]["num_generated"] == 12
+    assert not scores["fid_protocol"]["weights_are_published"]
+
+    with pytest.raises(ValueError, match="the train split has 100 images"):
+        evaluate(EvaluateConfig(run_dir, fid=FidConfig(num_images=101, weights=weights)), accelerator)
+
+
+def test_a_deterministic_autoencoder_has_no_elbo(train_tiny, accelerator):
+    run_dir = train_tiny("--model.variational", "False", epochs=1)
+    scores = evaluate(EvaluateConfig(run_dir), accelerator)
+    assert scores["val/elbo_nats"] is None
+    assert scores["val/bits_per_dim"] is None
+    assert scores["val/rate_nats"] == 0
+
+
+def test_an_export_loads_without_the_run(train_tiny, accelerator, tmp_path):
+    run_dir, out = train_tiny(), tmp_path / "export"
+    evaluate(EvaluateConfig(run_dir), accelerator)
+    assert str(out) in succeed("tools/export.py", run_dir, out)
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    trained = vaetrain.load(run_dir)
+    run_dir.rename(tmp_path / "elsewhere")
+    shipped = vaetrain.load(out)
+    x = trained.from_uint8(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8))
+    assert torch.equal(shipped.sample(3, seed=1), trained.sample(3, seed=1))
+    assert torch.equal(shipped.reconstruct(x), trained.reconstruct(x))
+    card = (out / "README.md").read_text()
+    content = json.loads((out / "config.json").read_text())
+    assert content["dataset"]["train"]["fingerprint"] in card
+    assert f"| val/psnr_db | {content['scores']['val/psnr_db']:.4f} |" in card
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        export(tmp_path / "elsewhere", out)
+
+
+def test_what_is_no_model_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run directory"):
+        vaetrain.load(tmp_path)
+    result = run("tools/export.py", tmp_path, tmp_path / "out")
+    assert result.returncode == 1
+    assert "is no run directory" in result.stderr
