@@ -138,13 +138,16 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
             )
         )  # fmt: skip
     deadline = time.monotonic() + 100
+    printed = []
     try:
         for process in processes:
             result = finish(process, timeout_s=deadline - time.monotonic())
             assert result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
+            printed.append(result.stdout)
     finally:
         for process in processes:
             end(process)
+    assert ["validation" in lines for lines in printed] == [True, True, False], "only the main process speaks"
     for run_dir, num_processes in ((alone, 1), (together, 2)):
         assert json.loads((run_dir / "provenance.json").read_text())["num_processes"] == num_processes
     assert len(list(tmp_path.rglob("metrics.jsonl"))) == 2

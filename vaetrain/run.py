@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config
 from vaetrain.data.shards import Manifest
 from vaetrain.files import replace_file
+from vaetrain.machine import num_cores
 
 RECORDED_PACKAGES = (
     "vaetrain", "torch", "torchvision", "accelerate", "webdataset", "einops", "safetensors", "torch-fidelity", "numpy",
@@ -134,7 +134,7 @@ def provenance(*, device: str, num_processes: int, dataset_fingerprint: str | No
         "platform": platform.platform(),
         "device": device,
         "num_processes": num_processes,
-        "num_cpus": os.cpu_count(),
+        "num_cores": num_cores(),
         "dataset_fingerprint": dataset_fingerprint,
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Literal, Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ from vaetrain.data.selection import Batch, Selection
 from vaetrain.data.shards import Manifest, ShardSet
 from vaetrain.data.stream import StreamReader, fetch_selection, remote_folder
 from vaetrain.data.workers import choose_num_workers
+from vaetrain.machine import num_cores
 
 __all__ = ["Batch", "Reader", "open_reader"]
 
@@ -86,6 +86,6 @@ def open_reader(
         size = f"{selection.decoded_bytes / 2**30:.2f} GiB decoded"
         reason += f", {size}, {'within' if fits else 'over'} --data.resident-gib {config.resident_gib:g}"
     if config.reader == "resident" or (config.reader == "auto" and fits):
-        num_threads = max(1, len(os.sched_getaffinity(0)) // processes_per_node)
+        num_threads = max(1, num_cores() // processes_per_node)
         return ResidentReader(selection, num_threads=num_threads, device=device, reason=reason)
     return IndexedReader(selection, num_workers=num_workers, device=device, reason=reason)

@@ -88,7 +88,7 @@ def make_shards(config: ShardingConfig) -> Manifest:
     if plan.ignored:
         print(f"ignored {len(plan.ignored):,} file(s) that are no images, such as {plan.ignored[0]}", file=sys.stderr)
     tasks = list(plan.staged(partial).tasks(out, config.images_per_shard))
-    finished, rejected = _write_shards(tasks, config.workers or _num_cores())
+    finished, rejected = _write_shards(tasks, config.workers or num_cores())
     _report_rejected(rejected, config)
     for file in out.iterdir():  # left by an unfinished run of another plan
         if re.fullmatch(r"(train|val|test)-\d{6}\.tar", file.name) and file.stem not in finished:
@@ -158,11 +158,6 @@ def _run(tasks: list[ShardTask], num_workers: int) -> Iterator[tuple[ShardTask, 
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _num_cores() -> int:
-    # A batch system may have given this process fewer cores than the machine has; macOS cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker() -> None:

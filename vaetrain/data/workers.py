@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vaetrain.data.selection import Batch
+from vaetrain.machine import num_cores
 
 # One worker decodes about 7,000 images of 128 pixels a second; more than eight have not been needed by one device.
 MAX_WORKERS = 8
@@ -27,7 +27,7 @@ def choose_num_workers(device: torch.device, processes_per_node: int) -> int:
     """Decoding processes for one training process: one per core left to it, none on a CPU, whose cores all compute."""
     if device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) // processes_per_node
+    cores = num_cores() // processes_per_node
     return max(1, min(MAX_WORKERS, cores - 1))
 
 
