@@ -46,6 +46,7 @@ from vaetrain.data.shards import (
     pack_index,
 )
 from vaetrain.files import replace_file, sha256_of_file
+from vaetrain.machine import num_cores
 from vaetrain.strict_json import from_json
 
 PARTIAL_NAME = ".partial"
