@@ -125,6 +125,7 @@ def test_resuming_from_another_run(train_tiny):
     both = train_tiny("--resume", first, run_dir="second", epochs=2)
     assert [record["epoch"] for record in records(both, "val")] == [2.0]
     assert records(first, "val")[-1]["epoch"] == 1.0
+    assert vaetrain.load(both).sample(1).shape == (1, 3, 16, 16)  # the best checkpoint is the second run's own
 
 
 def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(train_tiny, monkeypatch):

@@ -116,7 +116,11 @@ class Checkpoints:
         restore_optimizer_state(self.optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        return Progress(**state["progress"])
+        progress = Progress(**state["progress"])
+        if checkpoint.parent != self.folder:  # another run's: its best checkpoint is not among ours
+            progress.best_score = progress.best_step = None
+            progress.validations_without_best = 0
+        return progress
 
     def drop_old(self, best_step: int | None) -> None:
         """Delete all but the newest `keep_last` checkpoints and the best, and what killed saves left behind."""

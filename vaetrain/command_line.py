@@ -22,6 +22,9 @@ import yaml
 
 T = TypeVar("T")
 
+ABOUT_CONFIG_FILES = """
+--config FILE, which may be repeated, reads options from a YAML file (section: {key: value}); default < YAML < command line."""
+
 
 def parse(cls: type[T], description: str | None, argv: Sequence[str] | None = None, *, flags: bool = False) -> T:
     """Build the dataclass `cls` from the command line and the YAML files that `--config FILE` names.
@@ -34,7 +37,8 @@ def parse(cls: type[T], description: str | None, argv: Sequence[str] | None = No
     with user_errors(exit_code=2):
         saved = [argument for file in config_files for argument in yaml_arguments(file, cls)]
     markers = () if flags else (tyro.conf.FlagConversionOff,)
-    return tyro.cli(cls, description=description, args=[*saved, *arguments], config=markers)
+    help_text = f"{description}\n{ABOUT_CONFIG_FILES}" if description else None
+    return tyro.cli(cls, description=help_text, args=[*saved, *arguments], config=markers)
 
 
 def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
