@@ -54,6 +54,7 @@ def test_a_run_leaves_everything_behind(train_tiny, tiny_shards):
         f"val/{name}"
         for name in ("elbo_nats", "distortion_nats", "rate_nats", "bits_per_dim", "mse", "psnr_db", "ssim")
     } <= val.keys()
+    assert val["val/elbo_nats"] == pytest.approx(-val["val/distortion_nats"] - val["val/rate_nats"])
     assert val["val/elbo_nats"] != val["val_raw/elbo_nats"]
     provenance = json.loads((run_dir / "provenance.json").read_text())
     manifest = json.loads((tiny_shards / "manifest.json").read_text())

@@ -37,7 +37,7 @@ def parse(cls: type[T], description: str | None, argv: Sequence[str] | None = No
     with user_errors(exit_code=2):
         saved = [argument for file in config_files for argument in yaml_arguments(file, cls)]
     markers = () if flags else (tyro.conf.FlagConversionOff,)
-    help_text = f"{description}\n{ABOUT_CONFIG_FILES}" if description else None
+    help_text = f"{description.strip()}\n{ABOUT_CONFIG_FILES}" if description else None
     return tyro.cli(cls, description=help_text, args=[*saved, *arguments], config=markers)
 
 
