@@ -34,6 +34,8 @@ requirements: pyproject.toml
 	  --generate-hashes --no-annotate --custom-compile-command "make requirements" - -o requirements/uv.txt
 
 # The demo's run directory keeps everything; running `make demo` again goes on where it stopped, or finds all done.
+# On a CPU accelerate launch would use a single thread, had OMP_NUM_THREADS no value.
+demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 demo: setup
 	$(BIN)/python tools/make_shards.py faces datasets/faces64 --size 64 --num-images 3000 --val-count 300
 	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/train.py --config configs/demo.yaml

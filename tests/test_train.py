@@ -150,7 +150,12 @@ def test_one_bad_step_is_skipped_and_counted(train_tiny, monkeypatch):
         return distortion + kl.sum(1).sum() * (math.inf if next(calls) == 3 else 1.0)
 
     monkeypatch.setattr(vaetrain.train, "negative_elbo", once_infinite)
+    average = vaetrain.train.ExponentialMovingAverage
+    skipped_by_average = []
+    update = average.update
+    monkeypatch.setattr(average, "update", lambda *a: (skipped_by_average.append(float(a[4])), update(*a)))
     run_dir = train_tiny()
+    assert skipped_by_average == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
     assert [record["train/skipped_steps"] for record in records(run_dir, "train")] == [0, 1, 0, 0, 0]
     assert all(torch.isfinite(tensor).all() for part in weights(run_dir) for tensor in part.values())
     state = json.loads((list_checkpoints(run_dir / "checkpoints")[-1] / "state.json").read_text())

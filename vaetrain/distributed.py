@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
+
+from vaetrain.machine import num_cores
 
 TIMEOUT = timedelta(minutes=10)
 """A collective that waits longer ends the run: the other side is dead or stuck."""
@@ -38,6 +41,11 @@ def start(precision: str = "fp32", *, log_with: Sequence[str] = (), project_dir:
             f"the launcher announced {announced} processes (WORLD_SIZE) but {accelerator.num_processes} joined; start with "
             "`accelerate launch --config_file launch/cpu2.yaml …` (or gpu1, node8, multinode) or `torchrun`"
         )
+    if accelerator.is_main_process and accelerator.device.type == "cpu":
+        cores, used = num_cores(), torch.get_num_threads() * processes_per_node()
+        if used < cores:  # accelerate launch sets OMP_NUM_THREADS=1 where the user has not
+            threads = cores // processes_per_node()
+            print(f"note: computing on {used} of {cores} cores; OMP_NUM_THREADS={threads} uses them all", file=sys.stderr)
     return accelerator
 
 

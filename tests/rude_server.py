@@ -1,0 +1,101 @@
+"""An HTTP server on this machine that misbehaves on demand."""
+
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from vaetrain.data.download import Patience
+
+HASTY = Patience(timeout_s=0.3, attempts=3, first_wait_s=0.01, longest_wait_s=0.02)
+CONTENT = bytes(range(256)) * 12_289  # three mebibytes and a bit
+
+
+@dataclass
+class Behaviour:
+    """How the server answers requests for one path."""
+
+    content: bytes = CONTENT
+    status: int = 200
+    drop_after: list[int] = field(default_factory=list)  # bytes sent of the body, for one connection after the other
+    ranges: bool = True
+    etag: str | None = '"one"'
+    content_type: str = "application/octet-stream"
+    has_length: bool = True
+    stall_s: float = 0.0  # between two pieces of the body
+    wrong_range: bool = False
+    requests: list[dict[str, str]] = field(default_factory=list)
+
+
+class Server:
+    """Serves behaviours by path, and says what it was asked."""
+
+    def __init__(self) -> None:
+        paths: dict[str, Behaviour] = {}
+        self.paths = paths
+        self.closing = closing = threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                behaviour = paths.get(self.path.lstrip("/"), Behaviour(status=404))
+                behaviour.requests.append(dict(self.headers))
+                if behaviour.status != 200:
+                    self.send_error(behaviour.status)
+                    return
+                start = self.start_of(behaviour)
+                size = len(behaviour.content)
+                if start is not None and start >= size:
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{size}")
+                    self.end_headers()
+                    return
+                self.send_response(200 if start is None else 206)
+                body = behaviour.content[start or 0 :]
+                if start is not None:
+                    shown = start + 1 if behaviour.wrong_range else start
+                    self.send_header("Content-Range", f"bytes {shown}-{size - 1}/{size}")
+                if behaviour.has_length:
+                    self.send_header("Content-Length", str(len(body)))
+                if behaviour.etag:
+                    self.send_header("ETag", behaviour.etag)
+                self.send_header("Content-Type", behaviour.content_type)
+                self.end_headers()
+                stop = behaviour.drop_after.pop(0) if behaviour.drop_after else len(body)
+                try:
+                    if behaviour.stall_s:
+                        for position in range(0, stop, 16):
+                            self.wfile.write(body[position : position + 16])
+                            if closing.wait(behaviour.stall_s):
+                                return
+                    else:
+                        self.wfile.write(body[:stop])
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client has given up, as it should
+
+            def start_of(self, behaviour: Behaviour) -> int | None:
+                asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                if not asked or not behaviour.ranges:
+                    return None
+                same = self.headers.get("If-Range") in (None, behaviour.etag)
+                return int(asked[1]) if same else None
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def add(self, path: str, **behaviour: Any) -> str:
+        self.paths[path] = Behaviour(**behaviour)
+        return self.url + path
+
+    def requests(self, path: str) -> list[dict[str, str]]:
+        return self.paths[path].requests
+
+    def close(self) -> None:
+        self.closing.set()
+        self.http.shutdown()
+        self.http.server_close()
