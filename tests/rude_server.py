@@ -51,10 +51,11 @@ class Server:
                     self.end_headers()
                     return
                 self.send_response(200 if start is None else 206)
+                if start is not None and behaviour.wrong_range:
+                    start += 1
                 body = behaviour.content[start or 0 :]
                 if start is not None:
-                    shown = start + 1 if behaviour.wrong_range else start
-                    self.send_header("Content-Range", f"bytes {shown}-{size - 1}/{size}")
+                    self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
                 if behaviour.has_length:
                     self.send_header("Content-Length", str(len(body)))
                 if behaviour.etag:

@@ -91,8 +91,15 @@ def test_a_server_that_ignores_ranges_and_always_drops_is_given_up(server: Serve
 
 def test_a_wrong_range_is_not_appended(server: Server, tmp_path: Path) -> None:
     url = server.add("file", drop_after=[1_500_000], wrong_range=True)
-    get(tmp_path / "file", url)
+    get(tmp_path / "file", url, sha256=None)
     assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_weak_etag_does_not_vouch_for_bytes(server: Server, tmp_path: Path) -> None:
+    url = server.add("file", drop_after=[1_500_000], etag='W/"one"')
+    get(tmp_path / "file", url, sha256=None)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert ["Range" in request for request in server.requests("file")] == [False, False]
 
 
 @pytest.mark.parametrize("etag", ['"two"', 'W/"two"', None])

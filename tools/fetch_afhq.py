@@ -75,7 +75,7 @@ class FetchAfhqConfig:
     """The zip, if you have it already; it is read, not moved."""
 
     version: Literal["v1", "v2"] = "v1"
-    """v1: 16,130 JPEGs with train and val; v2: 15,803 PNGs with train and test, re-aligned and better resized."""
+    """v1: 16,130 JPEGs with train and val; v2: 15,803 PNGs with train and test."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class _Transfer:
         self._complete()
         found = sha256_of_file(self.part)
         if self.sha256 not in (None, found):
-            if False:  # the fault may lie in what an earlier run, or another mirror, has left
+            if resumed:  # the fault may lie in what an earlier run, or another mirror, has left
                 self.part.unlink()
                 return self.run()
             wrong = self.path.with_name(f"{self.path.name}.wrong")
