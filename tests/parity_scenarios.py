@@ -57,6 +57,7 @@ def train(accelerator: Accelerator, settings: Config) -> dict[str, object]:
     accelerator.free_memory()
     return {
         "losses": [record["train/loss"] for record in records if record["split"] == "train"],
+        "grad_norms": [record["train/grad_norm"] for record in records if record["split"] == "train"],
         "elbos": [record["val_raw/elbo_nats"] for record in records if record["split"] == "val"],
         "apart": float((everybody - everybody[0]).abs().max()),
         "norm": float(weights.norm()),

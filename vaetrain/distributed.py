@@ -45,7 +45,9 @@ def start(precision: str = "fp32", *, log_with: Sequence[str] = (), project_dir:
         cores, used = num_cores(), torch.get_num_threads() * processes_per_node()
         if used < cores:  # accelerate launch sets OMP_NUM_THREADS=1 where the user has not
             threads = cores // processes_per_node()
-            print(f"note: computing on {used} of {cores} cores; OMP_NUM_THREADS={threads} uses them all", file=sys.stderr)
+            print(
+                f"note: computing on {used} of {cores} cores; OMP_NUM_THREADS={threads} uses them all", file=sys.stderr
+            )
     return accelerator
 
 
