@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 
+import numpy as np
 import pytest
 from launching import ROOT, succeed
 from PIL import Image
@@ -42,7 +43,8 @@ def test_the_demo_end_to_end(tmp_path):
         assert str(tmp_path) in succeed(*command).splitlines()[-1], "the last line says where the output is"
     for name in ("losses", "kl", "reconstructions", "samples", "interpolations"):
         with Image.open(tmp_path / "run" / "figures" / f"{name}.png") as picture:
-            assert len(set(picture.convert("RGB").resize((32, 32)).getdata())) > 10, f"{name}.png is blank"
+            colours = np.unique(np.asarray(picture.convert("RGB").resize((32, 32))).reshape(-1, 3), axis=0)
+            assert len(colours) > 10, f"{name}.png is blank"
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["val/ssim"] <= 1
     assert json.loads((tmp_path / "run" / "samples" / "manifest.json").read_text())["count"] == 10
     assert vaetrain.load(tmp_path / "run" / "export").sample(2).shape == (2, 3, 64, 64)
