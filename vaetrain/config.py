@@ -108,7 +108,8 @@ class LogConfig:
     """What is written down while training; metrics.jsonl and figures always are."""
 
     every_steps: int = 50
-    """Steps between training records; each is the mean since the last and costs one host-device synchronisation."""
+    """Steps between training records (a validation has one too); each is the mean since the last record and costs one
+    host-device synchronisation."""
 
     num_pictures: int = 32
     """Images in the sample grid, and twice the images in the reconstruction grid."""

@@ -48,8 +48,7 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
     layout = BatchLayout(
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size
-        or config.train.global_batch_size // accelerator.num_processes
-        or 1,
+        or max(1, config.train.global_batch_size // accelerator.num_processes),
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
@@ -98,11 +97,14 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
     meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm"), device)
     stopwatch = Stopwatch(progress.images_seen)
 
+    def validation_is_due() -> bool:
+        at_epoch = progress.images_seen % (config.train.val_every_epochs * images_per_epoch) == 0
+        return at_epoch or progress.images_seen >= total_images
+
     batches = train_reader.train_batches(config.seed, progress.images_seen, layout)
     while True:
         at_end = progress.images_seen >= total_images
-        due = at_end or progress.images_seen % (config.train.val_every_epochs * images_per_epoch) == 0
-        if due and progress.images_seen > progress.validated_at:
+        if validation_is_due() and progress.images_seen > progress.validated_at:
             with stopwatch.paused():
                 scores = validate(ema.module, val_reader, accelerator, layout.micro_batch_size, config.seed)
                 raw_scores = validate(vae, val_reader, accelerator, layout.micro_batch_size, config.seed)
@@ -151,14 +153,10 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
 
         images = layout.per_process_batch_size
         meters.add(
-            images,
-            skipped,
-            loss=totals[0],
-            distortion_nats=totals[1],
-            rate_nats=totals[2],
-            grad_norm=grad_norm * images,
-        )
-        if progress.step % config.log.every_steps == 0 or progress.images_seen >= total_images:
+            images, skipped, loss=totals[0], distortion_nats=totals[1], rate_nats=totals[2], grad_norm=grad_norm * images
+        )  # fmt: skip
+        # Before a checkpoint too, so that a run resumed from it starts with empty meters as this one does.
+        if progress.step % config.log.every_steps == 0 or validation_is_due():
             interval = meters.fetch(accelerator)  # the one wait for the device, once per logging interval
             progress.skipped_steps += interval.skipped_steps
             performance = stopwatch.lap(accelerator, progress.images_seen)
