@@ -79,7 +79,10 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
     sharing = distributed.processes_per_node()
-    val_reader = open_reader(data, "val", device=accelerator.device, processes_per_node=sharing)
+    val_reader = open_reader(
+        data, "val", device=accelerator.device, processes_per_node=sharing, rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )  # fmt: skip
     vae.config.check_images(val_reader.manifest.image_size, val_reader.manifest.channels)
     val_scores = validate(vae, val_reader, accelerator, config.batch_size, config.seed)
     record: dict[str, Any] = {
