@@ -243,7 +243,7 @@ def test_processes_share_a_full_verification(damaged_shards):
 
 def test_full_verification_of_a_url_is_refused():
     with (
-        pytest.raises(ValueError, match="use --data.verify sizes"),
+        pytest.raises(ValueError, match=r"use --data\.verify sizes"),
         opened("http://127.0.0.1/x", "auto", verify="full"),
     ):
         pass
