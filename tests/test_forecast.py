@@ -188,7 +188,7 @@ def test_the_tool_prints_the_plan(tiny_shards, tiny_gray_shards):
         assert part in result.stdout
     assert "warning" not in result.stdout
     result = verify_shards(tiny_gray_shards, "--plan", 1, 0, "--reader", "stream", "--global-batch-size", 16)
-    assert "all together 4" in result.stdout
+    assert "4 in all" in result.stdout
     assert "warning: there is no val split" in result.stdout
     result = verify_shards(tiny_shards, "--plan", 3, 1, "--global-batch-size", 16)
     assert result.returncode == 1

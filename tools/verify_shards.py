@@ -1,6 +1,7 @@
 """Say what a shard set holds and whether its files are as the manifest says, or what training would read of it.
 
 python tools/verify_shards.py datasets/photos128 --full
+
 python tools/verify_shards.py datasets/photos128 --plan 8 4 --global-batch-size 512
 """
 

@@ -236,8 +236,8 @@ def _reading(split: SplitForecast) -> str:
         counts = [count for of_process in split.shards_per_worker for count in of_process]
         per_process = [sum(of_process) for of_process in split.shards_per_worker]
         text += (
-            f"; each worker opens {_span(counts)} shards, each process {_span(per_process)}, "
-            f"all together {split.shards_opened:,}"
+            f"; shards opened: {_span(counts)} by each worker, {_span(per_process)} by each process, "
+            f"{split.shards_opened:,} in all"
         )
     return text
 
