@@ -1,6 +1,7 @@
 """Shard sets small enough to be made anew for every test session."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from vaetrain.data.shard_plan import ShardingConfig
 from vaetrain.data.sharding import make_shards
+from vaetrain.data.shards import ShardSet
 
 # Before torch starts its threads: they spin while they wait, and tests that run side by side with something else, such as
 # their own two processes, take many times longer with two threads each.
@@ -40,6 +42,26 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_gray_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 grayscale PNGs of 16×16 in 4 shards, for training only. Do not write."""
     return _make(tmp_path_factory.mktemp("tiny_gray"), 40, channels=1, gray=True, format="png")
+
+
+@pytest.fixture
+def damaged_shards(tiny_shards, tmp_path):
+    """Copy tiny_shards with one training image overwritten with zeros, which no comparison of sizes finds.
+
+    Takes the image's position in the split; returns the copy's folder and the name of the damaged shard.
+    """
+
+    def damage(position: int) -> tuple[Path, str]:
+        folder = shutil.copytree(tiny_shards, tmp_path / "damaged")
+        shard_set = ShardSet.open(folder)
+        index = shard_set.index("train")
+        shard = shard_set.manifest.splits["train"].shards[int(index.shard[position])]
+        with shard_set.path(shard).open("r+b") as file:
+            file.seek(int(index.offset[position]))
+            file.write(bytes(int(index.num_bytes[position])))
+        return folder, shard.name
+
+    return damage
 
 
 @pytest.fixture(scope="session")

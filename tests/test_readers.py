@@ -4,7 +4,7 @@ import multiprocessing
 import shutil
 import tarfile
 import threading
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -211,25 +211,42 @@ def test_an_unknown_class_and_a_missing_split_are_refused(tiny_shards, tiny_gray
         pass
 
 
-def damaged_copy(shards, folder):
-    """A copy whose first training image is overwritten with zeros; returns its folder and the shard's name."""
-    shutil.copytree(shards, folder)
-    shard_set = ShardSet.open(folder)
-    shard, index = shard_set.manifest.splits["train"].shards[0], shard_set.index("train")
-    with shard_set.path(shard).open("r+b") as file:
-        file.seek(index.offset[0])
-        file.write(bytes(int(index.num_bytes[0])))
-    return folder, shard.name
-
-
 @pytest.mark.parametrize(("kind", "num_workers"), KINDS_WITH_WORKERS)
-def test_a_damaged_sample_stops_the_main_process_naming_it(tiny_shards, tmp_path, kind, num_workers):
-    folder, name = damaged_copy(tiny_shards, tmp_path / "damaged")
+def test_a_damaged_sample_stops_the_main_process_naming_it(damaged_shards, kind, num_workers):
+    folder, name = damaged_shards(0)
     with (
         pytest.raises(ValueError, match=rf"^{name} in .*damaged, sample 0 .*verify_shards"),
         opened(folder, kind, num_workers=num_workers) as reader,
     ):
         list(reader.eval_batches(8, 0, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_verification_finds_damage_before_training(damaged_shards, kind):
+    folder, name = damaged_shards(0)
+    with pytest.raises(ValueError, match=rf"{name} has another SHA-256"), opened(folder, kind, verify="full"):
+        pass
+    # The other split is another reader's to verify.
+    with opened(folder, kind, "val", verify="full") as reader:
+        assert reader.num_images == 23
+
+
+def test_processes_share_a_full_verification(damaged_shards):
+    folder, name = damaged_shards(50)
+    shards = [shard.name for shard in ShardSet.open(folder).manifest.splits["train"].shards]
+    config, responsible = DataConfig(train=str(folder), reader="indexed", verify="full"), shards.index(name) % 4
+    for rank in range(4):
+        expected = pytest.raises(ValueError, match=name) if rank == responsible else nullcontext()
+        with expected:
+            open_reader(config, "train", device=CPU, rank=rank, num_processes=4).close()
+
+
+def test_full_verification_of_a_url_is_refused():
+    with (
+        pytest.raises(ValueError, match=r"use --data\.verify sizes"),
+        opened("http://127.0.0.1/x", "auto", verify="full"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("kind", KINDS)

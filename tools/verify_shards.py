@@ -1,6 +1,8 @@
-"""Say what a shard set holds and whether its files are as the manifest says.
+"""Say what a shard set holds and whether its files are as the manifest says, or what training would read of it.
 
 python tools/verify_shards.py datasets/photos128 --full
+
+python tools/verify_shards.py datasets/photos128 --plan 8 4 --global-batch-size 512
 """
 
 from dataclasses import dataclass
@@ -9,6 +11,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from vaetrain.command_line import parse, user_errors
+from vaetrain.data.config import DataConfig, ReaderName
+from vaetrain.data.forecast import Forecast
 from vaetrain.data.shards import ShardSet
 
 
@@ -22,9 +26,31 @@ class VerifyConfig:
     full: bool = False
     """Also take every file's SHA-256 and decode every image, in place of comparing sizes."""
 
+    plan: tuple[int, int] | None = None
+    """NUM_PROCESSES NUM_WORKERS: also say what training on so many processes, each with so many decoding workers, would
+    read, and the memory it needs. The options below are training's and count for the plan alone."""
+
+    val: Path | None = None
+    """--data.val: shard set whose `val` split is scored; None: the same."""
+
+    classes: tuple[str, ...] = ()
+    """--data.classes: keep only these; none given: all."""
+
+    reader: ReaderName = "auto"
+    """--data.reader"""
+
+    resident_gib: float = 4.0
+    """--data.resident-gib: auto picks resident up to this size of a decoded split (GiB)."""
+
+    global_batch_size: int = 64
+    """--train.global-batch-size: images per optimizer step over all processes."""
+
+    micro_batch_size: int | None = None
+    """--train.micro-batch-size: images one process handles at a time; None: no accumulation."""
+
 
 def main() -> None:
-    """Print the facts, then OK, or the list of problems with exit 1."""
+    """Print the facts and the plan, then OK, or the list of problems with exit 1."""
     config = parse(VerifyConfig, __doc__, flags=True)
     with user_errors():
         shard_set = ShardSet.open(config.dir)
@@ -38,10 +64,24 @@ def main() -> None:
                 f"{name}: {split.num_images:,} images ({counts}), {len(split.shards):,} shards, {split.num_bytes:,} bytes"
             )
         print(f"fingerprint {manifest.fingerprint}")
+        if config.plan:
+            print(forecast(config, *config.plan).describe())
         shard_set.verify(config.full)
         print(
             "OK: every file and every image" if config.full else "OK: every file has its size (--full reads them too)"
         )
+
+
+def forecast(config: VerifyConfig, num_processes: int, num_workers: int) -> Forecast:
+    """What training would read."""
+    data = DataConfig(
+        train=str(config.dir), val=str(config.val) if config.val else None, classes=config.classes, reader=config.reader,
+        num_workers=num_workers, resident_gib=config.resident_gib,
+    )  # fmt: skip
+    return Forecast.of(
+        data, num_processes=num_processes, global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

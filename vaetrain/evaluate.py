@@ -79,7 +79,10 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
     sharing = distributed.processes_per_node()
-    val_reader = open_reader(data, "val", device=accelerator.device, processes_per_node=sharing)
+    val_reader = open_reader(
+        data, "val", device=accelerator.device, processes_per_node=sharing, rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )  # fmt: skip
     vae.config.check_images(val_reader.manifest.image_size, val_reader.manifest.channels)
     val_scores = validate(vae, val_reader, accelerator, config.batch_size, config.seed)
     record: dict[str, Any] = {
@@ -116,7 +119,10 @@ def generation_scores(vae: VAE, data: DataConfig, config: EvaluateConfig, accele
     if config.fid.weights is None:
         return {"eval/fid": None, "eval/fid_reason": f"no Inception weights were given. {HOW_TO_GET_WEIGHTS}"}
     extractor = FeatureExtractor(config.fid.weights, accelerator.device)
-    reader = open_reader(data, "train", device=accelerator.device, processes_per_node=distributed.processes_per_node())
+    reader = open_reader(
+        data, "train", device=accelerator.device, processes_per_node=distributed.processes_per_node(),
+        rank=accelerator.process_index, num_processes=accelerator.num_processes,
+    )  # fmt: skip
     num_images = config.fid.num_images
     if reader.num_images < num_images:
         raise ValueError(

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import contextlib
 import math
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -45,16 +46,13 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
     run = RunDirectory(config.run_dir)
 
     # Data: an epoch is whole global batches; the length of training is whole global batches.
-    layout = BatchLayout(
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size
-        or max(1, config.train.global_batch_size // accelerator.num_processes),
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    sharing = distributed.processes_per_node()
-    train_reader = open_reader(config.data, "train", device=device, processes_per_node=sharing)
-    val_reader = open_reader(config.data, "val", device=device, processes_per_node=sharing)
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    layout = BatchLayout.of(config.train.global_batch_size, config.train.micro_batch_size, rank, num_processes)
+    open_split = partial(
+        open_reader, config.data, device=device, processes_per_node=distributed.processes_per_node(), rank=rank,
+        num_processes=num_processes,
+    )  # fmt: skip
+    train_reader, val_reader = open_split("train"), open_split("val")
     for reader in (train_reader, val_reader):
         model_config.check_images(reader.manifest.image_size, reader.manifest.channels)
     images_per_epoch = layout.images_per_epoch(train_reader.num_images)

@@ -7,6 +7,9 @@ from typing import Literal
 
 ReaderName = Literal["auto", "indexed", "stream", "resident"]
 
+# Batches that each of `num_workers` has ready or in the making.
+PREFETCH_BATCHES_PER_WORKER = 4
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -31,8 +34,17 @@ class DataConfig:
     resident_gib: float = 4.0
     """auto picks resident when a split, decoded to uint8, is no larger than this (GiB, in every process)."""
 
+    verify: Literal["sizes", "full"] = "sizes"
+    """What is checked before training. sizes: that all files are there and have their sizes. full: also the SHA-256 of
+    every shard and that every image decodes, shared among the processes; for local shards, as `verify_shards.py --full`.
+    Shards behind a URL are checked as they are read, whatever this says, so `full` is refused for them."""
+
     horizontal_flip: bool = True
     """Mirror each training image left to right with probability 1/2, on the device."""
+
+    def location(self, split: Literal["train", "val"]) -> str:
+        """The shard set that a split is read from."""
+        return self.train if split == "train" or self.val is None else self.val
 
     def __post_init__(self) -> None:
         """Refuse values that no reader can honour."""

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Int64
 from torch.utils.data import Dataset
 
+from vaetrain.data.batch import Batch, load_batch
 from vaetrain.data.order import BatchLayout, eval_indices, train_indices
-from vaetrain.data.selection import Batch, Selection
+from vaetrain.data.selection import Selection
 from vaetrain.data.workers import Outcome, WorkerPool
 
 
@@ -22,13 +23,13 @@ class _Images(Dataset[Outcome]):
 
     def __getitems__(self, positions: Int64[np.ndarray, " b"]) -> Outcome:
         try:
-            return self.selection.load(positions)
+            return load_batch(self.selection, positions)
         except ValueError as error:
             return error
 
 
 class IndexedReader:
-    """Reads and decodes each batch when it is due; memory is the index (28 bytes an image) and the batches in flight."""
+    """Reads and decodes each batch when it is due; memory is the index (36 bytes an image) and the batches in flight."""
 
     def __init__(self, selection: Selection, *, num_workers: int, device: torch.device, reason: str) -> None:
         self.manifest = selection.shard_set.manifest
@@ -55,7 +56,7 @@ class IndexedReader:
 
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
-        return self._selection.load(np.arange(min(num_images, self.num_images)))
+        return load_batch(self._selection, np.arange(min(num_images, self.num_images)))
 
     def close(self) -> None:
         """End the worker processes."""

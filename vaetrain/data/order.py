@@ -38,6 +38,11 @@ class BatchLayout:
     num_processes: int
     """Processes that share the global batch."""
 
+    @classmethod
+    def of(cls, global_batch_size: int, micro_batch_size: int | None, rank: int, num_processes: int) -> BatchLayout:
+        """The same with `micro_batch_size` None for a process's whole part of the global batch: no accumulation."""
+        return cls(global_batch_size, micro_batch_size or global_batch_size // num_processes or 1, rank, num_processes)
+
     def __post_init__(self) -> None:
         """Refuse sizes that do not divide, naming the nearest that do."""
         assert 0 <= self.rank < self.num_processes, f"rank {self.rank} of {self.num_processes}"
@@ -86,6 +91,14 @@ class BatchLayout:
             )
         return num_images // self.global_batch_size * self.global_batch_size
 
+    def steps_per_epoch(self, num_images: int) -> int:
+        """Global batches of one epoch."""
+        return self.images_per_epoch(num_images) // self.global_batch_size
+
+    def micro_batches_per_epoch(self, num_images: int) -> int:
+        """Micro-batches of one epoch in each process."""
+        return self.steps_per_epoch(num_images) * self.grad_accum_steps
+
     def check_position(self, images_seen: int) -> None:
         """Raise ValueError unless `images_seen` lies between two global batches."""
         if images_seen < 0 or images_seen % self.global_batch_size:
@@ -133,5 +146,10 @@ def eval_indices(
 
     The blocks are the same for any number of processes; the last may be partial, and a process may have none.
     """
-    for start in range(rank * batch_size, num_images, num_processes * batch_size):
+    for start in eval_starts(num_images, batch_size, rank, num_processes):
         yield np.arange(start, min(start + batch_size, num_images), dtype=np.int64)
+
+
+def eval_starts(num_images: int, batch_size: int, rank: int, num_processes: int) -> range:
+    """The first image of each of a process's evaluation batches."""
+    return range(rank * batch_size, num_images, num_processes * batch_size)

@@ -7,13 +7,15 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
+from vaetrain.data.batch import Batch
+from vaetrain.data.choice import choose_reader, remote_folder
 from vaetrain.data.config import DataConfig
 from vaetrain.data.indexed import IndexedReader
 from vaetrain.data.order import BatchLayout
 from vaetrain.data.resident import ResidentReader
-from vaetrain.data.selection import Batch, Selection
+from vaetrain.data.selection import Selection
 from vaetrain.data.shards import Manifest, ShardSet
-from vaetrain.data.stream import StreamReader, fetch_selection, remote_folder
+from vaetrain.data.stream import StreamReader, fetch_selection
 from vaetrain.data.workers import choose_num_workers
 from vaetrain.machine import num_cores
 
@@ -55,18 +57,24 @@ class Reader(Protocol):
 
 
 def open_reader(
-    config: DataConfig, split: Literal["train", "val"], *, device: torch.device, processes_per_node: int = 1
+    config: DataConfig,
+    split: Literal["train", "val"],
+    *,
+    device: torch.device,
+    processes_per_node: int = 1,
+    rank: int = 0,
+    num_processes: int = 1,
 ) -> Reader:
     """The reader that `config` asks for or, with `auto`, the fastest that can read this split.
 
-    `processes_per_node` training processes share the cores. Raises FileNotFoundError when there is no shard set and
+    `processes_per_node` training processes share the cores; of `num_processes`, each verifies its share of the shards when
+    `--data.verify full` asks for it. Raises FileNotFoundError when there is no shard set and
     ValueError when it lacks the split or a class, or cannot be read the way the configuration asks for.
     """
-    location = config.train if split == "train" or config.val is None else config.val
+    location = config.location(split)
     num_workers = config.num_workers
     if num_workers is None:
         num_workers = choose_num_workers(device, processes_per_node)
-    reason = f"--data.reader {config.reader}"
     url = remote_folder(location)
     if url:
         if config.reader in ("indexed", "resident"):
@@ -74,18 +82,22 @@ def open_reader(
                 f"--data.reader {config.reader} needs local shards, and {location} is a URL; "
                 "download them or use --data.reader stream"
             )
+        if config.verify == "full":
+            raise ValueError(
+                f"--data.verify full reads every shard before training, and {location} is a URL; "
+                "download the shards or use --data.verify sizes"
+            )
         selection = fetch_selection(url, split, config.classes)
     else:
         shard_set = ShardSet.open(location)
         shard_set.verify()
         selection = Selection.of(shard_set, split, config.classes)
-    if url or config.reader == "stream":
+        if config.verify == "full":
+            shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
+    name, reason = choose_reader(config, selection, remote=url is not None)
+    if name == "stream":
         return StreamReader(selection, url=url, num_workers=num_workers, device=device, reason=reason)
-    fits = selection.decoded_bytes <= config.resident_gib * 2**30
-    if config.reader == "auto":
-        size = f"{selection.decoded_bytes / 2**30:.2f} GiB decoded"
-        reason += f", {size}, {'within' if fits else 'over'} --data.resident-gib {config.resident_gib:g}"
-    if config.reader == "resident" or (config.reader == "auto" and fits):
+    if name == "resident":
         num_threads = max(1, num_cores() // processes_per_node)
         return ResidentReader(selection, num_threads=num_threads, device=device, reason=reason)
     return IndexedReader(selection, num_workers=num_workers, device=device, reason=reason)

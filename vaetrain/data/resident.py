@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 
+from vaetrain.data.batch import Batch, decode_image
 from vaetrain.data.order import BatchLayout, eval_indices, train_indices
-from vaetrain.data.selection import Batch, Selection
+from vaetrain.data.selection import Selection
 
 # Of the device memory free before the model is built; the rest is for weights and activations.
 DEVICE_MEMORY_SHARE = 0.25
@@ -70,7 +71,7 @@ def _decode_all(selection: Selection, num_threads: int) -> UInt8[np.ndarray, "n 
 
     def decode_from(start: int) -> None:
         for position in range(start, min(start + IMAGES_PER_TASK, selection.num_images)):
-            selection.decode(selection.read(position), position, out=pixels[position])
+            decode_image(selection, selection.read(position), position, out=pixels[position])
 
     # Threads, since JPEGs are decoded without the GIL.
     with ThreadPoolExecutor(num_threads) as threads:

@@ -1,36 +1,22 @@
-"""The images of one split that a run keeps: where each lies in the shards, and how its bytes become pixels."""
+"""The images of one split that a run keeps, and where each lies in the shards, without importing torch."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
+from jaxtyping import Int64
 
-from vaetrain.data.decode import decode_pixels
 from vaetrain.data.shards import Shard, ShardSet, SplitIndex
 
 # Random access over thousands of shards must stay below the usual limit of 1,024 open files.
 MAX_OPEN_SHARDS = 256
-
-
-class Batch(NamedTuple):
-    """Images as they leave a reader, on the host (pinned for CUDA) or already on the device."""
-
-    images: UInt8[Tensor, "b c h w"]
-    """Laid out channels last, as decoders write and convolutions like them."""
-    labels: Int64[Tensor, " b"]
-    """Class numbers of the manifest, whatever classes were kept."""
-    indices: Int64[Tensor, " b"]
-    """Positions in the split after the class filter."""
 
 
 @lru_cache(maxsize=MAX_OPEN_SHARDS)
@@ -93,6 +79,30 @@ class Selection:
         """Size of all images as uint8 pixels, in bytes."""
         return self.num_images * math.prod(self.image_shape)
 
+    @property
+    def index_bytes(self) -> int:
+        """Memory that the index takes in every process that reads, in bytes."""
+        columns = (getattr(self.index, field.name) for field in fields(SplitIndex))
+        return sum(column.nbytes for column in columns) + self.within_shard.nbytes
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the split, whether or not one holds a kept image."""
+        return len(self.shard_set.manifest.splits[self.split].shards)
+
+    def in_shards(
+        self, shards: Int64[np.ndarray, " shards"], start: int, stop: int
+    ) -> Iterator[tuple[int, Int64[np.ndarray, " b"]]]:
+        """Images start..stop of the kept images of `shards` laid end to end: each shard that has some, and which."""
+        if start >= stop:
+            return
+        edges = np.searchsorted(self.index.shard, np.arange(self.num_shards + 1))
+        firsts, counts = edges[shards], np.diff(edges)[shards]
+        befores = np.cumsum(counts) - counts
+        for at in np.flatnonzero((befores < stop) & (befores + counts > start)).tolist():
+            shard, first, before, count = int(shards[at]), int(firsts[at]), int(befores[at]), int(counts[at])
+            yield shard, np.arange(first + max(start - before, 0), first + min(stop - before, count))
+
     def shard_of(self, position: int) -> Shard:
         """The shard that holds an image."""
         return self.shard_set.manifest.splits[self.split].shards[int(self.index.shard[position])]
@@ -112,28 +122,3 @@ class Selection:
         if os.preadv(file.fileno(), [encoded], int(self.index.offset[position])) < len(encoded):
             raise ValueError(f"{self.where(position)}: the shard ends before this image; run tools/verify_shards.py")
         return encoded
-
-    def decode(self, encoded: bytearray, position: int, out: UInt8[np.ndarray, "h w c"]) -> None:
-        """Decode an image's bytes (JPEG, PNG or WebP) into `out`; raises ValueError naming the sample when they are damaged."""
-        try:
-            image = decode_pixels(encoded, channels=out.shape[-1])
-        except ValueError as error:
-            raise ValueError(f"{self.where(position)}: {error}; run tools/verify_shards.py") from error
-        if image.shape != out.shape or image.dtype != np.uint8:
-            raise ValueError(
-                f"{self.where(position)} is {tuple(image.shape)} of {image.dtype}, not {tuple(out.shape)} of uint8 as the "
-                "manifest says; run tools/verify_shards.py"
-            )
-        out[...] = image  # not Tensor.copy_, which starts OpenMP threads for 32,768 values: 65 µs in place of 4
-
-    def load(self, positions: Int64[np.ndarray, " b"]) -> Batch:
-        """Read and decode images from local shards."""
-        pixels = np.empty((len(positions), *self.image_shape), dtype=np.uint8)
-        for position, image in zip(positions.tolist(), pixels, strict=True):
-            self.decode(self.read(position), position, out=image)
-        return self.batch(pixels, positions)
-
-    def batch(self, pixels: UInt8[np.ndarray, "b h w c"], positions: Int64[np.ndarray, " b"]) -> Batch:
-        """Decoded images with their labels and indices."""
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return Batch(images, torch.from_numpy(self.index.label[positions]), torch.from_numpy(positions))

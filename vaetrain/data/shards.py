@@ -285,10 +285,11 @@ class ShardSet:
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no valid index: {error}; {remedy}") from error
 
-    def verify(self, full: bool = False) -> None:
+    def verify(self, full: bool = False, *, split: str | None = None, part: int = 0, num_parts: int = 1) -> None:
         """Raise ValueError listing every shard that is missing or of the wrong size, and a damaged index.
 
         `full` also takes each shard's SHA-256 and decodes each image. No shard is skipped because another one is bad.
+        `split` leaves out the other splits' shards, and `num_parts` processes share the rest: every num_parts-th each.
         """
         problems: list[str] = []
         try:
@@ -296,8 +297,10 @@ class ShardSet:
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
             indices = {}
-        for split_name, split in self.manifest.splits.items():
-            for position, shard in enumerate(split.shards):
+        for split_name in [split] if split else self.manifest.splits:
+            for position, shard in enumerate(self.manifest.splits[split_name].shards):
+                if position % num_parts != part:
+                    continue
                 path = self.path(shard)
                 if not path.is_file():
                     problems.append(f"{shard.name} is missing")

@@ -1,9 +1,7 @@
 """Shards read from front to back, over HTTP or from disk, for shard sets too large to keep.
 
-An epoch lays the shards end to end in an order that depends on (seed, epoch), drops what exceeds whole global batches (a
-random part of it at either end), and cuts the rest into equal pieces by image count: one per process, and that one into
-one per worker. So every process has the same number of batches, each image comes at most once an epoch, and the order is
-fixed as long as the numbers of processes and workers are. Within its piece a worker shuffles through a buffer.
+stream_order.py says who reads what. Every process has the same number of batches, each image comes at most once an epoch, and
+the order is fixed as long as the numbers of processes and workers are. Within its piece a worker shuffles through a buffer.
 
 Resuming reads over the images of the current epoch that were seen already without decoding them: up to one piece of
 reading before the first batch.
@@ -32,31 +30,19 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.tariterators import tar_file_expander
 
+from vaetrain.data.batch import Batch, decode_image, make_batch
+from vaetrain.data.choice import remote_folder
 from vaetrain.data.order import BatchLayout, epoch_order
-from vaetrain.data.selection import Batch, Selection
+from vaetrain.data.selection import Selection
 from vaetrain.data.shards import INDEX_NAME, MANIFEST_NAME, ShardSet
+from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
 from vaetrain.data.workers import Outcome, WorkerPool
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# Encoded images a worker holds to shuffle; at 9 KB (128 pixels) 18 MB.
-SHUFFLE_BUFFER = 2000
 TIMEOUT_SECONDS = 60
 
 Sample = tuple[int, bytes]
 """Position in the selection, encoded image."""
-
-
-def remote_folder(location: str) -> str | None:
-    """The folder of a shard set named by a URL, with its trailing slash, and None for a path.
-
-    Raises ValueError for a scheme that is not read, such as webdataset's `pipe:`, which runs a command.
-    """
-    scheme = location.partition(":")[0].lower() if ":" in location else ""
-    if scheme in ("http", "https"):
-        return location.removesuffix(MANIFEST_NAME).rstrip("/") + "/"
-    if "://" in location or scheme == "pipe":
-        raise ValueError(f"{location}: only paths and http(s) URLs are read, not {scheme}:")
-    return None
 
 
 @dataclass(frozen=True)
@@ -69,14 +55,8 @@ class Stream:
 
     def images(self, shards: Int64[np.ndarray, " shards"], start: int, stop: int) -> Iterator[Sample]:
         """Images start..stop of the kept images of `shards` laid end to end."""
-        for shard in shards.tolist():
-            if stop <= 0:
-                return
-            first, last = np.searchsorted(self.selection.index.shard, [shard, shard + 1]).tolist()
-            wanted = np.arange(first, last)[max(start, 0) : stop]
-            if len(wanted):
-                yield from self._read(shard, wanted)
-            start, stop = start - (last - first), stop - (last - first)
+        for shard, wanted in self.selection.in_shards(shards, start, stop):
+            yield from self._read(shard, wanted)
 
     def _read(self, shard_number: int, wanted: Int64[np.ndarray, " b"]) -> Iterator[Sample]:
         selection = self.selection
@@ -111,8 +91,8 @@ class Stream:
         """Decode samples; raises ValueError naming the one that is damaged."""
         pixels = np.empty((len(samples), *self.selection.image_shape), dtype=np.uint8)
         for (position, encoded), image in zip(samples, pixels, strict=True):
-            self.selection.decode(bytearray(encoded), position, out=image)
-        return self.selection.batch(pixels, np.array([position for position, _ in samples], dtype=np.int64))
+            decode_image(self.selection, bytearray(encoded), position, out=image)
+        return make_batch(self.selection, pixels, np.array([position for position, _ in samples], dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -129,33 +109,20 @@ class _TrainBatches(IterableDataset[Outcome]):
 
     def _batches(self) -> Iterator[Batch]:
         worker, num_workers = _worker()
-        num_images = self.stream.selection.num_images
-        num_shards = len(self.stream.selection.shard_set.manifest.splits[self.stream.selection.split].shards)
-        images_per_epoch = self.layout.images_per_epoch(num_images)
-        micro_batch_size = self.layout.micro_batch_size
-        per_epoch = images_per_epoch // self.layout.num_processes // micro_batch_size
+        selection, micro_batch_size = self.stream.selection, self.layout.micro_batch_size
         start = self.images_seen // self.layout.global_batch_size * self.layout.grad_accum_steps
         # DataLoader takes its first batch from worker 0, and that batch is number `start`.
-        piece = (start + worker) % num_workers
-
-        def batches_of(piece: int, epoch: int) -> range:
-            return range(
-                epoch * per_epoch + (piece - epoch * per_epoch) % num_workers, (epoch + 1) * per_epoch, num_workers
-            )
-
-        for epoch in count(start // per_epoch):
-            dropped_before = random.Random(f"{self.seed} {epoch}").randint(0, num_images - images_per_epoch)
-            batches_before = self.layout.rank * per_epoch + sum(len(batches_of(other, epoch)) for other in range(piece))
-            batches = batches_of(piece, epoch)
-            first = dropped_before + batches_before * micro_batch_size
-            order = epoch_order(num_shards, self.seed, epoch)
-            samples = self.stream.images(order, first, first + len(batches) * micro_batch_size)
+        number = (start + worker) % num_workers
+        for epoch in count(start // self.layout.micro_batches_per_epoch(selection.num_images)):
+            piece = train_piece(selection.num_images, self.seed, epoch, self.layout, number, num_workers)
+            order = epoch_order(selection.num_shards, self.seed, epoch)
+            samples = self.stream.images(order, piece.images.start, piece.images.stop)
             # Several pieces of one epoch may lie in one shard; each shuffles differently.
-            rng = random.Random(f"{self.seed} {epoch} {first}")
+            rng = random.Random(f"{self.seed} {epoch} {piece.images.start}")
             samples = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(samples)
-            seen = sum(batch < start for batch in batches)
+            seen = sum(batch < start for batch in piece.batches)
             samples = islice(samples, seen * micro_batch_size, None)
-            for _ in batches[seen:]:
+            for _ in piece.batches[seen:]:
                 yield self.stream.batch(list(islice(samples, micro_batch_size)))
 
 
@@ -174,11 +141,9 @@ class _EvalBatches(IterableDataset[Outcome]):
     def _batches(self) -> Iterator[Batch]:
         worker, num_workers = _worker()
         selection = self.stream.selection
-        num_blocks = -(-selection.num_images // self.batch_size)
         part, num_parts = self.rank * num_workers + worker, self.num_processes * num_workers
-        start, stop = (num_blocks * edge // num_parts * self.batch_size for edge in (part, part + 1))
-        shards = np.arange(len(selection.shard_set.manifest.splits[selection.split].shards))
-        samples = self.stream.images(shards, start, min(stop, selection.num_images))
+        piece = eval_piece(selection.num_images, self.batch_size, part, num_parts)
+        samples = self.stream.images(np.arange(selection.num_shards), piece.start, piece.stop)
         while block := list(islice(samples, self.batch_size)):
             yield self.stream.batch(block)
 
@@ -217,7 +182,7 @@ class StreamReader:
 
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
-        shards = np.arange(len(self.manifest.splits[self._stream.selection.split].shards))
+        shards = np.arange(self._stream.selection.num_shards)
         return self._stream.batch(list(self._stream.images(shards, 0, min(num_images, self.num_images))))
 
     def close(self) -> None:

@@ -11,12 +11,12 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vaetrain.data.selection import Batch
+from vaetrain.data.batch import Batch
+from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER
 from vaetrain.machine import num_cores
 
 # One worker decodes about 7,000 images of 128 pixels a second; more than eight have not been needed by one device.
 MAX_WORKERS = 8
-PREFETCH_BATCHES_PER_WORKER = 4
 
 Outcome = Batch | ValueError
 """What a worker hands over: a batch, or why there is none. An error raised in a worker would reach the user with the
