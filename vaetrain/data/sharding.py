@@ -181,8 +181,7 @@ def write_shard(task: ShardTask) -> tuple[FinishedShard | None, list[Rejected]]:
     with ShardWriter(task.out, task.split, len(task.items), first_shard=task.number, aside=aside) as writer:
         for position, item in enumerate(task.items, start=task.first):
             try:
-                picture, extra = task.source.open(item)
-                image = task.recipe.apply(picture)
+                image, extra = task.source.encoded(item, task.recipe)
             except UNREADABLE as error:
                 rejected.append(Rejected(item.source, task.split, str(error) or type(error).__name__))
                 continue

@@ -29,8 +29,8 @@ from PIL import Image
 
 from vaetrain.data.faces import CLASSES, draw_face
 from vaetrain.data.idx import PARTS, find_idx, idx_name, read_idx
-from vaetrain.data.picture import SUFFIXES, decode_picture
-from vaetrain.data.shards import TAR_BLOCK
+from vaetrain.data.picture import SUFFIXES, Recipe, decode_picture
+from vaetrain.data.shards import TAR_BLOCK, ImageFormat
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 DECOMPRESSORS = {".gz": gzip.GzipFile, ".tgz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
@@ -75,8 +75,14 @@ class Listing:
 class Source(ABC):
     """Originals of one kind."""
 
-    is_idx = False
-    """Whether these are MNIST's idx files, which are grayscale and lossless."""
+    channels: int = 3
+    """What is made of them unless told: 3 for RGB, 1 for grayscale."""
+    format: ImageFormat = "jpg"
+    """File format that is made of them unless told."""
+    fingerprint: str = ""
+    """Of the originals' content, where that is known without reading them."""
+    may_resplit: bool = False
+    """Whether --val-count overrides splits of its own."""
 
     @abstractmethod
     def listing(self) -> Listing:
@@ -85,6 +91,11 @@ class Source(ABC):
     @abstractmethod
     def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
         """The picture, and what else its record should say; raises one of UNREADABLE when it is damaged."""
+
+    def encoded(self, item: Item, recipe: Recipe) -> tuple[bytes, dict[str, Any]]:
+        """The image after `recipe`, and what else its record should say; raises as `open` and Recipe.apply do."""
+        picture, extra = self.open(item)
+        return recipe.apply(picture), extra
 
     def staged(self, file: Path) -> Source:
         """A source of the same originals that opens each at once; `file` may be written for it."""
@@ -221,7 +232,8 @@ class IdxFolder(Source):
     """The four canonical MNIST files, gzipped or not; t10k is the validation split."""
 
     path: Path
-    is_idx = True
+    channels = 1
+    format = "png"
 
     def listing(self) -> Listing:
         """All images; raises FileNotFoundError for a missing file, ValueError for one that is damaged."""
