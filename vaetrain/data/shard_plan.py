@@ -72,9 +72,19 @@ class ShardingConfig:
     max_rejected: int = 0
     """Images that may be left out because they cannot be read; with more, no manifest is written."""
 
+    task: int | None = None
+    """Make only the share of this task, from 0, of `--num-tasks` (for a Slurm array: $SLURM_ARRAY_TASK_ID), all with the same
+    other arguments and the same OUT. The last one to finish completes the shard set, as does --merge."""
+
+    num_tasks: int | None = None
+    """Tasks that share the work."""
+
+    merge: bool = False
+    """Only complete the shard set whose shards the tasks have made."""
+
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
-        for name in ("size", "images_per_shard", "val_count", "workers", "num_images"):
+        for name in ("size", "images_per_shard", "val_count", "workers", "num_images", "num_tasks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -88,6 +98,15 @@ class ShardingConfig:
             raise ValueError("--val-count and --val-src both say what to validate on; give one of them")
         if self.num_images is not None and self.src != FACES:
             raise ValueError(f"--num-images says how many faces to draw, but SRC is {self.src}; leave it out")
+
+        if (self.task is None) != (self.num_tasks is None):
+            raise ValueError("--task I and --num-tasks N belong together: give both, or neither")
+        if self.task is not None and self.num_tasks is not None and not 0 <= self.task < self.num_tasks:
+            raise ValueError(
+                f"--task is {self.task}; with --num-tasks {self.num_tasks} it is 0 to {self.num_tasks - 1}"
+            )
+        if self.merge and self.task is not None:
+            raise ValueError("--merge completes what all tasks have made; leave out --task and --num-tasks")
 
     def recipe(self, source: Source) -> Recipe:
         """What is done to each image of `source`; raises ValueError for grayscale WebP, which there is not."""
@@ -111,6 +130,8 @@ class ShardTask(NamedTuple):
     plan: str
     """Digest of the plan it belongs to."""
     out: Path
+    aside: Path
+    """Folder for unfinished files, on the same disk as `out`, that no other run writes to."""
     split: str
     number: int
     """The shard's number in its split."""
@@ -196,12 +217,14 @@ class Plan:
         splits = {name: (staged[source], items) for name, (source, items) in self.splits.items()}
         return dataclasses.replace(self, splits=splits)
 
-    def tasks(self, out: Path, images_per_shard: int) -> Iterator[ShardTask]:
-        """The shards to write, in order."""
+    def tasks(self, out: Path, aside: Path, images_per_shard: int) -> Iterator[ShardTask]:
+        """The shards to write, in order; see ShardTask."""
         for split, (source, items) in self.splits.items():
             for number, first in enumerate(range(0, len(items), images_per_shard)):
                 chosen = items[first : first + images_per_shard]
-                yield ShardTask(self.digest, out, split, number, first, chosen, source, self.recipe, self.classes)
+                yield ShardTask(
+                    self.digest, out, aside, split, number, first, chosen, source, self.recipe, self.classes
+                )
 
 
 def _source_at(src: str) -> Source:
