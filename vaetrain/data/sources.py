@@ -29,7 +29,7 @@ from PIL import Image
 
 from vaetrain.data.faces import CLASSES, draw_face
 from vaetrain.data.idx import PARTS, find_idx, idx_name, read_idx
-from vaetrain.data.picture import SUFFIXES, Recipe, decode_picture
+from vaetrain.data.picture import MAX_FILE_BYTES, SUFFIXES, Recipe, decode_picture
 from vaetrain.data.shards import TAR_BLOCK, ImageFormat
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -143,6 +143,8 @@ class _Files(Source):
         return arrange(self.members(), self.path)
 
     def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+        if item.num_bytes > MAX_FILE_BYTES:
+            raise ValueError(f"it has {item.num_bytes:,} bytes, more than {MAX_FILE_BYTES:,}")
         return decode_picture(self.read(item)), {}
 
 
@@ -158,11 +160,14 @@ class ImageFolder(_Files):
             for name in names:
                 file = Path(folder, name)
                 relative = file.relative_to(self.path).as_posix()
-                yield Member(relative, relative, file.stat().st_size)
+                yield Member(relative, relative, file.stat().st_size if file.is_file() else 0)
 
     def read(self, item: Item) -> bytes:
-        """The content of one."""
-        return (self.path / str(item.member)).read_bytes()
+        """The content of one; raises ValueError for a pipe, which may never end, and for a link to nothing."""
+        file = self.path / str(item.member)
+        if not file.is_file():
+            raise ValueError("it is no file, or a link to none")
+        return file.read_bytes()
 
 
 class ImageZip(_Files):
@@ -178,10 +183,10 @@ class ImageZip(_Files):
                     yield Member(info.filename, info.filename, info.file_size)
 
     def read(self, item: Item) -> bytes:
-        """The content of one; raises ValueError when its checksum is wrong."""
+        """The content of one; raises ValueError when its checksum is wrong or its compression unknown."""
         try:
             return _open_zip(self.path, _identity(self.path)).read(str(item.member))
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError, lzma.LZMAError) as error:
             raise ValueError(str(error)) from error
 
 
