@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from vaetrain.data.idx import read_idx
-from vaetrain.data.picture import Recipe, decode_picture, with_channels
+from vaetrain.data.picture import UNREADABLE, Recipe, decode_picture, with_channels
 from vaetrain.data.shards import Crop, Encoding
 from vaetrain.data.sources import Source, open_source
 
@@ -297,6 +297,49 @@ def test_jpeg_keeps_the_full_resolution_of_colour() -> None:
         assert [layer[1:3] for layer in picture.layer] == [(1, 1)] * 3
         sizes[quality] = np.abs(np.asarray(picture).astype(int) - np.asarray(colours)).mean()
     assert sizes[95] < sizes[50] < 60
+
+
+def test_files_without_an_end_or_a_beginning_are_rejected_one_by_one(tmp_path: Path) -> None:
+    write_image(tmp_path / "pets" / "good.png")
+    os.mkfifo(tmp_path / "pets" / "pipe.png")
+    (tmp_path / "pets" / "broken.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "pets" / "empty.png").write_bytes(b"")
+    with (tmp_path / "pets" / "huge.png").open("wb") as file:
+        file.truncate(2 << 30)  # no block of it is on the disk
+    source = open_source(str(tmp_path / "pets"))
+    reasons = {}
+    for item in source.listing().items:
+        try:
+            source.open(item)
+        except ValueError as error:
+            reasons[item.source] = str(error)
+    assert reasons == {
+        "broken.png": "it is no file, or a link to none",
+        "empty.png": "it is empty",
+        "huge.png": "it has 2,147,483,648 bytes, more than 1,073,741,824",
+        "pipe.png": "it is no file, or a link to none",
+    }
+
+
+@pytest.mark.parametrize("side", [9_500, 14_000])
+def test_small_files_of_huge_pictures_are_refused_before_they_are_unpacked(side: int) -> None:
+    encoded = io.BytesIO()
+    Image.new("1", (side, side)).save(encoded, "PNG")
+    assert len(encoded.getvalue()) < 30_000
+    with pytest.raises(ValueError, match="more than 89,478,485 pixels"):
+        decode_picture(encoded.getvalue())
+    with pytest.raises(ValueError, match="it is 1×9500, which padding would make more than"):
+        recipe(4, crop="pad").apply(Image.new("L", (1, 9500)))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_truncated_files_of_every_format_are_refused(image_format: str) -> None:
+    encoded = io.BytesIO()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(encoded, image_format)
+    for kept in (0.1, 0.5, 0.8):
+        with pytest.raises(UNREADABLE):
+            decode_picture(encoded.getvalue()[: int(len(encoded.getvalue()) * kept)])
 
 
 def test_files_that_are_no_images_say_so_without_an_address_in_memory() -> None:

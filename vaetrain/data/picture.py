@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 
@@ -17,7 +18,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 # What Pillow raises for files that are damaged or no images.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
+# What its readers stumble into, besides, over numbers in such files that cannot be.
+STUMBLES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+# A file of some kilobytes can claim any size. These many are 0.3 GB as RGB in memory.
+assert Image.MAX_IMAGE_PIXELS is not None
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,11 @@ class Recipe:
 
     def apply(self, picture: Image.Image) -> bytes:
         """The encoded image; raises ValueError for a picture that the recipe does not cover."""
-        picture = with_channels(ImageOps.exif_transpose(picture), self.channels)
+        picture = with_channels(_upright(picture), self.channels)
         width, height = picture.size
         if self.encoding.crop == "pad":
+            if max(width, height) ** 2 > MAX_PIXELS:
+                raise ValueError(f"it is {width}×{height}, which padding would make more than {MAX_PIXELS:,} pixels")
             picture = ImageOps.pad(picture, (max(width, height),) * 2, color=0)
         elif self.encoding.crop == "center":
             side = min(width, height)
@@ -61,13 +70,28 @@ class Recipe:
 
 
 def decode_picture(content: bytes) -> Image.Image:
-    """The pixels of an image file; raises one of UNREADABLE when it is damaged or not of FORMATS."""
+    """The pixels of an image file; raises one of UNREADABLE when it is damaged, not of FORMATS, or has over MAX_PIXELS."""
+    if not content:
+        raise ValueError("it is empty")
     try:
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself gives up at twice as many
+            picture = Image.open(io.BytesIO(content), formats=FORMATS)
+            picture.load()
     except UnidentifiedImageError as error:  # whose own message is a memory address
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
-    picture.load()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels; shrink it first") from error
+    except STUMBLES as error:
+        raise ValueError(f"it is damaged: {error!r}") from error
     return picture
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except STUMBLES as error:
+        raise ValueError(f"its EXIF data are damaged: {error!r}") from error
 
 
 def with_channels(picture: Image.Image, channels: int) -> Image.Image:

@@ -12,6 +12,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from vaetrain.data.picture import Recipe
+from vaetrain.data.shard_set_source import ShardSetSource, is_shard_set
 from vaetrain.data.shards import Crop, Encoding, ImageFormat
 from vaetrain.data.sources import Faces, Item, Listing, Source, open_source
 from vaetrain.strict_json import sha256_of_json
@@ -27,7 +28,8 @@ class ShardingConfig:
 
     src: Positional[str]
     """A folder, zip or tar of images, with a folder per class, and perhaps train/ and val/ or test/ above those; a folder
-    of MNIST's four idx files; or the word `faces`: the built-in drawn animal faces."""
+    of MNIST's four idx files; another shard set, whose records travel along, and whose images stay as they are, byte for
+    byte, unless size, channels, format or quality change; or the word `faces`: the built-in drawn animal faces."""
 
     out: Positional[Path]
     """Folder for the shards and their manifest.json."""
@@ -36,13 +38,14 @@ class ShardingConfig:
     """Height and width of the images, in pixels."""
 
     val_count: int | None = None
-    """Take the last so many images of a seeded shuffle for validation; for a SRC without a split of its own."""
+    """Take the last so many images of a seeded shuffle for validation; for a SRC without a split of its own,
+    or a shard set, whose own split is given up for it."""
 
     val_src: str | None = None
     """Take the images of this folder, zip or tar for validation; its classes must be among those of SRC."""
 
     gray: bool = False
-    """One channel in place of three (MNIST's idx files always have one)."""
+    """One channel in place of three (MNIST's idx files and grayscale shard sets always have one)."""
 
     images_per_shard: int = 1000
     """Images in a shard file (the last one of a split may have fewer)."""
@@ -51,7 +54,8 @@ class ShardingConfig:
     """Processes that read and encode; None: one per core. The result does not depend on it."""
 
     format: ImageFormat | None = None
-    """File format of the images. None: png (lossless) for MNIST's idx files, jpg with full colour resolution otherwise."""
+    """File format of the images. None: png (lossless) for MNIST's idx files, that of a SRC shard set, jpg with full
+    colour resolution otherwise."""
 
     quality: int = 95
     """Quality of jpg and webp, 1 to 100."""
@@ -68,9 +72,19 @@ class ShardingConfig:
     max_rejected: int = 0
     """Images that may be left out because they cannot be read; with more, no manifest is written."""
 
+    task: int | None = None
+    """Make only the share of this task, from 0, of `--num-tasks` (for a Slurm array: $SLURM_ARRAY_TASK_ID), all with the same
+    other arguments and the same OUT. The last one to finish completes the shard set, as does --merge."""
+
+    num_tasks: int | None = None
+    """Tasks that share the work."""
+
+    merge: bool = False
+    """Only complete the shard set whose shards the tasks have made."""
+
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
-        for name in ("size", "images_per_shard", "val_count", "workers", "num_images"):
+        for name in ("size", "images_per_shard", "val_count", "workers", "num_images", "num_tasks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -85,10 +99,19 @@ class ShardingConfig:
         if self.num_images is not None and self.src != FACES:
             raise ValueError(f"--num-images says how many faces to draw, but SRC is {self.src}; leave it out")
 
+        if (self.task is None) != (self.num_tasks is None):
+            raise ValueError("--task I and --num-tasks N belong together: give both, or neither")
+        if self.task is not None and self.num_tasks is not None and not 0 <= self.task < self.num_tasks:
+            raise ValueError(
+                f"--task is {self.task}; with --num-tasks {self.num_tasks} it is 0 to {self.num_tasks - 1}"
+            )
+        if self.merge and self.task is not None:
+            raise ValueError("--merge completes what all tasks have made; leave out --task and --num-tasks")
+
     def recipe(self, source: Source) -> Recipe:
         """What is done to each image of `source`; raises ValueError for grayscale WebP, which there is not."""
-        channels = 1 if self.gray or source.is_idx else 3
-        image_format = self.format or ("png" if source.is_idx else "jpg")
+        channels = 1 if self.gray else source.channels
+        image_format = self.format or source.format
         if channels == 1 and image_format == "webp":
             raise ValueError("WebP has no grayscale; choose --format png or jpg")
         match image_format:
@@ -107,6 +130,8 @@ class ShardTask(NamedTuple):
     plan: str
     """Digest of the plan it belongs to."""
     out: Path
+    aside: Path
+    """Folder for unfinished files, on the same disk as `out`, that no other run writes to."""
     split: str
     number: int
     """The shard's number in its split."""
@@ -144,9 +169,11 @@ class Plan:
         if config.src == FACES:
             source: Source = Faces(config.num_images or DEFAULT_NUM_FACES, config.seed, config.size)
         else:
-            source = open_source(config.src)
+            source = _source_at(config.src)
         listing = source.listing()
         own_splits = sorted({item.split for item in listing.items if item.split is not None})
+        if source.may_resplit and config.val_count is not None:
+            own_splits = []
         if own_splits and (config.val_count is not None or config.val_src is not None):
             asked = "--val-count" if config.val_src is None else "--val-src"
             raise ValueError(f"{config.src} has splits of its own ({', '.join(own_splits)}); leave out {asked}")
@@ -167,14 +194,16 @@ class Plan:
             splits = {"train": (source, shuffled)}
         ignored = listing.ignored
         if config.val_src is not None:
-            val_source = open_source(config.val_src)
+            val_source = _source_at(config.val_src)
             val_listing = val_source.listing()
             splits["val"] = val_source, _shuffle(_relabelled(val_listing, listing, config), config.seed)
             ignored += val_listing.ignored
         recipe = config.recipe(source)
         content = dataclasses.asdict(recipe), listing.classes, config.images_per_shard, config.seed
         items = {name: items for name, (_, items) in splits.items()}
-        return cls(listing.classes, recipe, splits, sha256_of_json([content, items]), ignored)
+        fingerprints = [source.fingerprint for source, _ in splits.values() if source.fingerprint]
+        digest = sha256_of_json([content, items, *fingerprints])
+        return cls(listing.classes, recipe, splits, digest, ignored)
 
     @property
     def num_images(self) -> int:
@@ -188,12 +217,18 @@ class Plan:
         splits = {name: (staged[source], items) for name, (source, items) in self.splits.items()}
         return dataclasses.replace(self, splits=splits)
 
-    def tasks(self, out: Path, images_per_shard: int) -> Iterator[ShardTask]:
-        """The shards to write, in order."""
+    def tasks(self, out: Path, aside: Path, images_per_shard: int) -> Iterator[ShardTask]:
+        """The shards to write, in order; see ShardTask."""
         for split, (source, items) in self.splits.items():
             for number, first in enumerate(range(0, len(items), images_per_shard)):
                 chosen = items[first : first + images_per_shard]
-                yield ShardTask(self.digest, out, split, number, first, chosen, source, self.recipe, self.classes)
+                yield ShardTask(
+                    self.digest, out, aside, split, number, first, chosen, source, self.recipe, self.classes
+                )
+
+
+def _source_at(src: str) -> Source:
+    return ShardSetSource.open_set(Path(src)) if is_shard_set(Path(src)) else open_source(src)
 
 
 def _shuffle(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
@@ -203,7 +238,9 @@ def _shuffle(items: tuple[Item, ...], seed: int) -> tuple[Item, ...]:
 
 def _relabelled(val: Listing, train: Listing, config: ShardingConfig) -> tuple[Item, ...]:
     if any(item.split for item in val.items):
-        raise ValueError(f"--val-src {config.val_src} has splits of its own; name the folder of one of them")
+        raise ValueError(
+            f"--val-src {config.val_src} has splits of its own; name a folder of one of them, or a source without"
+        )
     if not val.has_class_folders and not train.has_class_folders:
         return val.items  # one class each, named after the folders
     if unknown := [name for name in val.classes if name not in train.classes]:

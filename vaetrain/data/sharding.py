@@ -1,7 +1,8 @@
 """From originals to a shard set: `make_shards`, in parallel, resumable, and with the same bytes however it was run.
 
 A plan fixes which original becomes which sample of which shard. Worker processes write whole shards. Each finished shard
-leaves a note in OUT/.partial, so that a rerun of the same plan skips it; index and manifest come last.
+leaves a note in OUT/.partial, so that a rerun of the same plan skips it; index and manifest come last. The shards may be
+shared out among tasks that run at the same time on many machines; whoever finds all of them there completes the set.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import json
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,15 +24,15 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
 from tqdm import tqdm
 
+from vaetrain.data.finished_shard import PARTIAL_NAME, FinishedShard, Rejected
 from vaetrain.data.picture import UNREADABLE
 from vaetrain.data.shard_plan import Plan, ShardingConfig, ShardTask
 from vaetrain.data.shard_writer import ShardWriter
@@ -38,65 +41,134 @@ from vaetrain.data.shards import (
     INDEX_NAME,
     MANIFEST_NAME,
     Manifest,
-    Shard,
     ShardSet,
     Split,
     SplitIndex,
     Tool,
     pack_index,
 )
-from vaetrain.files import replace_file, sha256_of_file
+from vaetrain.files import replace_file
 from vaetrain.machine import num_cores
-from vaetrain.strict_json import from_json
 
-PARTIAL_NAME = ".partial"
 REJECTED_NAME = "rejected.jsonl"
 SECONDS_BETWEEN_LINES = 10
-
-
-@dataclass(frozen=True)
-class FinishedShard:
-    """The note that a finished shard leaves in OUT/.partial."""
-
-    plan: str
-    shard: Shard
-    offset: tuple[int, ...]
-    num_bytes: tuple[int, ...]
-    label: tuple[int, ...]
-
-
-class Rejected(NamedTuple):
-    """An original that could not be read."""
-
-    source: str
-    split: str
-    reason: str
+# Arguments that change nothing in the result, so that it does not record them.
+HOW_IT_IS_RUN = ("out", "workers", "task", "num_tasks", "merge")
 
 
 def make_shards(config: ShardingConfig) -> Manifest:
     """Write the shard set `config.out`, or complete it after a kill; says how it goes on stderr.
 
     Raises ValueError, FileNotFoundError or FileExistsError when the originals or the arguments are not as they should be,
-    and ValueError when more than `max_rejected` originals cannot be read (listed in OUT/rejected.jsonl).
+    and ValueError when more than `max_rejected` originals cannot be read (listed in OUT/rejected.jsonl), or when `merge`
+    finds that shards are missing.
     """
+    assert config.task is None, "a task's share is no shard set; that is make_share"
+    manifest = _make(config)
+    assert manifest is not None
+    return manifest
+
+
+def make_share(config: ShardingConfig) -> Manifest | None:
+    """Write the shards of one task among several, at the same time as others; raises as make_shards does.
+
+    Returns the manifest when the other tasks' shards were there too, so that this task completed the shard set.
+    """
+    assert config.task is not None
+    return _make(config)
+
+
+def _make(config: ShardingConfig) -> Manifest | None:
     plan = Plan.of(config)
     out, partial = config.out, config.out / PARTIAL_NAME
+    # In this order, because another task may be making the first file or the last: .partial comes before all others and
+    # goes when the manifest is there.
+    is_in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if is_in_use and not partial.is_dir() and not (out / MANIFEST_NAME).exists():
+        raise FileExistsError(f"{out} is not empty and holds no shard set; name a new folder, or empty this one")
     if (out / MANIFEST_NAME).exists():
         return _already_complete(out, plan)
-    if out.exists() and not partial.is_dir() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is not empty and holds no shard set; name a new folder, or empty this one")
-    partial.mkdir(parents=True, exist_ok=True)
+    if config.merge and not partial.is_dir():
+        raise FileNotFoundError(
+            f"{out} holds no shards to merge; make them with --task and --num-tasks, or without --merge"
+        )
+    aside = partial / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        aside.mkdir(parents=True)
+        _claim(partial, aside, plan, config)
+        return _make_share(plan, config, aside)
+    except FileNotFoundError:
+        if partial.is_dir() or not (out / MANIFEST_NAME).exists():
+            raise
+        return _already_complete(out, plan)  # another task completed it and removed .partial
+    finally:
+        _discard(aside)
+
+
+def _claim(partial: Path, aside: Path, plan: Plan, config: ShardingConfig) -> None:
+    """Make OUT/.partial this plan's: tasks refuse another plan's, which may be going on; a run on its own removes it."""
+    mark = partial / f"plan-{plan.digest}"
+    others = [file for file in partial.glob("plan-*") if file != mark]
+    if config.task is None and not config.merge:
+        is_ours = mark.exists() and not others
+        for entry in [entry for entry in partial.iterdir() if entry != aside]:  # left by a kill
+            if entry.is_dir() or not is_ours:
+                with suppress(FileNotFoundError):  # a task has just ended
+                    entry.rename(aside / f"discarded-{entry.name}")
+    elif others or (config.merge and not mark.exists()):
+        raise FileExistsError(
+            f"{partial.parent} is being made with other arguments or from other originals; give all tasks the same, "
+            "name a new folder, or delete it"
+        )
+    mark.touch()
+
+
+def _make_share(plan: Plan, config: ShardingConfig, aside: Path) -> Manifest | None:
     if plan.ignored:
         print(f"ignored {len(plan.ignored):,} file(s) that are no images, such as {plan.ignored[0]}", file=sys.stderr)
-    tasks = list(plan.staged(partial).tasks(out, config.images_per_shard))
-    finished, rejected = _write_shards(tasks, config.workers or num_cores())
-    _report_rejected(rejected, config)
+    if config.merge:
+        share = []
+        tasks = list(plan.tasks(config.out, aside, config.images_per_shard))
+    else:
+        tasks = list(plan.staged(aside).tasks(config.out, aside, config.images_per_shard))
+        share = tasks[config.task :: config.num_tasks]
+    notes = _write_shards(share, config.workers or num_cores())
+    for task in tasks:
+        if task.name not in notes and (note := FinishedShard.of(task, full=False)) is not None:
+            notes[task.name] = note
+    missing = [task.name for task in tasks if task.name not in notes]
+    if not missing:
+        return _complete({task.name: notes[task.name] for task in tasks}, plan, config, aside)
+    if config.merge:
+        raise ValueError(
+            f"{config.out} lacks {len(missing):,} of {len(tasks):,} shards, first {missing[0]}; run the tasks that failed "
+            "again, or this command without --merge, which makes them"
+        )
+    print(f"{len(missing):,} of {len(tasks):,} shards are other tasks' and not finished", file=sys.stderr)
+    return None
+
+
+def _complete(notes: dict[str, FinishedShard], plan: Plan, config: ShardingConfig, aside: Path) -> Manifest:
+    # Several tasks may be here at once, with the same notes: each writes the same bytes, in a folder of its own first.
+    out, partial = config.out, config.out / PARTIAL_NAME
+    _report_rejected([original for note in notes.values() for original in note.rejected], config, aside)
+    finished = {name: note for name, note in notes.items() if note.shard is not None}
     for file in out.iterdir():  # left by an unfinished run of another plan
         if re.fullmatch(r"(train|val|test)-\d{6}\.tar", file.name) and file.stem not in finished:
-            file.unlink()
-    _describe(finished, plan, config).write(out)
-    shutil.rmtree(partial)
-    return Manifest.read(out / MANIFEST_NAME)
+            file.unlink(missing_ok=True)
+    manifest = _describe(finished, plan, config, aside)
+    manifest.write(aside)
+    (aside / MANIFEST_NAME).replace(out / MANIFEST_NAME)
+    _discard(partial)
+    return manifest
+
+
+def _discard(folder: Path) -> None:
+    # Renamed first, so that nobody who still works in it completes a shard from what a half-removed folder has left.
+    renamed = folder.with_name(f"{PARTIAL_NAME}-{secrets.token_hex(8)}")
+    with suppress(FileNotFoundError):
+        folder.rename(renamed)
+        shutil.rmtree(renamed)
 
 
 def closing_line(out: Path, manifest: Manifest) -> str:
@@ -116,35 +188,28 @@ def _already_complete(out: Path, plan: Plan) -> Manifest:
             f"{out} holds a shard set made with other arguments or from other originals; name a new folder, or delete it"
         )
     shard_set.verify()
-    if (out / PARTIAL_NAME).exists():  # killed after the manifest was written
-        shutil.rmtree(out / PARTIAL_NAME)
+    for left in out.glob(f"{PARTIAL_NAME}*"):  # killed after the manifest was written
+        _discard(left)
     print(f"{out} is already complete", file=sys.stderr)
     return shard_set.manifest
 
 
-def _write_shards(tasks: list[ShardTask], num_workers: int) -> tuple[dict[str, FinishedShard], list[Rejected]]:
-    notes = ((task.name, _read_note(task)) for task in tasks)
-    finished = {name: note for name, note in notes if note is not None}
-    rejected: dict[str, list[Rejected]] = {}
-    to_do = [task for task in tasks if task.name not in finished]
+def _write_shards(tasks: list[ShardTask], num_workers: int) -> dict[str, FinishedShard]:
+    found = ((task.name, FinishedShard.of(task, full=True)) for task in tasks)
+    notes = {name: note for name, note in found if note is not None and not note.rejected}  # those are looked at again
+    to_do = [task for task in tasks if task.name not in notes]
     num_images, num_to_do = (sum(len(task.items) for task in some) for some in (tasks, to_do))
     with _Progress(num_images, done=num_images - num_to_do) as progress:
-        for task, note, originals in _run(to_do, min(num_workers, len(to_do))):
-            rejected[task.name] = originals
-            if note is not None:
-                finished[task.name] = note
+        for task, note in _run(to_do, min(num_workers, len(to_do))):
+            notes[task.name] = note
             progress.update(len(task.items))
-    in_order = [task.name for task in tasks]
-    return (
-        {name: finished[name] for name in in_order if name in finished},
-        [original for name in in_order for original in rejected.get(name, [])],
-    )
+    return notes
 
 
-def _run(tasks: list[ShardTask], num_workers: int) -> Iterator[tuple[ShardTask, FinishedShard | None, list[Rejected]]]:
+def _run(tasks: list[ShardTask], num_workers: int) -> Iterator[tuple[ShardTask, FinishedShard]]:
     if num_workers <= 1:
         for task in tasks:
-            yield task, *write_shard(task)
+            yield task, write_shard(task)
         return
     # Spawned, not forked: a fork would share the sources' open files and their positions.
     spawn = multiprocessing.get_context("spawn")
@@ -152,7 +217,7 @@ def _run(tasks: list[ShardTask], num_workers: int) -> Iterator[tuple[ShardTask, 
         futures = {pool.submit(write_shard, task): task for task in tasks}
         try:
             for future in as_completed(futures):
-                yield futures[future], *future.result()
+                yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise ValueError(
                 "a worker process was killed (out of memory?); run the same command again to go on, with fewer --workers"
@@ -173,16 +238,14 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def write_shard(task: ShardTask) -> tuple[FinishedShard | None, list[Rejected]]:
-    """Write a shard (none if not one original can be read) and, unless there were rejected originals, its note."""
+def write_shard(task: ShardTask) -> FinishedShard:
+    """Write a shard (none if not one original can be read) and its note."""
     rejected = []
     image_format = task.recipe.encoding.format
-    aside = task.out / PARTIAL_NAME
-    with ShardWriter(task.out, task.split, len(task.items), first_shard=task.number, aside=aside) as writer:
+    with ShardWriter(task.out, task.split, len(task.items), first_shard=task.number, aside=task.aside) as writer:
         for position, item in enumerate(task.items, start=task.first):
             try:
-                picture, extra = task.source.open(item)
-                image = task.recipe.apply(picture)
+                image, extra = task.source.encoded(item, task.recipe)
             except UNREADABLE as error:
                 rejected.append(Rejected(item.source, task.split, str(error) or type(error).__name__))
                 continue
@@ -191,38 +254,22 @@ def write_shard(task: ShardTask) -> tuple[FinishedShard | None, list[Rejected]]:
                 raise
             record = {"label": item.label, "class": task.classes[item.label], "source": item.source, **extra}
             writer.write(f"{position:08d}", image, image_format, record)
-    if not writer.shards:
-        return None, rejected
     index = writer.index()
-    columns = (tuple(column.tolist()) for column in (index.offset, index.num_bytes, index.label))
-    note = FinishedShard(task.plan, writer.shards[0], *columns)
-    if not rejected:  # a rerun looks at rejected originals again
-        replace_file(_note_file(task), json.dumps(dataclasses.asdict(note)).encode())
-    return note, rejected
+    offset, num_bytes, label = (tuple(column.tolist()) for column in (index.offset, index.num_bytes, index.label))
+    shard = writer.shards[0] if writer.shards else None
+    note = FinishedShard(task.plan, shard, offset, num_bytes, label, tuple(rejected))
+    note.write(task, task.aside)
+    return note
 
 
-def _note_file(task: ShardTask) -> Path:
-    return task.out / PARTIAL_NAME / f"{task.name}.json"
-
-
-def _read_note(task: ShardTask) -> FinishedShard | None:
-    if not _note_file(task).exists():
-        return None
-    try:
-        note: FinishedShard = from_json(FinishedShard, json.loads(_note_file(task).read_text()))
-    except ValueError as error:
-        raise ValueError(f"{_note_file(task)} is damaged: {error}; delete {task.out} and start again") from error
-    shard = task.out / note.shard.name
-    same = note.plan == task.plan and shard.exists() and sha256_of_file(shard) == note.shard.sha256
-    return note if same else None
-
-
-def _report_rejected(rejected: list[Rejected], config: ShardingConfig) -> None:
+def _report_rejected(rejected: list[Rejected], config: ShardingConfig, aside: Path) -> None:
     file = config.out / REJECTED_NAME
     if not rejected:
         file.unlink(missing_ok=True)
         return
-    replace_file(file, "".join(json.dumps(each._asdict(), ensure_ascii=False) + "\n" for each in rejected).encode())
+    lines = (json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in rejected)
+    replace_file(aside / REJECTED_NAME, "".join(lines).encode())
+    (aside / REJECTED_NAME).replace(file)
     if len(rejected) > config.max_rejected:
         raise ValueError(
             f"{len(rejected):,} image(s) cannot be read, first {rejected[0].source}: {rejected[0].reason}. All are listed in "
@@ -230,7 +277,7 @@ def _report_rejected(rejected: list[Rejected], config: ShardingConfig) -> None:
         )
 
 
-def _describe(finished: dict[str, FinishedShard], plan: Plan, config: ShardingConfig) -> Manifest:
+def _describe(finished: dict[str, FinishedShard], plan: Plan, config: ShardingConfig, aside: Path) -> Manifest:
     splits: dict[str, Split] = {}
     indices: dict[str, SplitIndex] = {}
     for name in plan.splits:
@@ -239,7 +286,7 @@ def _describe(finished: dict[str, FinishedShard], plan: Plan, config: ShardingCo
             raise ValueError(
                 f"no image of the {name} split can be read; they are listed in {config.out / REJECTED_NAME}"
             )
-        shards = tuple(note.shard for note in notes)
+        shards = tuple(note.shard for note in notes if note.shard is not None)
         label = np.concatenate([np.array(note.label, dtype=np.int64) for note in notes])
         counts = np.bincount(label, minlength=len(plan.classes)).tolist()
         splits[name] = Split(len(label), dict(zip(plan.classes, counts, strict=True)), shards)
@@ -250,9 +297,9 @@ def _describe(finished: dict[str, FinishedShard], plan: Plan, config: ShardingCo
             label,
         )
     index = pack_index(indices)
-    replace_file(config.out / INDEX_NAME, index)
-    # Where it was written to and by how many processes changes nothing in it.
-    arguments = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "workers")}
+    replace_file(aside / INDEX_NAME, index)
+    (aside / INDEX_NAME).replace(config.out / INDEX_NAME)
+    arguments = {key: value for key, value in dataclasses.asdict(config).items() if key not in HOW_IT_IS_RUN}
     return Manifest(
         format_version=FORMAT_VERSION,
         image_size=plan.recipe.size,

@@ -14,6 +14,8 @@ import hashlib
 import io
 import json
 import re
+import struct
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +34,9 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.safetensors"
 TAR_BLOCK = 512
+# What Pillow raises for damaged JPEG, PNG and WebP files; a SyntaxError for a broken PNG chunk.
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+INDEX_TYPES = {"shard": np.int32, "offset": np.int64, "num_bytes": np.int64, "label": np.int64}
 
 ImageFormat = Literal["jpg", "png", "webp"]
 Crop = Literal["center", "pad", "none"]
@@ -202,7 +207,7 @@ class Manifest:
                 raise ValueError("fingerprint is empty")
         except NewerFormatError:
             raise
-        except ValueError as error:  # includes json.JSONDecodeError and UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # JSON's and UTF-8's are ValueErrors; JSON may be nested too deep
             raise ValueError(
                 f"{path} is no valid manifest: {error}; write it again with tools/make_shards.py"
             ) from error
@@ -328,7 +333,7 @@ class ShardSet:
                     with Image.open(content, formats=("JPEG", "PNG", "WEBP")) as picture:
                         picture.load()
                         found = picture.size, picture.mode
-                except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
+                except BROKEN_IMAGE as error:
                     problems.append(f"{shard.name}: the image at byte {index.offset[image]} does not decode: {error}")
                 else:
                     if found != expected:
@@ -354,7 +359,11 @@ def unpack_index(content: bytes, manifest: Manifest) -> dict[str, SplitIndex]:
     tensors = load(content)
     indices = {}
     for name, split in manifest.splits.items():
-        index = SplitIndex(*(tensors[f"{name}.{field.name}"] for field in dataclasses.fields(SplitIndex)))
+        columns = {field: tensors[f"{name}.{field}"] for field in INDEX_TYPES}
+        for field, column in columns.items():
+            if column.dtype != INDEX_TYPES[field] or column.ndim != 1:
+                raise ValueError(f"{name}.{field} is {column.dtype} of shape {column.shape}")
+        index = SplitIndex(**columns)
         if any(len(getattr(index, field.name)) != split.num_images for field in dataclasses.fields(SplitIndex)):
             raise ValueError(f"the {name} split has {split.num_images} images, its index another number")
         in_shards = np.bincount(index.shard, minlength=len(split.shards)).tolist()
@@ -364,7 +373,8 @@ def unpack_index(content: bytes, manifest: Manifest) -> dict[str, SplitIndex]:
         if in_classes != list(split.class_counts.values()):
             raise ValueError(f"the {name} split's classes hold other numbers of images")
         sizes = np.array([shard.num_bytes for shard in split.shards])[index.shard]
-        if np.any(index.offset < TAR_BLOCK) or np.any(index.offset + index.num_bytes > sizes):
+        fits = (index.offset >= TAR_BLOCK) & (index.num_bytes >= 1) & (index.num_bytes <= sizes - index.offset)
+        if not np.all(fits):
             raise ValueError(f"the {name} split has an image that lies outside its shard")
         indices[name] = index
     return indices

@@ -29,8 +29,8 @@ from PIL import Image
 
 from vaetrain.data.faces import CLASSES, draw_face
 from vaetrain.data.idx import PARTS, find_idx, idx_name, read_idx
-from vaetrain.data.picture import SUFFIXES, decode_picture
-from vaetrain.data.shards import TAR_BLOCK
+from vaetrain.data.picture import MAX_FILE_BYTES, SUFFIXES, Recipe, decode_picture
+from vaetrain.data.shards import TAR_BLOCK, ImageFormat
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 DECOMPRESSORS = {".gz": gzip.GzipFile, ".tgz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
@@ -75,8 +75,14 @@ class Listing:
 class Source(ABC):
     """Originals of one kind."""
 
-    is_idx = False
-    """Whether these are MNIST's idx files, which are grayscale and lossless."""
+    channels: int = 3
+    """What is made of them unless told: 3 for RGB, 1 for grayscale."""
+    format: ImageFormat = "jpg"
+    """File format that is made of them unless told."""
+    fingerprint: str = ""
+    """Of the originals' content, where that is known without reading them."""
+    may_resplit: bool = False
+    """Whether --val-count overrides splits of its own."""
 
     @abstractmethod
     def listing(self) -> Listing:
@@ -85,6 +91,11 @@ class Source(ABC):
     @abstractmethod
     def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
         """The picture, and what else its record should say; raises one of UNREADABLE when it is damaged."""
+
+    def encoded(self, item: Item, recipe: Recipe) -> tuple[bytes, dict[str, Any]]:
+        """The image after `recipe`, and what else its record should say; raises as `open` and Recipe.apply do."""
+        picture, extra = self.open(item)
+        return recipe.apply(picture), extra
 
     def staged(self, file: Path) -> Source:
         """A source of the same originals that opens each at once; `file` may be written for it."""
@@ -132,6 +143,8 @@ class _Files(Source):
         return arrange(self.members(), self.path)
 
     def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+        if item.num_bytes > MAX_FILE_BYTES:
+            raise ValueError(f"it has {item.num_bytes:,} bytes, more than {MAX_FILE_BYTES:,}")
         return decode_picture(self.read(item)), {}
 
 
@@ -147,11 +160,14 @@ class ImageFolder(_Files):
             for name in names:
                 file = Path(folder, name)
                 relative = file.relative_to(self.path).as_posix()
-                yield Member(relative, relative, file.stat().st_size)
+                yield Member(relative, relative, file.stat().st_size if file.is_file() else 0)
 
     def read(self, item: Item) -> bytes:
-        """The content of one."""
-        return (self.path / str(item.member)).read_bytes()
+        """The content of one; raises ValueError for a pipe, which may never end, and for a link to nothing."""
+        file = self.path / str(item.member)
+        if not file.is_file():
+            raise ValueError("it is no file, or a link to none")
+        return file.read_bytes()
 
 
 class ImageZip(_Files):
@@ -167,10 +183,10 @@ class ImageZip(_Files):
                     yield Member(info.filename, info.filename, info.file_size)
 
     def read(self, item: Item) -> bytes:
-        """The content of one; raises ValueError when its checksum is wrong."""
+        """The content of one; raises ValueError when its checksum is wrong or its compression unknown."""
         try:
             return _open_zip(self.path, _identity(self.path)).read(str(item.member))
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError, lzma.LZMAError) as error:
             raise ValueError(str(error)) from error
 
 
@@ -221,7 +237,8 @@ class IdxFolder(Source):
     """The four canonical MNIST files, gzipped or not; t10k is the validation split."""
 
     path: Path
-    is_idx = True
+    channels = 1
+    format = "png"
 
     def listing(self) -> Listing:
         """All images; raises FileNotFoundError for a missing file, ValueError for one that is damaged."""
