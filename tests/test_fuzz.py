@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vaetrain.data.batch import load_batch
 from vaetrain.data.decode import decode_pixels
 from vaetrain.data.picture import UNREADABLE, Recipe, decode_picture
 from vaetrain.data.selection import Selection
@@ -118,7 +119,7 @@ def test_damaged_indices_that_a_manifest_vouches_for(
     (copy / "index.safetensors").write_bytes(mutated((tiny_shards / "index.safetensors").read_bytes(), changes))
     with fine_or_told(copy):
         selection = Selection.of(vouch_for_index(copy, tiny_shards), "train")
-        selection.load(np.arange(selection.num_images))
+        load_batch(selection, np.arange(selection.num_images))
 
 
 @pytest.mark.parametrize(
