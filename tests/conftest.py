@@ -1,7 +1,8 @@
-"""Shard sets small enough to be made anew for every test session."""
+"""What several test files need: shard sets small enough to be made anew, a tiny training, a misbehaving server."""
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from launching import TINY
 from PIL import Image
+from rude_server import Server
 
 from vaetrain.data.shard_plan import ShardingConfig
 from vaetrain.data.sharding import make_shards
@@ -87,3 +89,12 @@ def train_tiny(tiny_shards, accelerator, tmp_path):
         return config.run_dir
 
     return run_training
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A local HTTP server that misbehaves as told, reached without a proxy."""
+    monkeypatch.setenv("no_proxy", "*")
+    server = Server()
+    yield server
+    server.close()

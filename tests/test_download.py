@@ -2,7 +2,6 @@ import errno
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,6 @@ from vaetrain.data.download import Patience, download, readable_disk_errors
 
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 LIMIT = 1 << 24
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "*")
-    server = Server()
-    yield server
-    server.close()
 
 
 def get(path: Path, *urls: str, sha256: str | None = SHA256, max_bytes: int = LIMIT) -> str:

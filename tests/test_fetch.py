@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,14 +18,6 @@ from rude_server import HASTY, Server
 
 SHARED_MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 COUNTS = {"train": {"cat": 3, "dog": 2, "wild": 1}, "val": {"cat": 1, "dog": 1, "wild": 1}}
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "*")
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture

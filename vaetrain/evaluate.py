@@ -44,8 +44,9 @@ class EvaluateConfig:
 if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, __doc__)  # before the imports below, which take seconds
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaetrain import distributed
-from vaetrain.data.config import DataConfig
-from vaetrain.data.reader import open_reader
+from vaetrain.data.reader import Reader, open_reader
 from vaetrain.export import load_run
 from vaetrain.metrics.fidelity import FeatureStatistics, fid
 from vaetrain.metrics.inception import EXTRACTOR, HOW_TO_GET_WEIGHTS, LAYER, FeatureExtractor
@@ -78,18 +78,18 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     data = RunDirectory.open(config.run).config().data
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
-    sharing = distributed.processes_per_node()
-    val_reader = open_reader(
-        data, "val", device=accelerator.device, processes_per_node=sharing, rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+    open_split = partial(
+        open_reader, data, device=accelerator.device, processes_per_node=distributed.processes_per_node(),
+        rank=accelerator.process_index, num_processes=accelerator.num_processes,
     )  # fmt: skip
+    val_reader = open_split("val")
     vae.config.check_images(val_reader.manifest.image_size, val_reader.manifest.channels)
     val_scores = validate(vae, val_reader, accelerator, config.batch_size, config.seed)
     record: dict[str, Any] = {
         "run": str(config.run),
         "checkpoint": str(trained.checkpoint),
         **{f"val/{name}": value for name, value in plain(val_scores).items()},
-        **generation_scores(vae, data, config, accelerator),
+        **generation_scores(vae, open_split, config, accelerator),
         "protocol": {
             "evaluate": plain(config),
             "val_fingerprint": val_reader.manifest.fingerprint,
@@ -114,15 +114,14 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     return record
 
 
-def generation_scores(vae: VAE, data: DataConfig, config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]:
+def generation_scores(
+    vae: VAE, open_split: Callable[[Literal["train", "val"]], Reader], config: EvaluateConfig, accelerator: Accelerator
+) -> dict[str, Any]:
     """FID of samples against training images, with the counts and weights it was computed from. A collective."""
     if config.fid.weights is None:
         return {"eval/fid": None, "eval/fid_reason": f"no Inception weights were given. {HOW_TO_GET_WEIGHTS}"}
     extractor = FeatureExtractor(config.fid.weights, accelerator.device)
-    reader = open_reader(
-        data, "train", device=accelerator.device, processes_per_node=distributed.processes_per_node(),
-        rank=accelerator.process_index, num_processes=accelerator.num_processes,
-    )  # fmt: skip
+    reader = open_split("train")
     num_images = config.fid.num_images
     if reader.num_images < num_images:
         raise ValueError(

@@ -59,9 +59,8 @@ class ExponentialMovingAverage(Generic[M]):
     ) -> None:
         """Follow `model` after a step on `batch_size` images; where `skipped` is 1 (on the device) nothing moves."""
         half_life = min(self.half_life_images, images_seen / 20)
-        weight = torch.tensor(1 - 0.5 ** (batch_size / max(half_life, 1e-8)))
-        if skipped is not None:
-            weight = weight.to(skipped.device, non_blocking=True) * (1 - skipped)
+        share = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
+        weight = share if skipped is None else (1 - skipped) * share
         averaged: list[Tensor] = list(self.module.parameters())
         current: list[Tensor] = list(model.parameters())
         # Not _foreach_lerp_: given a weight on the device it would wait for the device to read it.

@@ -122,7 +122,8 @@ def peak_rss_gib() -> float:
     """Largest resident memory of this process so far, in GiB."""
     import resource  # not on Windows, where nobody trains on the CPU in earnest
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
