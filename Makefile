@@ -29,7 +29,7 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 
 requirements: pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
-	  --custom-compile-command "make requirements" pyproject.toml --group dev --extra tensorboard -o requirements/dev.txt
+	  --custom-compile-command "make requirements" pyproject.toml --group dev --extra tensorboard --extra fast -o requirements/dev.txt
 	grep '^uv==' requirements/dev.txt | sed 's/ .*//' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --custom-compile-command "make requirements" - -o requirements/uv.txt
 

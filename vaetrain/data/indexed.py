@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch.utils.data import Dataset
 
 from vaetrain.data.batch import Batch, load_batch
+from vaetrain.data.decode import JPEG_DECODER
 from vaetrain.data.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.selection import Selection
 from vaetrain.data.workers import Outcome, WorkerPool
@@ -36,7 +37,7 @@ class IndexedReader:
         self.num_images = selection.num_images
         self.description = (
             f"indexed ({reason}): {self.num_images:,} images read by offset from {selection.source}, "
-            f"{num_workers} decoding worker(s)"
+            f"{num_workers} decoding worker(s), {JPEG_DECODER}"
         )
         self._selection = selection
         self._images = _Images(selection)

@@ -20,9 +20,9 @@ MAX_OPEN_SHARDS = 256
 
 
 @lru_cache(maxsize=MAX_OPEN_SHARDS)
-def _open_shard(path: Path) -> io.FileIO:
+def _open_shard(folder: Path, name: str) -> io.FileIO:
     # Evicting a file does not close it under a thread that still reads: the last reference does.
-    return io.FileIO(path)
+    return io.FileIO(folder / name)
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,12 @@ class Selection:
             f"({self.index.num_bytes[position]} bytes at byte {self.index.offset[position]})"
         )
 
-    def read(self, position: int) -> bytearray:
+    def read(self, position: int) -> bytes:
         """The encoded bytes of an image from a local shard; raises ValueError when the shard ends before them."""
-        # preadv rather than a memory map: a shard cut short on a network file system is an error here, not SIGBUS.
-        encoded = bytearray(int(self.index.num_bytes[position]))
-        file = _open_shard(self.shard_set.path(self.shard_of(position)))
-        if os.preadv(file.fileno(), [encoded], int(self.index.offset[position])) < len(encoded):
+        # pread rather than a memory map: a shard cut short on a network file system is an error here, not SIGBUS.
+        num_bytes = int(self.index.num_bytes[position])
+        file = _open_shard(self.shard_set.folder, self.shard_of(position).name)
+        encoded = os.pread(file.fileno(), num_bytes, int(self.index.offset[position]))
+        if len(encoded) < num_bytes:
             raise ValueError(f"{self.where(position)}: the shard ends before this image; run tools/verify_shards.py")
         return encoded
