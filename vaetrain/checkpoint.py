@@ -2,6 +2,7 @@
 
 checkpoints/step-00001234/
     model.safetensors, ema.safetensors, optimizer.safetensors     tensors, never pickled
+    judge.safetensors                                             what decides which steps are skipped
     state.json                                                    progress and scalars
     config.yaml, provenance.json, dataset.json                    what made it
     checksums.json                                                SHA-256 of each; written last
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,7 +51,15 @@ class Progress:
     validations_without_best: int = 0
     """Validations since; early stopping counts them."""
     skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite."""
+    """Steps that changed no weight, since their loss or gradient was not finite or exploded."""
+    exploded_steps: int = 0
+    """Those of them whose gradient was finite but far larger than of late."""
+    sound_step: int = 0
+    """The last step up to which a training record without a skipped step reached."""
+    rollbacks: int = 0
+    """Times that training went back to a checkpoint because it diverged."""
+    lr_factor: float = 1.0
+    """Factor on the learning rate, lowered when that happened."""
 
     def note_validation(self, score: float) -> None:
         """Remember a validation at the current position, and whether it is the best so far (NaN never is)."""
@@ -59,6 +68,19 @@ class Progress:
             self.best_score, self.best_step, self.validations_without_best = score, self.step, 0
         else:
             self.validations_without_best += 1
+
+
+@runtime_checkable  # for the type checks of the tests
+class Stateful(Protocol):
+    """A few tensors of the training loop that an exact resume needs."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Them by name; they are not written to afterwards."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        ...
 
 
 class Checkpoints:
@@ -71,6 +93,7 @@ class Checkpoints:
         model: nn.Module,
         ema: nn.Module,
         optimizer: torch.optim.Optimizer,
+        judge: Stateful,
         scaler: torch.amp.GradScaler | None = None,
         keep_last: int = 2,
     ) -> None:
@@ -79,6 +102,7 @@ class Checkpoints:
         self.model = model
         self.ema = ema
         self.optimizer = optimizer
+        self.judge = judge
         self.scaler = scaler
         self.keep_last = keep_last
 
@@ -91,6 +115,7 @@ class Checkpoints:
         save_file(plain_tensors(self.model), aside / "model.safetensors")
         save_file(plain_tensors(self.ema), aside / "ema.safetensors")
         save_file(tensors, aside / "optimizer.safetensors")
+        save_file({name: tensor.cpu() for name, tensor in self.judge.state().items()}, aside / "judge.safetensors")
         scaler = self.scaler.state_dict() if self.scaler is not None else None
         state = {"format_version": FORMAT_VERSION, "progress": asdict(progress), "optimizer": scalars, "scaler": scaler}
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -114,6 +139,8 @@ class Checkpoints:
         load_into(self.model, checkpoint / "model.safetensors")
         load_into(self.ema, checkpoint / "ema.safetensors")
         restore_optimizer_state(self.optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
+        if (checkpoint / "judge.safetensors").is_file():  # not in those of version 0.1
+            self.judge.load_state(load_file(checkpoint / "judge.safetensors"))
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         progress = Progress(**state["progress"])
@@ -130,6 +157,12 @@ class Checkpoints:
             if step_of(checkpoint) != best_step:
                 shutil.rmtree(checkpoint)
 
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints later than `step`: of a stretch of training that is given up."""
+        for checkpoint in list_checkpoints(self.folder):
+            if step_of(checkpoint) > step:
+                shutil.rmtree(checkpoint)
+
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints in a folder, oldest first."""
@@ -141,10 +174,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose checksums hold, and what is wrong with the newer ones that were passed over."""
+def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose checksums hold, and what is wrong with the newer ones that were passed over.
+
+    Those later than `up_to_step` are not looked at.
+    """
     damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
+        if up_to_step is not None and step_of(checkpoint) > up_to_step:
+            continue
         try:
             check(checkpoint)
         except ValueError as error:

@@ -97,13 +97,20 @@ class RunDirectory:
         replace_file(self.config_file, to_yaml(config).encode())
         write_json(self.provenance_file, earlier or provenance)
         write_json(self.dataset_file, dataset)
-        kept = [record for record in self.metrics() if record["step"] <= step and step > 0]
-        replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        if step > 0:
+            self.drop_metrics_after(step)
+        else:
+            replace_file(self.metrics_file, b"")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; it is on disk when this returns from the operating system's point of view."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Delete the records after `step`, which will be written again; events stay: they did happen."""
+        kept = [record for record in self.metrics() if record["step"] <= step or record["split"] == "event"]
+        replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records so far, oldest first; a last line cut short by a kill is left out."""

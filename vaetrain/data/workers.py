@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -72,6 +73,7 @@ class WorkerPool:
             batch_size=None if indices is None else 1,
             batch_sampler=indices,
             collate_fn=_unchanged,
+            worker_init_fn=_outlive_a_stop_signal,
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH_BATCHES_PER_WORKER if self.num_workers else None,
             persistent_workers=persistent,
@@ -98,6 +100,13 @@ def _raising(outcomes: Iterator[Outcome]) -> Generator[Batch, None, None]:
 def _unchanged(batch: Any) -> Any:
     # A dataset here returns whole batches; the default would stack them once more.
     return batch
+
+
+def _outlive_a_stop_signal(worker: int) -> None:
+    # Launchers and Slurm send SIGTERM and SIGUSR1 to all processes. The training process needs its workers until all
+    # ranks have stopped at the same step; what ends them is the pass being closed, or a minute.
+    for signal_number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signal_number, lambda *_: signal.alarm(60))
 
 
 def _worker_context() -> BaseContext:

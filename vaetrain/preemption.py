@@ -1,0 +1,82 @@
+"""Stopping on request: told by a signal to any process, all stop at the same step, save, and can be started again.
+
+SIGTERM and SIGUSR1 do this; a second signal changes nothing. The training process exits with 75 (EX_TEMPFAIL of
+sysexits.h: "try again later"), and the same command goes on from there. What a launcher makes of it:
+
+| signal to | with | reaches the training | the launcher exits with |
+|---|---|---|---|
+| every training process | any launcher | at once | 1 (`python vaetrain/train.py` itself: 75) |
+| `torchrun`, `accelerate launch` of several | SIGTERM | passed on; SIGKILL after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s) | 1 |
+| `torchrun`, `accelerate launch` of several | SIGUSR1 | no: the launcher dies and its processes with it | −10 |
+| `accelerate launch` of one | either | the launcher dies; its orphan notices at the next step | −15, −10 |
+
+So a scheduler should signal all processes (Slurm does, see launch/slurm.sbatch), and TORCH_ELASTIC_SHUTDOWN_TIMEOUT should
+be longer than a step and a checkpoint take. With `torchrun --max-restarts` signal torchrun itself: to processes that exit
+with 75 it gives one of their restarts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import distributed as dist
+
+from vaetrain.distributed import control_group, launcher
+
+EXIT_STOPPED = 75
+"""Exit code of a training process that saved and stopped because it was told to."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether the processes were told to stop, asked once a step and answered the same on all of them."""
+
+    def __init__(self) -> None:
+        """A collective."""
+        self.reason: str | None = None
+        """Why this process should stop: a signal it was sent, or that it is an orphan."""
+        self.agreed = False
+        """All processes know, and stop before their next step."""
+        self._launcher = launcher()
+        self._group = control_group()
+        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+
+    def agree(self) -> bool:
+        """Whether any process had been told to stop when it last called this; alone, when it calls. A collective.
+
+        The answer to one step's question is fetched at the next, so that it travels while the devices compute, and
+        it travels between CPUs, so that nobody waits for a device.
+        """
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.reason = "the end of its launcher"
+        if self._group is None:
+            self.agreed = self.reason is not None
+        elif not self.agreed:
+            if self._asked is not None:
+                work, flag = self._asked
+                work.wait()
+                self.agreed = bool(flag.item())
+            if not self.agreed:
+                flag = torch.tensor([self.reason is not None], dtype=torch.uint8)
+                self._asked = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True), flag
+        return self.agreed
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and SIGUSR1 ask for a stop instead of ending the process; for its main thread."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Nothing more: the next signal may come while a checkpoint is being written.
+        self.reason = signal.Signals(number).name
