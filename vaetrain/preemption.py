@@ -1,18 +1,18 @@
 """Stopping on request: told by a signal to any process, all stop at the same step, save, and can be started again.
 
 SIGTERM and SIGUSR1 do this; a second signal changes nothing. The training process exits with 75 (EX_TEMPFAIL of
-sysexits.h: "try again later"), and the same command goes on from there. What a launcher makes of it:
+sysexits.h: "try again later"), and the same command goes on from there. What a launcher makes of it (measured):
 
-| signal to | with | reaches the training | the launcher exits with |
+| signal to | | the training | the launcher exits with |
 |---|---|---|---|
-| every training process | any launcher | at once | 1 (`python vaetrain/train.py` itself: 75) |
-| `torchrun`, `accelerate launch` of several | SIGTERM | passed on; SIGKILL after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s) | 1 |
-| `torchrun`, `accelerate launch` of several | SIGUSR1 | no: the launcher dies and its processes with it | −10 |
-| `accelerate launch` of one | either | the launcher dies; its orphan notices at the next step | −15, −10 |
+| `python vaetrain/train.py` | either | stops | – (itself: 75) |
+| all training processes, or one of them | either | stops | 1 |
+| torchrun, `accelerate launch` of several | SIGTERM | is told, killed after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (30 s) | 1 |
+| torchrun, `accelerate launch` of several | SIGUSR1 | stops when it finds its launcher gone | 138 (died) |
+| `accelerate launch` of one | either | stops when it finds its launcher gone | 143, 138 (died) |
 
-So a scheduler should signal all processes (Slurm does, see launch/slurm.sbatch), and TORCH_ELASTIC_SHUTDOWN_TIMEOUT should
-be longer than a step and a checkpoint take. With `torchrun --max-restarts` signal torchrun itself: to processes that exit
-with 75 it gives one of their restarts.
+A stop takes up to two steps, a validation that is under way, and a checkpoint: TORCH_ELASTIC_SHUTDOWN_TIMEOUT should be
+longer. With `torchrun --max-restarts` signal torchrun: processes that exit with 75 it would start again.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def main(config: Config) -> None:
         watchdog = Watchdog(
             pulse, rank=accelerator.process_index, num_processes=accelerator.num_processes,
             store=distributed.shared_store(), folder=config.run_dir, timeout_s=timeout_s,
-            first_step_s=FIRST_STEP_S if config.train.compile else 0,
+            first_step_s=FIRST_STEP_S if config.train.compile else 0.0,
         )  # fmt: skip
         with (
             stop.on_signals(),

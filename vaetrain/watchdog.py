@@ -44,8 +44,11 @@ FIRST_STEP_S = 1800.0
 """Patience with the first step of a compiled model, in seconds; and, beyond `--train.timeout-s`, of collectives, so that
 the watchdog, who can say who is missing, speaks before they fail."""
 
-END = "vaetrain/end"
-"""The store's key for why everything ends; whoever sets it first speaks."""
+SECONDS_TO_BE_HEARD = 3.0
+"""How long the process that speaks waits, before it leaves, for the others to see it; rank 0 may keep the store."""
+
+END, SEEN = "vaetrain/end", "vaetrain/seen"
+"""The store's keys for why everything ends, whoever sets it first speaks, and for how many others have seen it."""
 
 
 @dataclass(frozen=True, order=True)
@@ -149,7 +152,8 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        """Start watching."""
+        """Start watching; the others know of this process from now on."""
+        self._exchange()
         self._thread.start()
         return self
 
@@ -177,7 +181,10 @@ class Watchdog:
             try:
                 self._look()
             except DistError as error:
-                print(f"warning: rank {self.rank} no longer hears of the others ({error})", file=sys.stderr, flush=True)
+                if not over:
+                    print(
+                        f"warning: rank {self.rank} no longer hears of the others: {error}", file=sys.stderr, flush=True
+                    )
                 return
 
     def _look(self) -> None:
@@ -186,12 +193,13 @@ class Watchdog:
         self._exchange()
         if self._finished:
             return
+        if self._failure is not None and self._first_to_say(self._failure, stacks=False):
+            self._wait_to_be_heard()
+            return
         if self.store is not None and self.store.check([END]):
-            self._leave(stacks=json.loads(self.store.get(END))["stacks"])
-        if self._failure is not None:
-            if self._first_to_say(self._failure, stacks=False):
-                return
-            self._leave(stacks=False)
+            end = json.loads(self.store.get(END))
+            self.store.add(SEEN, 1)
+            self._leave(stacks=end["stacks"], after=end["rank"])
         for dead in self._dead():
             self._end(
                 f"{dead.name} of {self.num_processes} processes died without a word at step {dead.step}, {dead.phase}: "
@@ -264,16 +272,33 @@ class Watchdog:
         mine = json.dumps({"rank": self.rank, "reason": reason, "stacks": stacks})
         return self.store is None or self.store.compare_set(END, "", mine).decode() == mine
 
+    def _wait_to_be_heard(self) -> None:
+        deadline = time.monotonic() + SECONDS_TO_BE_HEARD
+        while self.store is not None and self.store.add(SEEN, 0) < self.num_processes - 1:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
+
     def _end(self, reason: str, *, stacks: bool) -> NoReturn:
         if self._first_to_say(reason, stacks=stacks):
             print(f"error: {reason}", file=sys.stderr, flush=True)
+            self._wait_to_be_heard()
         self._leave(stacks=stacks)
 
-    def _leave(self, *, stacks: bool) -> NoReturn:
-        """End this process from outside its main thread, which may be stuck for good."""
+    def _leave(self, *, stacks: bool, after: int | None = None) -> NoReturn:
+        """End this process from outside its main thread, which may be stuck for good.
+
+        Waits a little for the process of rank `after`, so that the launcher takes that one for the cause.
+        """
         if stacks and self.folder.is_dir():
             with (self.folder / f"hang-rank-{self.rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+        neighbour = self._reports.get(self.rank if after is None else after)
+        deadline = time.monotonic() + SECONDS_FOR_A_BETTER_REASON
+        while neighbour is not None and neighbour.rank != self.rank and time.monotonic() < deadline:
+            if neighbour.machine != machine() or not exists(neighbour.pid):
+                break
+            time.sleep(0.1)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
