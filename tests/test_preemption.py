@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from fault_scenarios import STEP, train_together
-from launching import TINY, free_port, run
+from launching import TINY, run
 from safetensors.torch import load
 
 from vaetrain import distributed
@@ -67,7 +67,7 @@ def test_all_stop_at_the_same_step_and_go_on(tiny_shards, tmp_path, undisturbed)
 
 def test_torchrun_starts_again_after_a_kill_and_the_training_resumes(tiny_shards, tmp_path, undisturbed):
     result = run(
-        "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "--max-restarts", 1,
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1,
         "tests/fault_scenarios.py", "killed", *arguments(tiny_shards, tmp_path / "run"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 """A process that dies, raises or hangs: all end in time, one message names it."""
 
+import contextlib
 import re
 import threading
 import time
@@ -61,21 +62,32 @@ def test_a_stopped_process_is_named_by_the_other_and_ends_too(fail_together):
     assert outcome.exit_codes == [1, 1]
 
 
+class Left(Exception):
+    pass
+
+
 def alone(pulse, folder, **options):
     return Watchdog(pulse, rank=0, num_processes=1, store=None, folder=folder, timeout_s=0.6, **options)
 
 
 @pytest.fixture
 def ends(monkeypatch):
-    """What a watchdog would have done to the process."""
+    """Set when a watchdog would have ended the process."""
     ended = threading.Event()
 
     def note(watchdog, *, stacks):
         ended.set()
-        watchdog._finished = True
+        raise Left
 
     monkeypatch.setattr(Watchdog, "_leave", note)
     monkeypatch.setattr("vaetrain.watchdog.SECONDS_BETWEEN_LOOKS", 0.05)
+    original = Watchdog._watch
+
+    def watch(watchdog):
+        with contextlib.suppress(Left):
+            original(watchdog)
+
+    monkeypatch.setattr(Watchdog, "_watch", watch)
     return ended
 
 

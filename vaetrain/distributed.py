@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import Store, TCPStore, _get_default_store
 
 from vaetrain.machine import num_cores
 
@@ -38,6 +38,7 @@ def start(
     """
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--train.precision fp16 needs a GPU and there is none; use bf16 or fp32")
+    refuse_a_used_store()
     interface = interface_to(os.environ.get("MASTER_ADDR", ""))
     if interface is not None:
         # gloo would ask for the address of the host's own name, which on many machines is loopback: other hosts wait.
@@ -96,6 +97,21 @@ def launcher() -> int | None:
     """Process id of the `accelerate launch` or torchrun that started this process, None if nothing of that kind did."""
     launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     return os.getppid() if launched else None
+
+
+def refuse_a_used_store() -> None:
+    """Raise ValueError where processes that a launcher started again would look for those before them, for ever.
+
+    torchrun makes a new key-value store for each attempt, but not with its "static" rendezvous (torch 2.15).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        if store.add("vaetrain/started", 1) > int(os.environ["WORLD_SIZE"]):
+            raise ValueError(
+                "the launcher started this training again with the key-value store of the attempt before; for restarts use "
+                "`torchrun --standalone --max-restarts N …` or, on several machines, --rdzv-backend c10d. Nothing is lost: "
+                "the same command goes on from the last checkpoint"
+            )
 
 
 def interface_to(host: str) -> str | None:
