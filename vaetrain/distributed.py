@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import Store, TCPStore, _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from vaetrain.machine import num_cores
 
@@ -38,18 +38,19 @@ def start(
     """
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--train.precision fp16 needs a GPU and there is none; use bf16 or fp32")
-    refuse_a_used_store()
+    timeout = timedelta(seconds=timeout_s)
     interface = interface_to(os.environ.get("MASTER_ADDR", ""))
     if interface is not None:
         # gloo would ask for the address of the host's own name, which on many machines is loopback: other hosts wait.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    join_another_attempt(timeout)
     accelerator = Accelerator(
         # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
         cpu=not torch.cuda.is_available(),
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(log_with) or None,
         project_dir=project_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if announced != accelerator.num_processes:
@@ -99,19 +100,25 @@ def launcher() -> int | None:
     return os.getppid() if launched else None
 
 
-def refuse_a_used_store() -> None:
-    """Raise ValueError where processes that a launcher started again would look for those before them, for ever.
+def join_another_attempt(timeout: timedelta) -> None:
+    """Join the others when torchrun has started all again (`--max-restarts`), before Accelerate would.
 
-    torchrun makes a new key-value store for each attempt, but not with its "static" rendezvous (torch 2.15).
+    The launcher keeps its key-value store, and with it the addresses of the attempt before (torch 2.15): under the same keys
+    the processes would wait for those, for ever.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        if store.add("vaetrain/started", 1) > int(os.environ["WORLD_SIZE"]):
-            raise ValueError(
-                "the launcher started this training again with the key-value store of the attempt before; for restarts use "
-                "`torchrun --standalone --max-restarts N …` or, on several machines, --rdzv-backend c10d. Nothing is lost: "
-                "the same command goes on from the last checkpoint"
-            )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+    )
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(f"vaetrain/attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
 
 
 def interface_to(host: str) -> str | None:
