@@ -15,7 +15,6 @@ Training draws all its randomness from (seed, images seen), so no generator stat
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -205,7 +204,7 @@ class Checkpoints:
 
     def _write(self, state: str, progress: Progress, tensors: Tensors) -> None:
         target = self.folder / f"step-{progress.step:08d}"
-        aside = self.folder / f".{target.name}.{os.getpid()}"
+        aside = self.folder / f".{target.name}.partial"
         file = aside
         try:
             aside.mkdir(parents=True)
@@ -227,9 +226,11 @@ class Checkpoints:
                 remove(target)
             aside.rename(target)
             fsync(self.folder)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             free = shutil.disk_usage(self.folder).free
             shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(error, OSError | SafetensorError):
+                raise
             raise CheckpointNotWritten(
                 f"checkpoint {target} could not be written: {file.name}: {error}. The file system had {free / 2**20:,.1f} MiB "
                 f"free, and a checkpoint takes {self.num_bytes() / 2**20:,.1f}. The checkpoints before it are whole: make "
@@ -285,19 +286,18 @@ def check(checkpoint: Path) -> None:
     """
     try:
         checksums: dict[str, str] = json.loads((checkpoint / "checksums.json").read_text())
-        state = json.loads((checkpoint / "state.json").read_text())
-        version = state["format_version"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint} is not a whole checkpoint ({error}); use an older one") from error
-    if version > FORMAT_VERSION:
-        raise LaterFormat(
-            f"{checkpoint} has format {version}, and this vaetrain ({package_version('vaetrain')}) reads up to "
-            f"{FORMAT_VERSION}; use vaetrain {state['vaetrain']}, which wrote it, or a later one"
-        )
-    for name, expected in checksums.items():
+    for name in ("state.json", *checksums):
         file = checkpoint / name
-        if not file.is_file() or sha256_of_file(file) != expected:
+        if not file.is_file() or sha256_of_file(file) != checksums.get(name):
             raise ValueError(f"{file} is damaged (its checksum differs); use an older checkpoint")
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state["format_version"] > FORMAT_VERSION:
+        raise LaterFormat(
+            f"{checkpoint} has format {state['format_version']}, and this vaetrain ({package_version('vaetrain')}) reads up "
+            f"to {FORMAT_VERSION}; use vaetrain {state['vaetrain']}, which wrote it, or a later one"
+        )
 
 
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
