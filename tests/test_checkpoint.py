@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vaetrain.snapshot
@@ -79,14 +79,16 @@ def assert_equal(state: dict, other: dict) -> None:
     assert all(torch.equal(a, b) for a, b in zip(state["tensors"], other["tensors"], strict=True))
 
 
-def test_load_restores_what_save_saw(training):
+def test_load_restores_what_save_saw(training, monkeypatch):
+    monkeypatch.setattr("vaetrain.checkpoint.save_file", lambda *arguments: (time.sleep(0.05), save_file(*arguments)))
     first = training()
     first.step()
     before = first.state()
     first.checkpoints.save(first.progress)
-    first.step()  # while it may still be copied
+    first.step()  # while it is written
     first.progress.best_score = 7.0
     first.checkpoints.finish()
+    assert [path.name for path in list_checkpoints(first.run.checkpoints)] == ["step-00000001"]
     second = training()
     checkpoint, damaged = newest_good(second.run.checkpoints)
     assert damaged == []
@@ -206,9 +208,22 @@ def test_when_one_is_due(training, every_steps, expected):
         now = first.checkpoints.are_due(first.progress, validated=validated, at_end=first.progress.step == 9)
         if now:
             first.save()
-            assert not first.checkpoints.are_due(first.progress, validated=validated, at_end=True)
+            assert not first.checkpoints.are_due(first.progress, validated=False, at_end=True)
         due.append(int(now))
     assert due == expected
+
+
+def test_one_is_due_again_when_the_step_it_was_saved_at_is_validated(training):
+    """A run that is told to stop saves at once, and validates when it is resumed."""
+    first = training()
+    first.step()
+    first.save()
+    assert not first.checkpoints.are_due(first.progress, validated=False, at_end=True)
+    first.progress.note_validation(3.0)
+    assert first.checkpoints.are_due(first.progress, validated=True, at_end=False)
+    again = training()
+    assert again.checkpoints.load(first.save()).best_score == 3.0
+    assert {path.name for path in first.run.checkpoints.iterdir()} == {"step-00000001"}
 
 
 def test_its_size_is_known_before_training(training):

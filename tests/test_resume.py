@@ -247,3 +247,22 @@ def test_a_resumed_run_goes_on_at_its_trackers(tiny_shards, tmp_path):
     events = EventAccumulator(str(next(run.path.rglob("events.out.tfevents*")).parent))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_records_after_a_checkpoint_are_dropped(tmp_path, tiny_shards):
+    """With the validation of its own step, unless it was saved after it."""
+    run = RunDirectory(tmp_path)
+    config = Config(data=DataConfig(train=str(tiny_shards)), run_dir=tmp_path)
+
+    def kept(step: int, validated_at: int) -> list[tuple[int, str]]:
+        run.metrics_file.unlink(missing_ok=True)
+        for at, split in ((1, "train"), (2, "train"), (2, "val"), (3, "train"), (4, "train"), (4, "val"), (5, "train")):
+            run.append_metrics({"step": at, "images_seen": 10 * at, "split": split})
+        run.write_start(config, {}, {}, step=step, validated_at=validated_at)
+        return [(record["step"], record["split"]) for record in run.metrics()]
+
+    before = [(1, "train"), (2, "train"), (2, "val"), (3, "train")]
+    assert kept(3, 20) == before
+    assert kept(4, 20) == [*before, (4, "train")]
+    assert kept(4, 40) == [*before, (4, "train"), (4, "val")]
+    assert kept(0, 0) == []

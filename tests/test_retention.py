@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vaetrain.config import CheckpointConfig
-from vaetrain.retention import Retention, list_checkpoints, remove, step_of
+from vaetrain.retention import Retention, list_checkpoints, put_in_place, remove, step_of
 
 MIB = 2**20
 
@@ -65,6 +65,26 @@ def test_leftovers_of_killed_processes_go(tmp_path, monkeypatch):
     assert steps(tmp_path) == [2, 3]
     Retention(tmp_path, CheckpointConfig()).drop_old(3, None, images_per_step=1)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
+
+
+def test_a_kill_while_one_replaces_another_loses_neither_name_nor_content(tmp_path, monkeypatch):
+    write(tmp_path, 1, num_bytes=7)
+    write(tmp_path / "aside", 1, num_bytes=9)
+    aside, target = tmp_path / ".step-00000001.partial", tmp_path / "step-00000001"
+    (tmp_path / "aside" / "step-00000001").rename(aside)
+    original = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: 1 / 0 if self == aside else original(self, to))
+    with pytest.raises(ZeroDivisionError):
+        put_in_place(aside, target)
+    monkeypatch.undo()
+    assert steps(tmp_path) == []
+    Retention(tmp_path, CheckpointConfig()).clear_leftovers()
+    assert steps(tmp_path) == [1]
+    assert (target / "checksums.json").stat().st_size == 7
+    write(tmp_path / "aside", 1, num_bytes=9)
+    put_in_place(tmp_path / "aside" / "step-00000001", target)
+    assert (target / "checksums.json").stat().st_size == 9
+    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vaetrain.config import CheckpointConfig
 from vaetrain.files import fsync, sha256_of_file
-from vaetrain.retention import Retention, list_checkpoints, remove
+from vaetrain.retention import Retention, list_checkpoints, put_in_place
 from vaetrain.run import RunDirectory, package_version
 from vaetrain.snapshot import SnapshotWriter, Tensors
 
@@ -120,8 +120,8 @@ class Checkpoints:
         self.newest_step = 0
 
     def are_due(self, progress: Progress, *, validated: bool, at_end: bool) -> bool:
-        """Whether to save now, just `validated` or not; never what was just loaded or saved."""
-        if progress.step == self.newest_step:
+        """Whether to save now, just `validated` or not; never what was loaded or saved and has not changed since."""
+        if progress.step == self.newest_step and not validated:
             return False
         if at_end or progress.best_step == progress.step:
             return True
@@ -222,10 +222,7 @@ class Checkpoints:
             for file in (*aside.iterdir(), aside, self.run.metrics_file):  # records up to this step outlive it
                 if file.exists():
                     fsync(file)
-            if target.exists():  # the same step saved again, after a resume from an older checkpoint
-                remove(target)
-            aside.rename(target)
-            fsync(self.folder)
+            put_in_place(aside, target)
         except Exception as error:
             free = shutil.disk_usage(self.folder).free
             shutil.rmtree(aside, ignore_errors=True)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from vaetrain.config import CheckpointConfig
+from vaetrain.files import fsync
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -23,6 +24,17 @@ def remove(checkpoint: Path) -> None:
     nameless = checkpoint.with_name(f".{checkpoint.name}.removed")
     checkpoint.rename(nameless)
     shutil.rmtree(nameless)
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Give a checkpoint its name, durably. One that has the name keeps it until then, if need be until the next start."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    if target.exists():  # the same step again: after a resume from an older one, or now with a validation
+        target.rename(replaced)
+    aside.rename(target)
+    fsync(target.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 class Retention:
@@ -49,7 +61,11 @@ class Retention:
                 remove(path)
 
     def clear_leftovers(self) -> None:
-        """Delete what a process that was killed while it wrote or deleted left behind."""
+        """Delete what a process that was killed while it wrote or deleted left behind; nobody may be writing now."""
+        for replaced in self.folder.glob(".step-*.replaced"):
+            original = self.folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+            if not original.exists():
+                replaced.rename(original)
         for leftover in self.folder.glob(".step-*"):
             shutil.rmtree(leftover)
 

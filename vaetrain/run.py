@@ -108,9 +108,17 @@ class RunDirectory:
         return json.loads(self.provenance_file.read_text()) if self.provenance_file.is_file() else {}
 
     def write_start(
-        self, config: Config, provenance: Mapping[str, Any], dataset: Mapping[str, Any], *, step: int
+        self,
+        config: Config,
+        provenance: Mapping[str, Any],
+        dataset: Mapping[str, Any],
+        *,
+        step: int,
+        validated_at: int = 0,
     ) -> None:
-        """Record what starts now, at `step`: later records are dropped, they will be written again.
+        """Record what starts now, at `step`, the last validation being that at `validated_at` images seen.
+
+        Later records are dropped, they will be written again.
 
         A resume keeps the first start's provenance and adds its own under `resumes`.
         """
@@ -122,7 +130,14 @@ class RunDirectory:
         replace_file(self.config_file, to_yaml(config).encode())
         write_json(self.provenance_file, {**(earlier or provenance), "format_version": FORMAT_VERSION})
         write_json(self.dataset_file, dataset)
-        kept = [record for record in self.metrics() if record["step"] <= step and step > 0]
+        kept = [
+            record
+            for record in self.metrics()
+            if step > 0
+            and record["step"] <= step
+            # Saved before the validation of its step, a checkpoint has that validation still to come.
+            and not (record["split"] == "val" and record["images_seen"] > validated_at)
+        ]
         replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:

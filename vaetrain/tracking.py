@@ -205,7 +205,8 @@ class Tracker:
                     "wandb": {
                         "mode": config.log.wandb, "dir": str(run.path), "name": run.path.name,
                         "id": wandb_id(run) if accelerator.is_main_process and config.log.wandb != "disabled" else None,
-                        "resume": "allow",  # go on with the run of that id, if W&B has it: it drops steps that it knows
+                        # Go on with the run of that id, if W&B has it; it drops steps that it knows. Offline it is not asked.
+                        "resume": "allow" if config.log.wandb == "online" else None,
                     },
                     "tensorboard": {"purge_step": step + 1},  # hides what a killed process logged after its checkpoint
                 },

@@ -86,9 +86,8 @@ def train_with(config: Config, accelerator: Accelerator, opened: contextlib.Exit
 
     def claim_run() -> Path | None:
         opened.enter_context(hold(run.lock_file))
-        resumed_from = resume_point(run, config, dataset)
         checkpoints.check_space(total_images)
-        return resumed_from
+        return resume_point(run, config, dataset)
 
     resumed_from = distributed.decided_by_main(accelerator, claim_run)
     opened.enter_context(checkpoints)
@@ -101,7 +100,7 @@ def train_with(config: Config, accelerator: Accelerator, opened: contextlib.Exit
             num_processes=accelerator.num_processes,
             dataset_fingerprint=train_reader.manifest.fingerprint,
         )
-        run.write_start(config, made_by, dataset, step=progress.step)
+        run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)
         for line in (train_reader.description, val_reader.description):
             print(line)
         if resumed_from:
