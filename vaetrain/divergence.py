@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from jaxtyping import Float
 from torch import Tensor
 
 from vaetrain.checkpoint import Checkpoints, Progress, newest_good
 from vaetrain.config import TrainConfig
+from vaetrain.distributed import decided_by_main
 from vaetrain.run import RunDirectory
 from vaetrain.tracking import Interval, Tracker
 
@@ -101,22 +101,22 @@ def roll_back(
     if config.rollback_lr_factor is None or progress.rollbacks > 0:
         again = f", after going back once to learning rates × {progress.lr_factor:g}" if progress.rollbacks else ""
         raise FloatingPointError(f"{reason}{again}; {what_to_do(run)}")
-    found: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        found = [newest_good(run.checkpoints, up_to_step=progress.sound_step)[0]]
-    checkpoint = broadcast_object_list(found)[0]
-    if checkpoint is None:
-        raise FloatingPointError(f"{reason}, and there is no checkpoint from before them; {what_to_do(run)}")
 
-    restored = checkpoints.load(checkpoint)
+    def find_checkpoint() -> Path:
+        checkpoint, _ = newest_good(run.checkpoints, up_to_step=progress.sound_step)
+        if checkpoint is None:
+            raise FloatingPointError(f"{reason}, and there is no checkpoint from before them; {what_to_do(run)}")
+        return checkpoint
+
+    checkpoints.finish()
+    restored = checkpoints.load(decided_by_main(accelerator, find_checkpoint))
     restored.rollbacks = progress.rollbacks + 1
     restored.lr_factor = progress.lr_factor * config.rollback_lr_factor
     accelerator.wait_for_everyone()  # everybody has read the checkpoint before it is written anew
     tracker.log_rollback(progress, restored, reason)
-    if accelerator.is_main_process:
-        checkpoints.drop_after(restored.step)
-        checkpoints.save(restored)  # a resume from it keeps the lower learning rate, and does not go back again
-    accelerator.wait_for_everyone()
+    # A resume finds the lower learning rate, and does not go back again; later checkpoints are dropped.
+    checkpoints.save(restored)
+    checkpoints.finish()
     return restored
 
 
