@@ -77,7 +77,7 @@ def training(tmp_path, accelerator):
 
 def assert_equal(state: dict, other: dict) -> None:
     assert state["progress"] == other["progress"]
-    assert len(state["tensors"]) == len(other["tensors"]) == 4 + 6 + 5
+    assert len(state["tensors"]) == len(other["tensors"]) == 4 + 6 + 6
     assert all(torch.equal(a, b) for a, b in zip(state["tensors"], other["tensors"], strict=True))
 
 
@@ -108,7 +108,7 @@ def test_its_manifest_names_every_file(training):
     files = {file.name for file in checkpoint.iterdir()} - {"checksums.json"}
     assert checksums == {name: sha256_of_file(checkpoint / name) for name in files}
     assert files == {
-        "model.safetensors", "ema.safetensors", "optimizer.safetensors", "meters.safetensors", "state.json",
+        "model.safetensors", "ema.safetensors", "optimizer.safetensors", "meters.safetensors", "judge.safetensors", "state.json",
         "config.yaml", "provenance.json", "dataset.json",
     }  # fmt: skip
 

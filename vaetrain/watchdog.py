@@ -116,7 +116,7 @@ class Report:
     @property
     def position(self) -> str:
         """For messages."""
-        return f"step {self.step}, {self.phase} ({self.where})"
+        return self.phase if self.step < 0 else f"at step {self.step}, {self.phase}"
 
 
 class Watchdog:
@@ -202,7 +202,7 @@ class Watchdog:
             self._leave(stacks=end["stacks"], after=end["rank"])
         for dead in self._dead():
             self._end(
-                f"{dead.name} of {self.num_processes} processes died without a word at step {dead.step}, {dead.phase}: "
+                f"{dead.name} of {self.num_processes} processes died without a word, last heard of {dead.position}: "
                 "it was killed, by a signal or, if memory ran out, by the kernel (dmesg tells)",
                 stacks=False,
             )
@@ -259,7 +259,7 @@ class Watchdog:
             if silent and culprit.machine == machine():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(culprit.pid, signal.SIGCONT)  # if it was stopped, it now sees that the run has ended
-        named = "; ".join(f"{culprit.name} at {culprit.position}" for culprit in culprits[:4])
+        named = "; ".join(f"{culprit.name} {culprit.position} ({culprit.where})" for culprit in culprits[:4])
         more = f"; and {len(culprits) - 4} more" if len(culprits) > 4 else ""
         mute = ", not even answering (stopped, or its machine is lost)" if silent else ""
         return (
