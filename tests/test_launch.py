@@ -133,8 +133,7 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
                 *LAUNCH, "launch/multinode.yaml", "--num_machines", 2, "--num_processes", 2, "--machine_rank", rank,
                 "--main_process_ip", "10.213.77.1", "--main_process_port", 29500, *train_tiny(tiny_shards, together),
                 within=(IP, "netns", "exec", host),
-                # gloo would look for the address of the host's name, which both namespaces share; NCCL looks for itself.
-                environment=NO_GPU | {"GLOO_SOCKET_IFNAME": "cable"},
+                environment=NO_GPU,
             )
         )  # fmt: skip
     deadline = time.monotonic() + 100

@@ -128,6 +128,28 @@ def test_patience_with_a_compiled_model_is_for_its_first_step_alone(ends, tmp_pa
         assert ends.wait(10)
 
 
+def test_a_run_that_was_suspended_is_not_ended_when_it_goes_on(tmp_path, monkeypatch):
+    """Slurm suspends jobs, and people press Ctrl-Z."""
+    seconds = [0.0]
+    monkeypatch.setattr("vaetrain.watchdog.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr(Watchdog, "_leave", lambda *_, **__: (_ for _ in ()).throw(Left))
+    pulse = Pulse()
+    watchdog = Watchdog(pulse, rank=0, num_processes=1, store=None, folder=tmp_path, timeout_s=60.0)
+    pulse.begin(0)
+    for pause in (1, 100_000, 1):
+        seconds[0] += pause
+        watchdog._look()
+
+    def look_for_a_while():
+        for _ in range(70):
+            seconds[0] += 1
+            watchdog._look()
+
+    with pytest.raises(Left):
+        look_for_a_while()
+    assert seconds[0] == pytest.approx(100_062, abs=3)
+
+
 def test_places_are_in_the_order_of_the_loop():
     pulse = Pulse()
     places = [pulse.place]

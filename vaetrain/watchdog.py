@@ -1,7 +1,8 @@
 """A process that dies, raises or hangs ends all of them within bounded time, with one message that names it.
 
 Each process marks in its `Pulse` which step and phase it has reached. A thread of each, the `Watchdog`, tells the others
-once a second through the launcher's key-value store (no collective, so it works when those are stuck) and looks at them:
+every second (with over 64 processes more rarely) through the launcher's key-value store, no collective, so that it works
+when those are stuck, and looks at them:
 
 - An exception: the process reports it and exits, the others end quietly within a second or two. A lost connection is
   reported only if, within `SECONDS_FOR_A_BETTER_REASON`, nobody turns out to have caused it.
@@ -36,6 +37,8 @@ from torch.distributed.distributed_c10d import Store
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LOOKS = 1.0
+PROCESSES_PER_SECOND = 64
+"""With more of them looks are rarer, for the sake of the one store that answers all."""
 SECONDS_FOR_A_BETTER_REASON = 5.0
 """How long an error that may be another process's fault, such as a lost connection, waits for that to show."""
 SECONDS_TO_ANSWER = 10.0
@@ -141,11 +144,14 @@ class Watchdog:
         self.timeout_s = timeout_s
         self.first_step_s = first_step_s
         self._main_thread = threading.get_ident()
+        self._interval = SECONDS_BETWEEN_LOOKS * max(1.0, num_processes / PROCESSES_PER_SECOND)
         self._looks = 0
         self._first_step: int | None = None
         self._reports: dict[int, Report] = {}
         self._heard: dict[int, float] = {}
-        self._progressed = time.monotonic()
+        self._looked = time.monotonic()
+        self._seconds = 0.0
+        self._progressed = 0.0
         self._finished = False
         self._failure: str | None = None
         self._wake = threading.Event()
@@ -176,7 +182,7 @@ class Watchdog:
     def _watch(self) -> None:
         over = False
         while not over:
-            self._wake.wait(SECONDS_BETWEEN_LOOKS)
+            self._wake.wait(self._interval)
             over = self._finished or self._failure is not None
             try:
                 self._look()
@@ -190,6 +196,10 @@ class Watchdog:
     def _look(self) -> None:
         """Exchange reports once, and end this process where there is a reason."""
         self._looks += 1
+        now = time.monotonic()
+        # Counted look by look: a run that was suspended and continued has not been without progress all the while.
+        self._seconds += min(now - self._looked, 2 * self._interval)
+        self._looked = now
         self._exchange()
         if self._finished:
             return
@@ -210,7 +220,7 @@ class Watchdog:
         patience = max(self.timeout_s, self.first_step_s if first else 0.0)
         if self._first_step is None:
             self._first_step = self.pulse.place.step if self.pulse.place.step >= 0 else None
-        elif time.monotonic() - self._progressed > patience:
+        elif self._seconds - self._progressed > patience:
             self._end(self._who_hangs(patience), stacks=True)
 
     def _exchange(self) -> None:
@@ -223,13 +233,12 @@ class Watchdog:
             for text in self.store.multi_get(known):
                 report = Report(**json.loads(text))
                 reports[report.rank] = report
-        now = time.monotonic()
         for rank, report in reports.items():
             before = self._reports.get(rank)
             if before is None or report.looks != before.looks:
-                self._heard[rank] = now
+                self._heard[rank] = self._seconds
             if before is None or report.beats != before.beats:
-                self._progressed = now
+                self._progressed = self._seconds
         self._reports = reports
 
     def _own_report(self) -> Report:
@@ -250,8 +259,8 @@ class Watchdog:
         return [self._reports[rank] for rank in gone if not self._reports[rank].finished]
 
     def _who_hangs(self, patience: float) -> str:
-        now, to_answer = time.monotonic(), min(SECONDS_TO_ANSWER, patience / 2)
-        silent = [rank for rank, heard in self._heard.items() if now - heard > to_answer]
+        to_answer = min(max(SECONDS_TO_ANSWER, 3 * self._interval), patience / 2)
+        silent = [rank for rank, heard in self._heard.items() if self._seconds - heard > to_answer]
         places = {rank: (report.step, report.stage) for rank, report in self._reports.items()}
         behind = silent or [rank for rank, place in places.items() if place == min(places.values())]
         culprits = [self._reports[rank] for rank in sorted(behind)]
