@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from vaetrain.data.shards import Shard, ShardSet, SplitIndex
+from vaetrain.data.shard_index import SplitIndex
+from vaetrain.data.shards import Shard, ShardSet
 
 # Random access over thousands of shards must stay below the usual limit of 1,024 open files.
 MAX_OPEN_SHARDS = 256
