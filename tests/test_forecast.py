@@ -103,9 +103,7 @@ def delivered_by_stream(reader, monkeypatch, batches, num_parts):
     for worker in range(num_parts):
         monkeypatch.setattr(stream, "_worker", lambda worker=worker: (worker, num_parts))
         shards_opened = []
-        monkeypatch.setattr(
-            stream.Stream, "_open", lambda *where, log=shards_opened: log.append(where) or OPEN(*where)
-        )
+        monkeypatch.setattr(stream.Stream, "_open", lambda *where, log=shards_opened: log.append(where) or OPEN(*where))
         found.append((list(batches(worker)), shards_opened))
     return found
 

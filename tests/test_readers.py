@@ -300,7 +300,9 @@ def test_a_shard_that_is_shorter_on_the_server_raises_naming_it(tiny_shards, tmp
     with (
         served(folder) as url,
         opened(url, "stream") as reader,
-        pytest.raises(ValueError, match=rf"{shard.name} in {url}.*sample 0 .*has {second_header + past_header:,} bytes"),
+        pytest.raises(
+            ValueError, match=rf"{shard.name} in {url}.*sample 0 .*has {second_header + past_header:,} bytes"
+        ),
     ):
         list(reader.eval_batches(8, 0, 1))
 
@@ -317,7 +319,7 @@ def test_a_url_without_a_shard_set_is_reported(tmp_path):
 @pytest.mark.parametrize("location", ["pipe:cat {}", "PIPE:ls"])
 @pytest.mark.parametrize("kind", ["auto", "stream", "indexed"])
 def test_schemes_that_would_run_a_command_are_refused(location, kind):
-    with pytest.raises(ValueError, match="would run the shell command .* --data.allow-pipe"), opened(location, kind):
+    with pytest.raises(ValueError, match=r"would run the shell command .* --data.allow-pipe"), opened(location, kind):
         pass
 
 

@@ -82,6 +82,7 @@ class HttpConnection:
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         self._timeout_s = timeout_s
+        self._broken: str | None = None
         try:
             self._response: HTTPResponse = urlopen(Request(url, headers=headers), timeout=timeout_s)
         except HTTPError as error:
@@ -113,24 +114,23 @@ class HttpConnection:
         """See Connection. What has come before the connection breaks is handed over first."""
         view = view[:PROGRESS_BYTES]
         late, received = time.monotonic() + self._timeout_s, 0
-        while received < len(view):
+        while received < len(view) and self._broken is None:
             try:
                 chunk = self._response.read1(len(view) - received)
-                if not chunk and self._end is not None and self.at < self._end:
-                    raise BrokenOffError(f"the connection ended at byte {self.at:,} of {self._end:,}")
-            except (OSError, HTTPException, BrokenOffError) as error:
-                if received:
-                    break
-                if isinstance(error, BrokenOffError):
-                    raise
-                raise BrokenOffError(f"the connection broke ({error or type(error).__name__})") from error
-            if not chunk:
+            except (OSError, HTTPException) as error:
+                self._broken = f"the connection broke ({error or type(error).__name__})"
                 break
             view[received : received + len(chunk)] = chunk
             received += len(chunk)
             self.at += len(chunk)
+            if not chunk:
+                if self._end is not None and self.at < self._end:
+                    self._broken = f"the connection ended at byte {self.at:,} of {self._end:,}"
+                break
             if time.monotonic() > late and received < len(view):
-                raise BrokenOffError(f"the server brought {received:,} bytes in {self._timeout_s:g} s")
+                self._broken = f"the server brought {received:,} bytes in {self._timeout_s:g} s"
+        if self._broken and not received:
+            raise BrokenOffError(self._broken)
         return received
 
     def close(self) -> None:

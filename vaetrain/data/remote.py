@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +46,6 @@ class Persistence:
     """Seconds between attempts, at most."""
 
 
-PERSISTENCE = Persistence()
-
-
 class RemoteFile(io.RawIOBase):
     """A file of a remote folder from byte `start` to `stop` (None: its end), connected to anew where the line breaks.
 
@@ -65,7 +61,7 @@ class RemoteFile(io.RawIOBase):
         start: int = 0,
         stop: int | None = None,
         num_bytes: int | None = None,
-        persistence: Persistence = PERSISTENCE,
+        persistence: Persistence = Persistence(),
     ) -> None:
         self._folder, self._name, self._persistence = folder, name, persistence
         self._position, self._stop, self._num_bytes = start, stop, num_bytes
@@ -121,8 +117,9 @@ class RemoteFile(io.RawIOBase):
             left = self._persistence.give_up_s - self._waited_s
             with self._timed():
                 self._connection = connect(self._folder, self._name, self._position, self._stop, left)
-            if self._num_bytes not in (None, self._connection.num_bytes or self._num_bytes):
-                raise ValueError(f"the file there has {self._connection.num_bytes:,} bytes, not {self._num_bytes:,}")
+            found, expected = self._connection.num_bytes, self._num_bytes
+            if found is not None and expected is not None and found != expected:
+                raise ValueError(f"the file there has {found:,} bytes, not {expected:,}")
         connection, received = self._connection, 0
         while connection.at < self._position:
             before = memoryview(bytearray(min(READ_BYTES, self._position - connection.at)))
@@ -149,7 +146,7 @@ class RemoteFile(io.RawIOBase):
         wait = min(persistence.longest_wait_s, persistence.first_wait_s * 2**self._failures)
         self._failures += 1
         if self._failures >= persistence.attempts or self._waited_s + wait >= persistence.give_up_s:
-            raise ValueError(f"{error} (given up after {self._failures} attempts)") from error
+            raise ValueError(f"{error} (given up after {self._failures} attempt(s))") from error
         print(f"{self._name}: {error}; trying again in {wait:g} s", file=sys.stderr, flush=True)
         with self._timed():
             time.sleep(wait)
@@ -178,6 +175,9 @@ class RemoteShards:
 
     cache: ShardCache | None = None
     """None: nothing is kept."""
+
+    persistence: Persistence = Persistence()
+    """When a shard is given up."""
 
     @classmethod
     def of(cls, config: DataConfig, location: str) -> RemoteShards | None:
@@ -241,12 +241,13 @@ class RemoteShards:
         Opening and reading raise ValueError without saying which shard it is.
         """
         if self.cache:
-            return self.cache.open(shard, partial(self._read, shard))
-        file = RemoteFile(self.folder, shard.name, start=start, stop=stop, num_bytes=shard.num_bytes)
-        return io.BufferedReader(file, READ_BYTES)
+            return self.cache.open(shard, lambda resumed_at: self._file(shard, resumed_at, shard.num_bytes))
+        return io.BufferedReader(self._file(shard, start, stop), READ_BYTES)
 
-    def _read(self, shard: Shard, start: int) -> RemoteFile:
-        return RemoteFile(self.folder, shard.name, start=start, stop=shard.num_bytes, num_bytes=shard.num_bytes)
+    def _file(self, shard: Shard, start: int, stop: int) -> RemoteFile:
+        return RemoteFile(
+            self.folder, shard.name, start=start, stop=stop, num_bytes=shard.num_bytes, persistence=self.persistence
+        )
 
 
 def _fetch(folder: str, name: str, max_bytes: int) -> bytes:
