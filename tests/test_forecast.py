@@ -20,7 +20,7 @@ from vaetrain.data.selection import Selection
 from vaetrain.data.shards import ShardSet
 
 CPU = torch.device("cpu")
-OPEN = stream._open
+OPEN = stream.Stream._open
 
 
 def planned(shards, kind, num_processes, num_workers, global_batch_size, micro_batch_size=None, **options):
@@ -103,7 +103,7 @@ def delivered_by_stream(reader, monkeypatch, batches, num_parts):
     for worker in range(num_parts):
         monkeypatch.setattr(stream, "_worker", lambda worker=worker: (worker, num_parts))
         shards_opened = []
-        monkeypatch.setattr(stream, "_open", lambda where, log=shards_opened: log.append(where) or OPEN(where))
+        monkeypatch.setattr(stream.Stream, "_open", lambda *where, log=shards_opened: log.append(where) or OPEN(*where))
         found.append((list(batches(worker)), shards_opened))
     return found
 

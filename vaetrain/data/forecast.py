@@ -12,9 +12,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from vaetrain.data.choice import choose_reader
+from vaetrain.data.choice import choose_reader, remote_folder
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER, DataConfig
 from vaetrain.data.order import BatchLayout, epoch_order, eval_starts
+from vaetrain.data.remote import RemoteShards
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import ShardSet
 from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
@@ -92,7 +93,7 @@ class Forecast:
         micro_batch_size: int | None,
         seed: int = 0,
     ) -> Forecast:
-        """Read the manifests and indices of local shard sets; `config.num_workers` must be set.
+        """Read the manifests and indices of the shard sets, local or behind URLs; `config.num_workers` must be set.
 
         Raises what a run would: FileNotFoundError without a shard set, ValueError for sizes that do not divide, for a
         class that is not there, and when the split is smaller than a global batch.
@@ -104,11 +105,12 @@ class Forecast:
             BatchLayout.of(global_batch_size, micro_batch_size, rank, num_processes) for rank in range(num_processes)
         ]
         layout = layouts[0]
-        train = Selection.of(ShardSet.open(config.train), "train", config.classes)
-        val_set = ShardSet.open(config.location("val"))
+        train_set, train_source = _open(config, "train")
+        train = Selection.of(train_set, "train", config.classes, source=train_source)
+        val_set, val_source = _open(config, "val") if config.val else (train_set, train_source)
         # A set given for validation must have the split; the training set need not, for this purpose.
         has_val = config.val is not None or "val" in val_set.manifest.splits
-        val = Selection.of(val_set, "val", config.classes) if has_val else None
+        val = Selection.of(val_set, "val", config.classes, source=val_source) if has_val else None
         images_per_epoch = layout.images_per_epoch(train.num_images)
         return cls(
             num_processes=num_processes,
@@ -173,6 +175,19 @@ class Forecast:
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
+def _open(config: DataConfig, split: Literal["train", "val"]) -> tuple[ShardSet, str | None]:
+    """The shard set of a split, and its URL if it has one."""
+    remote = RemoteShards.of(config, config.location(split))
+    return (remote.shard_set(), remote.folder) if remote else (ShardSet.open(config.location(split)), None)
+
+
+def _choose(config: DataConfig, selection: Selection) -> tuple[Literal["indexed", "resident", "stream"], str]:
+    folder = remote_folder(
+        config.location("train" if selection.split == "train" else "val"), allow_pipe=config.allow_pipe
+    )
+    return choose_reader(config, selection, remote=folder is not None)
+
+
 def _forecast_train(config: DataConfig, selection: Selection, layouts: list[BatchLayout], seed: int) -> SplitForecast:
     num_images, num_parts = selection.num_images, max(1, config.num_workers or 0)
     order = epoch_order(selection.num_shards, seed, 0)
@@ -191,7 +206,7 @@ def _forecast_val(config: DataConfig, selection: Selection, layout: BatchLayout)
         [eval_piece(num_images, size, rank * num_parts + part, num_processes * num_parts) for part in range(num_parts)]
         for rank in range(num_processes)
     ]
-    if choose_reader(config, selection, remote=False)[0] == "stream":
+    if _choose(config, selection)[0] == "stream":
         batches = tuple(sum(math.ceil(len(piece) / size) for piece in pieces[rank]) for rank in range(num_processes))
     else:
         batches = tuple(len(eval_starts(num_images, size, rank, num_processes)) for rank in range(num_processes))
@@ -207,7 +222,7 @@ def _forecast_split(
     pieces: list[list[range]],
     num_shuffled: int,
 ) -> SplitForecast:
-    reader, reason = choose_reader(config, selection, remote=False)
+    reader, reason = _choose(config, selection)
     num_workers = config.num_workers or 0
     batch_bytes = batch_size * math.prod(selection.image_shape)
     shards_per_worker: tuple[tuple[int, ...], ...] = ()

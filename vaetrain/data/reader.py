@@ -8,14 +8,15 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 
 from vaetrain.data.batch import Batch
-from vaetrain.data.choice import choose_reader, remote_folder
+from vaetrain.data.choice import choose_reader
 from vaetrain.data.config import DataConfig
 from vaetrain.data.indexed import IndexedReader
 from vaetrain.data.order import BatchLayout
+from vaetrain.data.remote import RemoteShards
 from vaetrain.data.resident import ResidentReader
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import Manifest, ShardSet
-from vaetrain.data.stream import StreamReader, fetch_selection
+from vaetrain.data.stream import StreamReader
 from vaetrain.data.workers import choose_num_workers
 from vaetrain.machine import num_cores
 
@@ -75,28 +76,19 @@ def open_reader(
     num_workers = config.num_workers
     if num_workers is None:
         num_workers = choose_num_workers(device, processes_per_node)
-    url = remote_folder(location)
-    if url:
-        if config.reader in ("indexed", "resident"):
-            raise ValueError(
-                f"--data.reader {config.reader} needs local shards, and {location} is a URL; "
-                "download them or use --data.reader stream"
-            )
-        if config.verify == "full":
-            raise ValueError(
-                f"--data.verify full reads every shard before training, and {location} is a URL; "
-                "download the shards or use --data.verify sizes"
-            )
-        selection = fetch_selection(url, split, config.classes)
+    remote = RemoteShards.of(config, location)
+    if remote:
+        selection = Selection.of(remote.shard_set(), split, config.classes, source=remote.folder)
+        remote.prepare(selection.shard_set.manifest.splits[split])
     else:
         shard_set = ShardSet.open(location)
         shard_set.verify()
         selection = Selection.of(shard_set, split, config.classes)
         if config.verify == "full":
             shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
-    name, reason = choose_reader(config, selection, remote=url is not None)
+    name, reason = choose_reader(config, selection, remote=remote is not None)
     if name == "stream":
-        return StreamReader(selection, url=url, num_workers=num_workers, device=device, reason=reason)
+        return StreamReader(selection, remote=remote, num_workers=num_workers, device=device, reason=reason)
     if name == "resident":
         num_threads = max(1, num_cores() // processes_per_node)
         return ResidentReader(selection, num_threads=num_threads, device=device, reason=reason)
