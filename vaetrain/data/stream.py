@@ -36,6 +36,7 @@ from vaetrain.data.order import BatchLayout, epoch_order
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import INDEX_NAME, MANIFEST_NAME, ShardSet
 from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
+from vaetrain.data.whereabouts import note_reading
 from vaetrain.data.workers import Outcome, WorkerPool
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -69,6 +70,7 @@ class Stream:
                 # Not webdataset's own opener, which starts curl, nor its decoders, which unpickle.
                 files = tar_file_expander([{"url": location, "stream": stream}], select_files=_is_image, eof_value=None)
                 for file in files:
+                    note_reading(int(wanted[0]), int(wanted[-1]))
                     position = position_of.pop(found, None)
                     found += 1
                     if position is None:
@@ -152,7 +154,14 @@ class StreamReader:
     """Batches from shards read in sequence; memory is a shuffle buffer of encoded images per worker."""
 
     def __init__(
-        self, selection: Selection, *, url: str | None, num_workers: int, device: torch.device, reason: str
+        self,
+        selection: Selection,
+        *,
+        url: str | None,
+        num_workers: int,
+        device: torch.device,
+        reason: str,
+        timeout_s: float,
     ) -> None:
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
@@ -161,7 +170,7 @@ class StreamReader:
             f"{num_workers} decoding worker(s)"
         )
         self._stream = Stream(selection, url)
-        self._workers = WorkerPool(num_workers, device)
+        self._workers = WorkerPool(num_workers, device, selection.where, timeout_s)
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
         """Endless micro-batches of this process from the global position `images_seen` on.
@@ -183,7 +192,8 @@ class StreamReader:
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
         shards = np.arange(self._stream.selection.num_shards)
-        return self._stream.batch(list(self._stream.images(shards, 0, min(num_images, self.num_images))))
+        stop = min(num_images, self.num_images)
+        return self._workers.here(lambda: self._stream.batch(list(self._stream.images(shards, 0, stop))))
 
     def close(self) -> None:
         """End the worker processes."""
