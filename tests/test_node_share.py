@@ -9,7 +9,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from launching import ROOT
@@ -145,6 +144,7 @@ def test_damage_found_by_one_process_stops_all(damaged_shards, position):
 
 HOLD = """
 import json, sys
+from vaetrain.data.node_share import NodeShare
 
 def gather(integers):
     print(json.dumps([int(integer) for integer in integers]), flush=True)

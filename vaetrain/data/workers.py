@@ -78,6 +78,8 @@ class WorkerPool:
 
     def _start(self, crew: _Crew, at_end: Callable[[], None] = lambda: None) -> Iterator[Batch]:
         # Workers start now rather than at the first batch, so that they read while the model is built.
+        if failure := self._death(crew):
+            raise failure
         outcomes = crew.outcomes()
         read = self._read_here if self.num_workers == 0 else self._receive
         batches = _raising(read(outcomes, crew), at_end)
