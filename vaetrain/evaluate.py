@@ -81,6 +81,7 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     open_split = partial(
         open_reader, data, device=accelerator.device, processes_per_node=distributed.processes_per_node(),
         rank=accelerator.process_index, num_processes=accelerator.num_processes,
+        gather=partial(distributed.gather_integers, accelerator),
     )  # fmt: skip
     val_reader = open_split("val")
     vae.config.check_images(val_reader.manifest.image_size, val_reader.manifest.channels)

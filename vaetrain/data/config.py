@@ -34,7 +34,12 @@ class DataConfig:
     """Decoding worker processes per training process (0: decode in the training process). None: chosen from the cores."""
 
     resident_gib: float = 4.0
-    """auto picks resident when a split, decoded to uint8, is no larger than this (GiB, in every process)."""
+    """auto picks resident when a split, decoded to uint8, is no larger than this (GiB on every node, whose processes share
+    it; a copy in the memory of each GPU where that has room)."""
+
+    timeout_s: float = 120.0
+    """A reader that makes no progress at one image for so long (seconds) ends the run, as when storage no longer answers. A
+    decoding worker that dies is noticed at once, whatever this says."""
 
     verify: Literal["sizes", "full"] = "sizes"
     """What is checked before training. sizes: that all files are there and have their sizes. full: also the SHA-256 of
@@ -69,6 +74,8 @@ class DataConfig:
             raise ValueError(
                 f"--data.num-workers is {self.num_workers}; give 0 or more, or None to choose from the cores"
             )
+        if self.timeout_s <= 0:
+            raise ValueError(f"--data.timeout-s is {self.timeout_s:g}; give a positive number of seconds")
         if self.resident_gib < 0:
             raise ValueError(f"--data.resident-gib is {self.resident_gib}; a size is not negative (0: never resident)")
         if not self.cache_gib > 0:

@@ -182,7 +182,7 @@ class FsspecConnection:
 
 
 def _open_with_fsspec(url: str, start: int) -> Any:
-    import fsspec  # type: ignore[import-untyped]  # here, because few runs need it
+    import fsspec  # here, because few runs need it
 
     try:
         files, path = fsspec.core.url_to_fs(url)

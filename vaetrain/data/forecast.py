@@ -18,7 +18,7 @@ from vaetrain.data.order import BatchLayout, epoch_order, eval_starts
 from vaetrain.data.remote import RemoteShards
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import ShardSet
-from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
+from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, few_shards_warning, train_piece
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class SplitForecast:
     """For the stream, per process and worker, the shards it opens in the first epoch (or in a validation); else empty."""
 
     memory_bytes: int
-    """Of each process with its workers, over what the libraries take: decoded split, index, batches and buffers."""
+    """Of each process with its workers, over what the libraries take: index, batches and buffers."""
+
+    node_memory_bytes: int
+    """Of each node besides, shared by its processes: the decoded split of the resident reader. On a GPU that has room for it, the
+    split moves there, into the memory of each."""
 
     @property
     def shards_opened(self) -> int:
@@ -138,13 +142,10 @@ class Forecast:
                 "there is no val split, and training needs one: make it with tools/make_shards.py --val-count, or name "
                 "another shard set with --data.val"
             )
-        readers, train = self.num_processes * max(1, self.num_workers), self.train
-        if train.reader == "stream" and train.num_shards < readers:
-            found.append(
-                f"{train.num_shards:,} shards for {self.num_processes} × {max(1, self.num_workers)} stream workers: every "
-                f"image still comes once, but shards are opened {train.shards_opened:,} times an epoch and read in part; "
-                f"make more shards (tools/make_shards.py --images-per-shard), or use fewer workers"
-            )
+        train = self.train
+        if train.reader == "stream":
+            few = few_shards_warning(train.num_shards, self.num_processes, self.num_workers, train.shards_opened)
+            found += [few] if few else []
         return found
 
     def describe(self) -> str:
@@ -161,7 +162,7 @@ class Forecast:
                 f"  an epoch: {self.steps_per_epoch:,} steps, {self.images_per_epoch:,} of {train.num_images:,} images, "
                 f"{self.images_per_rank:,} in each process, {self.images_dropped:,} dropped (others in every epoch)"
             ),
-            f"  memory of each process: {_mebibytes(train.memory_bytes)}",
+            f"  memory: {_memory(train)}",
         ]
         if self.val:
             lines += [
@@ -170,7 +171,7 @@ class Forecast:
                     f"  a pass: {self.val.num_images:,} images, none dropped, "
                     f"{_span(list(self.val.batches_per_rank))} batches in each process"
                 ),
-                f"  memory of each process: {_mebibytes(self.val.memory_bytes)}",
+                f"  memory: {_memory(self.val)}",
             ]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
@@ -227,12 +228,10 @@ def _forecast_split(
     batch_bytes = batch_size * math.prod(selection.image_shape)
     shards_per_worker: tuple[tuple[int, ...], ...] = ()
     if reader == "resident":
-        memory = selection.decoded_bytes + selection.index_bytes + batch_bytes
+        memory = selection.index_bytes + batch_bytes
     else:
-        # Each worker has its own copy of the index; one more batch is with the training process.
-        memory = (1 + num_workers) * selection.index_bytes + (
-            1 + num_workers * PREFETCH_BATCHES_PER_WORKER
-        ) * batch_bytes
+        # Workers share the index; one more batch is with the training process.
+        memory = selection.index_bytes + (1 + num_workers * PREFETCH_BATCHES_PER_WORKER) * batch_bytes
     if reader == "stream":
         shards_per_worker = tuple(
             tuple(sum(1 for _ in selection.in_shards(shard_order, piece.start, piece.stop)) for piece in of_process)
@@ -241,8 +240,9 @@ def _forecast_split(
         held = max(min(num_shuffled, len(piece)) for of_process in pieces for piece in of_process)
         memory += max(1, num_workers) * math.ceil(held * selection.index.num_bytes.mean())
     return SplitForecast(
-        selection.num_images, selection.num_shards, reader, reason, batches_per_rank, shards_per_worker, memory
-    )
+        selection.num_images, selection.num_shards, reader, reason, batches_per_rank, shards_per_worker, memory,
+        selection.decoded_bytes if reader == "resident" else 0,
+    )  # fmt: skip
 
 
 def _reading(split: SplitForecast) -> str:
@@ -260,6 +260,11 @@ def _reading(split: SplitForecast) -> str:
 def _span(numbers: list[int]) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _memory(split: SplitForecast) -> str:
+    text = f"{_mebibytes(split.memory_bytes)} in each process"
+    return f"{_mebibytes(split.node_memory_bytes)} on each node, {text}" if split.node_memory_bytes else text
 
 
 def _mebibytes(num_bytes: int) -> str:

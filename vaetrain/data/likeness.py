@@ -42,7 +42,9 @@ def likenesses(glimpses: Sequence[Glimpse]) -> np.ndarray:
     The hash is pHash (Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1):
     which of the 64 lowest coefficients of the picture's cosine transform are above their median.
     """
-    gray = np.frombuffer(b"".join(glimpse.gray for glimpse in glimpses), dtype=np.uint8).reshape(len(glimpses), SIDE, SIDE)
+    gray = np.frombuffer(b"".join(glimpse.gray for glimpse in glimpses), dtype=np.uint8).reshape(
+        len(glimpses), SIDE, SIDE
+    )
     found = np.zeros(len(gray), LIKENESS)
     found["digest"] = np.frombuffer(b"".join(glimpse.digest for glimpse in glimpses), dtype="<u8")
     coefficients = (_COSINES @ gray.astype(np.int64) @ _COSINES.T).reshape(len(gray), 64)

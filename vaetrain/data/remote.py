@@ -22,7 +22,8 @@ from vaetrain.data.choice import remote_folder
 from vaetrain.data.config import DataConfig
 from vaetrain.data.connection import PROGRESS_BYTES, BrokenOffError, Connection, connect
 from vaetrain.data.shard_cache import ShardCache
-from vaetrain.data.shards import INDEX_NAME, INDEX_TYPES, MANIFEST_NAME, Manifest, Shard, ShardSet, Split
+from vaetrain.data.shard_index import INDEX_TYPES
+from vaetrain.data.shards import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, ShardSet, Split
 
 READ_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 1 << 28  # about a million shards

@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.safetensors"
 TAR_BLOCK = 512
+MAX_IMAGE_BYTES = 2**31 - 1
 # What Pillow raises for damaged JPEG, PNG and WebP files; a SyntaxError for a broken PNG chunk.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -103,11 +104,14 @@ class Split:
         in_shards = np.bincount(index.shard, minlength=len(self.shards)).tolist()
         if in_shards != [shard.num_images for shard in self.shards]:
             raise ValueError(f"the {name} split's shards hold other numbers of images")
+        if np.any(index.shard[1:] < index.shard[:-1]):
+            raise ValueError(f"the {name} split's images are not in the order of its shards")
         in_classes = np.bincount(index.label, minlength=len(self.class_counts)).tolist()
         if in_classes != list(self.class_counts.values()):
             raise ValueError(f"the {name} split's classes hold other numbers of images")
         sizes = np.array([shard.num_bytes for shard in self.shards])[index.shard]
         fits = (index.offset >= TAR_BLOCK) & (index.num_bytes >= 1) & (index.num_bytes <= sizes - index.offset)
+        fits &= index.num_bytes <= MAX_IMAGE_BYTES
         if not np.all(fits):
             raise ValueError(f"the {name} split has an image that lies outside its shard")
 

@@ -23,12 +23,13 @@ from jaxtyping import Bool, Int64
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from vaetrain.data.batch import Batch, decode_image, make_batch
+from vaetrain.data.batch import Batch, batch_buffer, decode_image, make_batch
 from vaetrain.data.order import BatchLayout, epoch_order
 from vaetrain.data.remote import READ_BYTES, RemoteShards
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import TAR_BLOCK, Shard
 from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
+from vaetrain.data.whereabouts import note_reading
 from vaetrain.data.workers import Outcome, WorkerPool
 
 REMEDY = "copy the shard again from where it came, and check it with tools/verify_shards.py"
@@ -76,6 +77,7 @@ class Stream:
                 for position, offset, size, skipped in zip(
                     positions.tolist(), offsets, sizes, skip.tolist(), strict=True
                 ):
+                    note_reading(position, last)
                     yield position, bytearray() if skipped else _image_at(file, offset, size)
         except (OSError, ValueError) as error:
             raise ValueError(f"{selection.where(position)}: {error}; {REMEDY}") from error
@@ -87,7 +89,7 @@ class Stream:
 
     def batch(self, samples: list[Sample]) -> Batch:
         """Decode samples; raises ValueError naming the one that is damaged."""
-        pixels = np.empty((len(samples), *self.selection.image_shape), dtype=np.uint8)
+        pixels = batch_buffer((len(samples), *self.selection.image_shape))
         for (position, encoded), image in zip(samples, pixels, strict=True):
             decode_image(self.selection, encoded, position, out=image)
         return make_batch(self.selection, pixels, np.array([position for position, _ in samples], dtype=np.int64))
@@ -152,7 +154,14 @@ class StreamReader:
     """Batches from shards read in sequence; memory is a shuffle buffer of encoded images per worker."""
 
     def __init__(
-        self, selection: Selection, *, remote: RemoteShards | None, num_workers: int, device: torch.device, reason: str
+        self,
+        selection: Selection,
+        *,
+        remote: RemoteShards | None,
+        num_workers: int,
+        device: torch.device,
+        reason: str,
+        timeout_s: float,
     ) -> None:
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
@@ -162,7 +171,7 @@ class StreamReader:
             f"{num_workers} decoding worker(s)"
         )
         self._stream = Stream(selection, remote)
-        self._workers = WorkerPool(num_workers, device)
+        self._workers = WorkerPool(num_workers, device, selection.where, timeout_s)
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
         """Endless micro-batches of this process from the global position `images_seen` on.
@@ -184,7 +193,8 @@ class StreamReader:
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
         shards = np.arange(self._stream.selection.num_shards)
-        return self._stream.batch(list(self._stream.images(shards, 0, min(num_images, self.num_images))))
+        stop = min(num_images, self.num_images)
+        return self._workers.here(lambda: self._stream.batch(list(self._stream.images(shards, 0, stop))))
 
     def close(self) -> None:
         """End the worker processes."""
