@@ -158,7 +158,7 @@ class Selection:
         edges = np.searchsorted(self.index.shard, np.arange(self.num_shards + 1))
         firsts, counts = edges[shards], np.diff(edges)[shards]
         befores = np.cumsum(counts) - counts
-        for at in np.flatnonzero((befores < stop) & (befores + counts > start)).tolist():
+        for at in np.flatnonzero((counts > 0) & (befores < stop) & (befores + counts > start)).tolist():
             shard, first, before, count = int(shards[at]), int(firsts[at]), int(befores[at]), int(counts[at])
             wanted = np.arange(first + max(start - before, 0), first + min(stop - before, count))
             note_reading(int(wanted[0]), int(wanted[-1]))
