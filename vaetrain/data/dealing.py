@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Bool, Int64
+
+from vaetrain.data.duplicates import find_groups
+from vaetrain.data.likeness import LIKENESS
+from vaetrain.data.originals import Listing, Pictures, Source
+from vaetrain.data.picture import Recipe
+from vaetrain.data.progress import Progress
+from vaetrain.data.shard_task import PieceTask, look
+from vaetrain.data.sharding_config import ShardingConfig
+from vaetrain.data.worker_pool import map_in_order
+from vaetrain.machine import num_cores
 
 
 def deal(group: Int64[np.ndarray, " n"], num_val: int) -> Bool[np.ndarray, " n"]:
@@ -29,3 +42,30 @@ def deal(group: Int64[np.ndarray, " n"], num_val: int) -> Bool[np.ndarray, " n"]
         chosen.append(last_group[left])
         left -= size[chosen[-1]]
     return np.isin(member, chosen)[::-1]
+
+
+def groups_of(listing: Listing, source: Source, recipe: Recipe, config: ShardingConfig) -> Int64[np.ndarray, " n"]:
+    """The number of the group of duplicates of each item, found by making all samples once and keeping none.
+
+    Items that cannot be read are in groups of their own. Says on stderr how far it is.
+    """
+    if isinstance(source, Pictures):
+        return _groups_among(listing, source, recipe, config)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=f".{config.out.name}-") as folder:
+        return _groups_among(listing, source.staged(Path(folder) / "originals", listing.items), recipe, config)
+
+
+def _groups_among(
+    listing: Listing, pictures: Pictures, recipe: Recipe, config: ShardingConfig
+) -> Int64[np.ndarray, " n"]:
+    pieces = list(PieceTask("", 0, listing.items, pictures, recipe, listing.classes).cut())
+    num_workers = min(config.workers or num_cores(), len(pieces))
+    with Progress(len(listing.items), doing="looking for duplicates") as progress:
+        looks = list(progress.counting(map_in_order(look, pieces, num_workers)))
+    rejected = {original.source for each in looks for original in each.rejected}
+    readable = np.flatnonzero([item.source not in rejected for item in listing.items])
+    group = np.arange(len(listing.items))
+    likeness = np.frombuffer(b"".join(each.likeness for each in looks), LIKENESS)
+    group[readable] = readable[find_groups(likeness, config.near_duplicates)]
+    return group

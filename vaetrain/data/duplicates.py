@@ -1,6 +1,6 @@
 """Exact and near duplicates among images, from their likenesses.
 
-Two images are exact duplicates when all pixels are equal, after the resize. They are near duplicates when their
+Two images are exact duplicates when their files in the shards are the same. They are near duplicates when their
 perceptual hashes differ in few bits and their gray thumbnails agree: the same picture encoded, scaled, brightened or cropped a
 little differently. What is a duplicate of a duplicate is in the same group.
 """
@@ -11,21 +11,21 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64, UInt8
 
 DUPLICATES_NAME = "duplicates.jsonl"
 BANDS, BYTES_PER_BAND = 4, 2
 MAX_BITS = 4
-# Levels of 255 between the thumbnails: leaves room for 5 % in brightness, none for another sky of the same gradient.
+# Levels of 255 between the thumbnails: leaves room for 5 % in brightness, not for another sky of the same gradient.
 MAX_DIFFERENCE = 10
 # Below this standard deviation, in levels, a picture shows next to nothing and its hash is noise.
 MIN_DEVIATION = 2
 # Where many hashes share a band, each is compared with so many others, those next to it in order.
-MAX_NEIGHBOURS = 1000
-PAIRS_AT_A_TIME = 1 << 14
+MAX_NEIGHBOURS = 100
+PAIRS_AT_A_TIME = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DuplicateGroup:
     """Images that are duplicates of each other."""
 
     kind: Literal["exact", "near"]
-    """exact: all of them have the same pixels."""
+    """exact: all of them are the same file in the shards."""
 
     images: tuple[tuple[str, str], ...]
     """Split and source of each."""
@@ -86,9 +86,10 @@ def num_groups_in(folder: Path) -> int:
 
 def _near_pairs(likeness: np.ndarray, similarity: float) -> Int64[np.ndarray, "2 pairs"]:
     """Pairs of near duplicates. Of two hashes that differ in at most three bits, one of four bands is the same in both."""
-    candidates = np.flatnonzero(_variance(likeness["thumbnail"]) >= MIN_DEVIATION**2)
-    likeness = likeness[candidates]
-    hash_bytes = likeness["phash"].copy().view(np.uint8).reshape(-1, BANDS * BYTES_PER_BAND)
+    mean, variance = _moments(likeness["thumbnail"])
+    candidates = np.flatnonzero(variance >= MIN_DEVIATION**2)
+    looks = _Looks(likeness["thumbnail"][candidates], mean[candidates], variance[candidates])
+    hash_bytes = likeness["phash"][candidates].view(np.uint8).reshape(-1, BANDS * BYTES_PER_BAND)
     found = [np.zeros((2, 0), dtype=np.int64)]
     for band in range(BANDS):
         # With the band in front, equal bands lie side by side, and within them equal hashes.
@@ -104,28 +105,45 @@ def _near_pairs(likeness: np.ndarray, similarity: float) -> Int64[np.ndarray, "2
                 break
             near = left[np.bitwise_count(rotated[left] ^ rotated[left + step]) <= MAX_BITS]
             a, b = order[near], order[near + step]
-            alike = _alike(likeness["thumbnail"], a, b, similarity)
+            alike = looks.are_alike(a, b, similarity)
             found.append(np.stack([a[alike], b[alike]]))
     return candidates[np.concatenate(found, axis=1)]
 
 
-def _alike(thumbnails: np.ndarray, a: np.ndarray, b: np.ndarray, similarity: float) -> Bool[np.ndarray, " pairs"]:
-    alike = [np.zeros(0, dtype=bool)]
-    for start in range(0, len(a), PAIRS_AT_A_TIME):
-        part = slice(start, start + PAIRS_AT_A_TIME)
-        x, y = thumbnails[a[part]].astype(np.int32), thumbnails[b[part]].astype(np.int32)
-        products, sums = (x * y).sum(axis=1), x.sum(axis=1) * y.sum(axis=1)
-        covariance = (products - sums / x.shape[1]) / x.shape[1]
-        correlation = covariance / np.sqrt(_variance(x) * _variance(y))
-        difference = np.abs(x - y).mean(axis=1)
-        alike.append((correlation >= similarity) & (difference <= MAX_DIFFERENCE))
-    return np.concatenate(alike)
+class _Looks(NamedTuple):
+    thumbnail: UInt8[np.ndarray, "n pixels"]
+    mean: Float64[np.ndarray, " n"]
+    variance: Float64[np.ndarray, " n"]
+
+    def are_alike(
+        self, a: Int64[np.ndarray, " pairs"], b: Int64[np.ndarray, " pairs"], similarity: float
+    ) -> Bool[np.ndarray, " pairs"]:
+        """Whether the thumbnails of each pair correlate, and differ in few levels (root mean square)."""
+        near = np.abs(self.mean[a] - self.mean[b]) <= MAX_DIFFERENCE
+        a, b = a[near], b[near]
+        covariance = self._mean_products(a, b) - self.mean[a] * self.mean[b]
+        squares = self.variance[a] + self.variance[b] - 2 * covariance + (self.mean[a] - self.mean[b]) ** 2
+        correlates = covariance >= similarity * np.sqrt(self.variance[a] * self.variance[b])
+        near[near] = correlates & (squares <= MAX_DIFFERENCE**2)
+        return near
+
+    def _mean_products(
+        self, a: Int64[np.ndarray, " pairs"], b: Int64[np.ndarray, " pairs"]
+    ) -> Float64[np.ndarray, " pairs"]:
+        means = np.zeros(len(a))
+        for start in range(0, len(a), PAIRS_AT_A_TIME):
+            part = slice(start, start + PAIRS_AT_A_TIME)
+            # 256 · 255² is below 2²⁴, so that these sums are exact, in whatever order they are taken.
+            x, y = self.thumbnail[a[part]].astype(np.float32), self.thumbnail[b[part]].astype(np.float32)
+            means[part] = np.einsum("np,np->n", x, y) / self.thumbnail.shape[1]
+        return means
 
 
-def _variance(thumbnails: np.ndarray) -> np.ndarray:
-    num_pixels = thumbnails.shape[1]
-    squares = np.einsum("np,np->n", thumbnails, thumbnails, dtype=np.int64)
-    return (squares - thumbnails.sum(axis=1, dtype=np.int64) ** 2 / num_pixels) / num_pixels
+def _moments(thumbnail: UInt8[np.ndarray, "n pixels"]) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+    """Mean and variance of each."""
+    mean = thumbnail.mean(axis=1, dtype=np.float64)
+    squares = np.einsum("np,np->n", thumbnail, thumbnail, dtype=np.int64) / thumbnail.shape[1]
+    return mean, squares - mean**2
 
 
 def _components(num_images: int, pairs: Int64[np.ndarray, "2 pairs"]) -> Int64[np.ndarray, " n"]:

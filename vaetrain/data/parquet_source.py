@@ -91,7 +91,7 @@ class ParquetSource(Source):
         return Listing(classes, tuple(items), has_class_folders=self.label is not None)
 
     def staged(self, file: Path, items: Sequence[Item]) -> Pictures:
-        """Copy the images of `items` into one file, in one pass over the rows in which little is in memory at a time.
+        """Copy the images of `items` into one file, in one pass over the rows that holds a page of them at a time.
 
         A shuffled order would otherwise read and decompress a group of a hundred or a thousand rows for each image.
         """

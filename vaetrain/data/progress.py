@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 10
+from vaetrain.data.shard_task import Piece
 
-Part = TypeVar("Part")
+SECONDS_BETWEEN_LINES = 10
 
 
 class Progress:
@@ -35,11 +34,11 @@ class Progress:
                 f"{self.doing}{self.done:,} of {self.total:,} images, {rate:,.0f} images/s", file=sys.stderr, flush=True
             )
 
-    def counting(self, parts: Iterable[Part], num_images: Callable[[Part], int]) -> Iterator[Part]:
-        """`parts`, each of which is counted when it comes."""
-        for part in parts:
-            self.update(num_images(part))
-            yield part
+    def counting(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """`pieces`, each of which is counted when it comes."""
+        for piece in pieces:
+            self.update(piece.num_originals)
+            yield piece
 
     def __enter__(self) -> Progress:
         """The bar is there already."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import tempfile
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from vaetrain.data.dealing import deal
-from vaetrain.data.duplicates import find_groups
-from vaetrain.data.originals import Item, Listing, Pictures, Source
+from vaetrain.data.dealing import deal, groups_of
+from vaetrain.data.originals import Item, Listing, Source
 from vaetrain.data.picture import Recipe
-from vaetrain.data.progress import Progress
-from vaetrain.data.shard_task import PieceTask, ShardTask, look
+from vaetrain.data.shard_task import ShardTask
 from vaetrain.data.sharding_config import FACES, NEAR_DUPLICATES, ShardingConfig
 from vaetrain.data.sources import Faces, open_source
-from vaetrain.data.worker_pool import map_in_order
-from vaetrain.machine import num_cores
 from vaetrain.strict_json import sha256_of_json
 
 DEFAULT_NUM_FACES = 3000
@@ -58,13 +53,12 @@ class Plan:
         if own_splits and (config.val_count is not None or config.val_src is not None):
             asked = "--val-count" if config.val_src is None else "--val-src"
             raise ValueError(f"{config.src} has splits of its own ({', '.join(own_splits)}); leave out {asked}")
-        order = _shuffle(len(listing.items), config.seed)
-        shuffled = tuple(listing.items[i] for i in order)
+        shuffled = tuple(listing.items[i] for i in _shuffle(len(listing.items), config.seed))
         if own_splits:
             names = sorted(own_splits, key=SPLIT_ORDER.index)
             splits = {name: (source, tuple(item for item in shuffled if item.split == name)) for name in names}
         elif config.val_count is not None:
-            splits = {name: (source, items) for name, items in _dealt(shuffled, order, source, recipe, config).items()}
+            splits = {name: (source, items) for name, items in _dealt(listing, source, recipe, config).items()}
         else:
             splits = {"train": (source, shuffled)}
         ignored = listing.ignored
@@ -101,48 +95,24 @@ def _shuffle(num_images: int, seed: int) -> Int64[np.ndarray, " n"]:
     return np.random.RandomState(seed).permutation(num_images)
 
 
-def _dealt(
-    shuffled: tuple[Item, ...], order: Int64[np.ndarray, " n"], source: Source, recipe: Recipe, config: ShardingConfig
-) -> dict[str, tuple[Item, ...]]:
+def _dealt(listing: Listing, source: Source, recipe: Recipe, config: ShardingConfig) -> dict[str, tuple[Item, ...]]:
     """`--val-count` of the shuffled items for validation, the others for training."""
     assert config.val_count is not None
-    if config.val_count >= len(shuffled):
-        raise ValueError(f"--val-count {config.val_count} leaves nothing to train on: there are {len(shuffled)} images")
-    if not config.group_duplicates:
-        return {"train": shuffled[: -config.val_count], "val": shuffled[-config.val_count :]}
-    by_name = np.argsort(order)  # in the listing's order, in which archives are read fastest
-    group = _groups(tuple(shuffled[i] for i in by_name), source, recipe, config)
+    order = _shuffle(len(listing.items), config.seed)
+    if config.val_count >= len(order):
+        raise ValueError(f"--val-count {config.val_count} leaves nothing to train on: there are {len(order)} images")
+    group = groups_of(listing, source, recipe, config) if config.group_duplicates else np.arange(len(order))
     is_val = deal(group[order], config.val_count)
     if not is_val.any():
         raise ValueError(f"every group of duplicates has more than --val-count {config.val_count} images; raise it")
+    if is_val.sum() < config.val_count:
+        print(
+            f"groups of duplicates are kept whole: {is_val.sum():,} images for validation, not {config.val_count:,}",
+            file=sys.stderr,
+        )
     return {
-        "train": tuple(itertools.compress(shuffled, ~is_val)),
-        "val": tuple(itertools.compress(shuffled, is_val)),
+        name: tuple(listing.items[i] for i in order[chosen]) for name, chosen in (("train", ~is_val), ("val", is_val))
     }
-
-
-def _groups(items: tuple[Item, ...], source: Source, recipe: Recipe, config: ShardingConfig) -> Int64[np.ndarray, " n"]:
-    """Number of the group of duplicates of each item; those that cannot be read are in groups of their own."""
-    if isinstance(source, Pictures):
-        return _groups_among(items, source, recipe, config)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=f".{config.out.name}-") as folder:
-        return _groups_among(items, source.staged(Path(folder) / "originals", items), recipe, config)
-
-
-def _groups_among(
-    items: tuple[Item, ...], pictures: Pictures, recipe: Recipe, config: ShardingConfig
-) -> Int64[np.ndarray, " n"]:
-    readable, likeness = [], []
-    pieces = list(PieceTask("", 0, items, pictures, recipe, ()).cut())
-    with Progress(len(items), doing="looking for duplicates") as progress:
-        for piece, looks in zip(pieces, map_in_order(look, pieces, config.workers or num_cores()), strict=True):
-            readable += [piece.first + position for position in looks.positions]
-            likeness.append(looks.likeness)
-            progress.update(len(piece.items))
-    group = np.arange(len(items))
-    group[readable] = np.array(readable, dtype=np.int64)[find_groups(np.concatenate(likeness), config.near_duplicates)]
-    return group
 
 
 def _relabelled(val: Listing, train: Listing, config: ShardingConfig) -> tuple[Item, ...]:

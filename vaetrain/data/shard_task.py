@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from vaetrain.data.likeness import Glimpse, glance, likenesses
+from vaetrain.data.likeness import glance, likenesses
 from vaetrain.data.originals import Item, Pictures, Source
 from vaetrain.data.picture import UNREADABLE, Recipe
 from vaetrain.data.shard_writer import Row, pack_sample
@@ -57,10 +55,10 @@ class Piece(NamedTuple):
     likeness: bytes
     """Array of LIKENESS, of the samples."""
 
-
-def num_originals(piece: Piece) -> int:
-    """Those that became samples, and those that did not."""
-    return len(piece.rows) + len(piece.rejected)
+    @property
+    def num_originals(self) -> int:
+        """Those that became samples, and those that did not."""
+        return len(self.rows) + len(self.rejected)
 
 
 class ShardTask(NamedTuple):
@@ -106,28 +104,10 @@ def make_piece(task: PieceTask) -> Piece:
         record = {"label": item.label, "class": task.classes[item.label], "source": item.source, **extra}
         rows.append(Row(len(samples) + TAR_BLOCK, len(image), item.label))
         samples += pack_sample(f"{position:08d}", image, task.recipe.encoding.format, record)
-        glimpses.append(glance(picture))
+        glimpses.append(glance(image, picture))
     return Piece(bytes(samples), tuple(rows), tuple(rejected), likenesses(glimpses).tobytes())
 
 
-class Looks(NamedTuple):
-    """What the originals of a piece look like."""
-
-    positions: tuple[int, ...]
-    """Those that can be read, as positions in the piece."""
-    likeness: np.ndarray
-    """Array of LIKENESS, of these."""
-
-
-def look(task: PieceTask) -> Looks:
-    """Read and resize the originals of a piece, and encode none."""
-    positions: list[int] = []
-    glimpses: list[Glimpse] = []
-    for position, item in enumerate(task.items):
-        try:
-            picture, _ = task.pictures.open(item)
-            glimpses.append(glance(task.recipe.prepare(picture)))
-        except UNREADABLE:  # rejected when its shard is made
-            continue
-        positions.append(position)
-    return Looks(tuple(positions), likenesses(glimpses))
+def look(task: PieceTask) -> Piece:
+    """A piece without its samples, for what it says about them."""
+    return make_piece(task)._replace(samples=b"")

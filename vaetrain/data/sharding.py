@@ -35,7 +35,7 @@ from vaetrain.data.originals import Pictures, Source
 from vaetrain.data.progress import Progress
 from vaetrain.data.shard_index import SplitIndex, pack_index
 from vaetrain.data.shard_plan import Plan
-from vaetrain.data.shard_task import Piece, Rejected, ShardTask, make_piece, num_originals
+from vaetrain.data.shard_task import Piece, Rejected, ShardTask, make_piece
 from vaetrain.data.shard_writer import ShardWriter
 from vaetrain.data.sharding_config import ShardingConfig
 from vaetrain.data.shards import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, Manifest, ShardSet, Split, Tool
@@ -196,7 +196,7 @@ def _write_shards(tasks: list[ShardTask], aside: Path, num_workers: int) -> dict
     pieces = map_in_order(make_piece, chain.from_iterable(parts), min(num_workers, sum(map(len, parts))))
     with closing(pieces), Progress(num_images, done=num_images - num_to_do) as progress:
         for task, own in zip(to_do, parts, strict=True):
-            notes[task.name] = write_shard(task, progress.counting(islice(pieces, len(own)), num_originals))
+            notes[task.name] = write_shard(task, progress.counting(islice(pieces, len(own))))
     return notes
 
 
