@@ -5,7 +5,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from vaetrain.data.order import BatchLayout
 from vaetrain.data.reader import Reader, open_reader
 from vaetrain.data.remote import READ_BYTES, Persistence, RemoteFile, RemoteShards
 from vaetrain.data.shards import ShardSet
+from vaetrain.evaluate import EvaluateConfig, evaluate
 
 CPU = torch.device("cpu")
 HASTY = Persistence(attempts=3, first_wait_s=0.01, longest_wait_s=0.02)
@@ -343,3 +344,13 @@ def test_what_only_local_shards_can_do_is_refused_before_anything_is_fetched() -
     for options in ({"reader": "indexed"}, {"verify": "full"}):
         with pytest.raises(ValueError, match="is a URL"):
             RemoteShards.of(DataConfig(train="x", **options), "s3://bucket/set")
+
+
+def test_the_command_in_a_run_that_may_be_anothers_is_not_run_without_asking(
+    train_tiny: Callable[..., Path], accelerator: Any, tiny_shards: Path
+) -> None:
+    location = f"pipe:cat {tiny_shards}/{{}}"
+    run = train_tiny("--data.train", location, "--data.allow-pipe", True, "--train.num-images", 20)
+    with pytest.raises(ValueError, match="would run the shell command"):
+        evaluate(EvaluateConfig(run), accelerator)
+    assert evaluate(EvaluateConfig(run, allow_pipe=True), accelerator)["val/psnr_db"] > 0
