@@ -29,6 +29,9 @@ class EvaluateConfig:
     data: str | None = None
     """Shard set to score against (both splits); None: where the run found its own."""
 
+    allow_pipe: bool = False
+    """Accept pipe:COMMAND for it, which runs COMMAND in a shell; never because the run, which may be another's, did."""
+
     batch_size: int = 64
     """Images per forward pass and process."""
 
@@ -75,7 +78,7 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     """
     trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
     vae = trained.vae
-    data = RunDirectory.open(config.run).config().data
+    data = replace(RunDirectory.open(config.run).config().data, allow_pipe=config.allow_pipe)
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
     open_split = partial(

@@ -19,7 +19,8 @@ def remote_folder(location: str, *, allow_pipe: bool = False) -> str | None:
         if not allow_pipe:
             raise ValueError(
                 f"{location} would run the shell command `{command}` on this machine for every file of the shard set; "
-                "add --data.allow-pipe if that is what you want"
+                "add --data.allow-pipe True if that is what you want (evaluate.py: --allow-pipe True, verify_shards.py: "
+                "--allow-pipe)"
             )
         if "{}" not in command:
             raise ValueError(

@@ -26,7 +26,7 @@ from urllib.request import Request, urlopen
 
 from vaetrain.data.download import TRANSIENT_STATUS
 
-HTTP_TIMEOUT_S = 8.0
+HTTP_TIMEOUT_S = 6.0
 PROGRESS_BYTES = 1 << 16  # what an HTTP server must bring in that time
 # A request to an object store takes some 50 ms however little it asks for.
 FSSPEC_CHUNK_BYTES = 1 << 21
@@ -128,7 +128,7 @@ class HttpConnection:
                     self._broken = f"the connection ended at byte {self.at:,} of {self._end:,}"
                 break
             if time.monotonic() > late and received < len(view):
-                self._broken = f"the server brought {received:,} bytes in {self._timeout_s:g} s"
+                self._broken = f"the server brought {received:,} bytes in {self._timeout_s:.2g} s"
         if self._broken and not received:
             raise BrokenOffError(self._broken)
         return received
@@ -171,7 +171,10 @@ class FsspecConnection:
         try:
             return future.result(self._timeout_s)
         except TimeoutError as error:
-            said = str(error) or f"it took over {self._timeout_s:g} s for {FSSPEC_CHUNK_BYTES:,} bytes"
+            said = (
+                str(error)
+                or f"it took over {self._timeout_s:.2g} s to open it or to bring {FSSPEC_CHUNK_BYTES:,} bytes"
+            )
             raise BrokenOffError(said) from error
         except ValueError:
             raise
@@ -232,7 +235,7 @@ class CommandConnection:
         assert self._process.stdout is not None
         output = self._process.stdout.fileno()
         if not select.select([output], [], [], self._timeout_s)[0]:
-            raise ValueError(f"`{self._command}` has printed nothing for {self._timeout_s:g} s")
+            raise ValueError(f"`{self._command}` has printed nothing for {self._timeout_s:.2g} s")
         received = os.readv(output, [view])
         if not received:
             self._check_status()

@@ -34,7 +34,7 @@ INDEX_HEADER_BYTES = 1 << 20
 class Persistence:
     """When a file is given up: well within the 30 s in which a run that cannot go on must stop."""
 
-    give_up_s: float = 20.0
+    give_up_s: float = 15.0
     """Seconds, over all attempts, in which 64 KiB must come."""
 
     attempts: int = 8
@@ -67,7 +67,8 @@ class RemoteFile(io.RawIOBase):
         self._folder, self._name, self._persistence = folder, name, persistence
         self._position, self._stop, self._num_bytes = start, stop, num_bytes
         self._connection: Connection | None = None
-        self._furthest, self._failures = start, 0
+        self._furthest = start
+        self._failures: list[str] = []  # since the file came any further
         self._received, self._waited_s = 0, 0.0
 
     def readable(self) -> bool:
@@ -86,7 +87,7 @@ class RemoteFile(io.RawIOBase):
         """Go to a byte counted from the file's start, or from here."""
         assert whence in (io.SEEK_SET, io.SEEK_CUR), "a remote file is not read from its end"
         self._position = offset + (self._position if whence == io.SEEK_CUR else 0)
-        self._furthest, self._failures = self._position, 0
+        self._furthest, self._failures = self._position, []
         connection = self._connection
         if connection and not 0 <= self._position - connection.at <= (
             READ_BYTES if connection.seekable else sys.maxsize
@@ -131,7 +132,7 @@ class RemoteFile(io.RawIOBase):
             raise ValueError(f"the file there ends at byte {self._position:,}")
         self._position += received
         if self._position - self._furthest >= PROGRESS_BYTES:
-            self._furthest, self._failures = self._position, 0
+            self._furthest, self._failures = self._position, []
         return received
 
     def _receive_from(self, connection: Connection, view: memoryview) -> int:
@@ -144,10 +145,11 @@ class RemoteFile(io.RawIOBase):
 
     def _back_off(self, error: BrokenOffError) -> None:
         persistence = self._persistence
-        wait = min(persistence.longest_wait_s, persistence.first_wait_s * 2**self._failures)
-        self._failures += 1
-        if self._failures >= persistence.attempts or self._waited_s + wait >= persistence.give_up_s:
-            raise ValueError(f"{error} (given up after {self._failures} attempt(s))") from error
+        wait = min(persistence.longest_wait_s, persistence.first_wait_s * 2 ** len(self._failures))
+        self._failures.append(str(error))
+        if len(self._failures) >= persistence.attempts or self._waited_s + wait >= persistence.give_up_s:
+            causes = ", then ".join(dict.fromkeys(self._failures))
+            raise ValueError(f"{causes} (given up after {len(self._failures)} attempt(s))") from error
         print(f"{self._name}: {error}; trying again in {wait:g} s", file=sys.stderr, flush=True)
         with self._timed():
             time.sleep(wait)

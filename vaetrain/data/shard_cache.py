@@ -26,8 +26,8 @@ from typing import BinaryIO
 from vaetrain.data.download import readable_disk_errors
 from vaetrain.data.shards import Shard
 
-# More than the 20 s after which a process gives a download up, and so lets go of it.
-STUCK_S = 25.0
+# More than the 15 s after which a process gives a download up, and so lets go of it.
+STUCK_S = 20.0
 POLL_S = 0.02
 READ_BYTES = 1 << 20
 
