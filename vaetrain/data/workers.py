@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import signal
+import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -21,7 +22,7 @@ from vaetrain.machine import num_cores
 
 # One worker decodes about 7,000 images of 128 pixels a second; more than eight have not been needed by one device.
 MAX_WORKERS = 8
-# While a batch is waited for; a death is reported this late at most.
+# Whether the workers live; a death is reported this late at most.
 LOOK_EVERY_S = 5.0
 
 Outcome = Batch | ValueError
@@ -105,14 +106,15 @@ class WorkerPool:
     def _next(self, outcomes: Iterator[Outcome], crew: _Crew) -> Outcome | None:
         patience: Patience | None = None
         look_every_s = self._look_every_s
+        # Batches of other workers may last for a while yet; to ask after each worker takes longer than to receive a batch.
+        if time.monotonic() >= crew.next_look and (failure := self._death(crew)):
+            return failure
         while True:
-            if failure := self._death(crew):
-                return failure
             try:
                 return next(outcomes, None)
             except (RuntimeError, OSError, EOFError) as error:
                 # DataLoader's word for a death, and what happens when a batch is fetched from a worker that died meanwhile.
-                timed_out = "timed out after" in str(error)
+                timed_out = isinstance(error, RuntimeError) and "timed out after" in str(error)
                 if failure := self._death(crew, wait_s=0.0 if timed_out else 1.0):
                     return failure
                 if not timed_out:
@@ -171,6 +173,7 @@ class _Crew:
     def __init__(self, loader: DataLoader[Outcome], whereabouts: Whereabouts) -> None:
         self.whereabouts = whereabouts
         self._loader = loader
+        self.next_look = 0.0
         self._processes: list[BaseProcess] = []
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -182,6 +185,7 @@ class _Crew:
 
     def dead(self, wait_s: float) -> BaseProcess | None:
         """A worker that ended otherwise than in order, looked for again until `wait_s` have passed."""
+        self.next_look = time.monotonic() + LOOK_EVERY_S
         if wait_s:
             multiprocessing.connection.wait([process.sentinel for process in self._processes], wait_s)
         return next((process for process in self._processes if process.exitcode), None)
