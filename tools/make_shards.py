@@ -4,6 +4,8 @@ python tools/make_shards.py photos datasets/photos128 --size 128 --val-count 500
 python tools/make_shards.py datasets/photos128 datasets/photos64 --size 64
 """
 
+import sys
+
 from vaetrain.command_line import parse, user_errors
 from vaetrain.data.sharding import closing_line, make_shards, make_share
 from vaetrain.data.sharding_config import ShardingConfig
@@ -11,6 +13,7 @@ from vaetrain.data.sharding_config import ShardingConfig
 
 def main() -> None:
     """Make the shards and say what they hold; exit 1 with a message when that is not possible."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a path need not be Unicode
     with user_errors():
         config = parse(ShardingConfig, __doc__, flags=True)
         manifest = make_shards(config) if config.task is None else make_share(config)
