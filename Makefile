@@ -33,7 +33,7 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 
 PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
   --custom-compile-command "make requirements"
-EXTRAS := --extra tensorboard --extra fast
+EXTRAS := --extra tensorboard --extra fast --extra parquet
 
 requirements: pyproject.toml
 	$(PIN) --upgrade pyproject.toml --group dev $(EXTRAS) -o requirements/dev.txt
@@ -53,7 +53,7 @@ demo: setup
 	@echo "Look at runs/demo/figures: losses.png kl.png reconstructions.png samples.png interpolations.png"
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 check: setup
 	$(BIN)/ruff check $(SRC)
