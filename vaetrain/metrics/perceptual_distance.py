@@ -65,7 +65,7 @@ SCALE = (0.458, 0.448, 0.450)
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS of pairs of images, differentiable; float32 whatever surrounds it.
+    """LPIPS of pairs of images; float32 whatever surrounds it.
 
     Attributes: `backbone_sha256` and `heads_sha256` of the files, for a score's record.
     """
@@ -82,13 +82,14 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         self.backbone = BACKBONES[config.net]
         remedy = how_to_get_weights(config.net)
-        features: nn.Sequential = getattr(torchvision.models, self.backbone.name)(weights=None).features
+        with torch.device("meta"):  # the classifier that follows the features has 500 MB, and would be initialised
+            features: nn.Sequential = getattr(torchvision.models, self.backbone.name)(weights=None).features
         state, self.backbone_sha256 = read_tensors(config.backbone, "--lpips.backbone", remedy)
         weights = {
             name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")
         }
         try:
-            features.load_state_dict(weights)
+            features.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{config.backbone} does not hold torchvision's {self.backbone.name}. {remedy}") from error
         # Not in place: a layer's features are read before the next layer overwrites them.
