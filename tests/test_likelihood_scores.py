@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from launching import finish, start
+from likelihood_scenarios import measure
 from linear_gaussian import LinearGaussian, MemoryReader
 from lpips_weights import write_random_lpips_weights
 
@@ -16,19 +17,16 @@ from vaetrain.model.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
-def results(tiny_shards, tmp_path_factory):
-    """What likelihood_scenarios.py found on one and on two processes, started side by side."""
+def results(tiny_shards, accelerator, tmp_path_factory):
+    """What likelihood_scenarios.py measures in this process, and meanwhile in two."""
     folder = tmp_path_factory.mktemp("likelihood")
     write_random_lpips_weights(folder, "vgg")
-    files = [folder / "one.json", folder / "two.json"]
-    processes = [
-        start("tests/likelihood_scenarios.py", tiny_shards, folder, file, two_processes=two)
-        for two, file in enumerate(files)
-    ]
-    for process in processes:
-        result = finish(process)
-        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    one, two = (json.loads(file.read_text()) for file in files)
+    out = folder / "two.json"
+    process = start("tests/likelihood_scenarios.py", tiny_shards, folder, out, two_processes=True)
+    one = measure(accelerator, tiny_shards, folder)
+    result = finish(process)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    two = json.loads(out.read_text())
     assert (one.pop("num_processes"), two.pop("num_processes")) == (1, 2)
     return one, two
 

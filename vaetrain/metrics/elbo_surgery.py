@@ -66,7 +66,7 @@ class ElboSurgery:
 
     @property
     def total_correlation(self) -> float:
-        """KL(q(z) ‖ Π_d q(z_d)), what of the marginal KL no single dimension shows."""
+        """KL(q(z) ‖ Π_d q(z_d)), what of the marginal KL no single dimension shows; too large where that is."""
         return self.marginal_kl.mean - self.dimension_kl_sum.mean
 
 

@@ -92,10 +92,6 @@ class PerceptualDistance(nn.Module):
             features.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{config.backbone} does not hold torchvision's {self.backbone.name}. {remedy}") from error
-        # Not in place: a layer's features are read before the next layer overwrites them.
-        for layer in features:
-            if isinstance(layer, nn.ReLU):
-                layer.inplace = False
         starts = (0, *self.backbone.ends)
         self.layers = nn.ModuleList(features[start:end] for start, end in zip(starts, self.backbone.ends, strict=False))
 
