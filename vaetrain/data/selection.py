@@ -99,7 +99,7 @@ class Selection:
         edges = np.searchsorted(self.index.shard, np.arange(self.num_shards + 1))
         firsts, counts = edges[shards], np.diff(edges)[shards]
         befores = np.cumsum(counts) - counts
-        for at in np.flatnonzero((befores < stop) & (befores + counts > start)).tolist():
+        for at in np.flatnonzero((befores < stop) & (befores + counts > start) & (counts > 0)).tolist():
             shard, first, before, count = int(shards[at]), int(firsts[at]), int(befores[at]), int(counts[at])
             yield shard, np.arange(first + max(start - before, 0), first + min(stop - before, count))
 
