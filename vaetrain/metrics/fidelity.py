@@ -107,7 +107,7 @@ class Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½), in squared feature units (Heusel et al. 2017, Eq. 6). Symmetric.
 
-    With Σ = RᵀR, the eigenvalues of Σ₁Σ₂ are those of the symmetric CCᵀ, C = R₁R₂ᵀ: three times as fast as torch-fidelity's
+    With Σ = RᵀR, the eigenvalues of Σ₁Σ₂ are those of the symmetric CCᵀ, C = R₁R₂ᵀ: twice as fast as torch-fidelity's
     eigenvalues of Σ₁Σ₂ and equal to 1e-6. At most n − 1 of n images' are not 0; the others, which rounding leaves around
     1e-16 and a square root would lift to 1e-8 each, are left out. Rounding can leave equal sets a hair below 0.
     """
