@@ -82,7 +82,7 @@ def test_other_images_classes_seeds_and_weights_are_other_features(features, fid
 def test_a_damaged_or_exchanged_file_is_extracted_again_saying_why(features, fid, capsys):
     right = features()
     [path] = fid.cache_dir.iterdir()
-    features([7, 8, 9])
+    features([7, 8, 9, 10, 11])
     [other] = set(fid.cache_dir.iterdir()) - {path}
     for content, reason in (
         (path.read_bytes()[:-100], "is damaged"),

@@ -141,7 +141,8 @@ def out_file(config: EvaluateConfig) -> Path:
 def open_extractor(config: EvaluateConfig, accelerator: Accelerator) -> FeatureExtractor | None:
     """The network that FID compares images through, first of all, so that a wrong file costs nobody an evaluation.
 
-    None when no weights are given and other scores were asked for; raises ValueError when none were.
+    None when no weights are given and other scores were asked for; raises ValueError when none were, or when samples are to
+    be kept that nobody would draw.
     """
     if "fid" not in config.scores and "rfid" not in config.scores:
         return None
@@ -150,6 +151,8 @@ def open_extractor(config: EvaluateConfig, accelerator: Accelerator) -> FeatureE
         return FeatureExtractor(config.fid, accelerator.device)
     if not set(config.scores) - {"fid", "rfid"}:
         raise ValueError(f"--scores {' '.join(config.scores)}: {missing}")
+    if config.keep_samples is not None:
+        raise ValueError(f"--keep-samples {config.keep_samples}: samples are drawn for FID, and {missing}")
     return None
 
 
@@ -232,7 +235,7 @@ def print_scores(record: dict[str, Any]) -> None:
     """A line for each number, and for each one that is missing the reason."""
     for name, value in record.items():
         if "/" in name and not isinstance(value, str):
-            print(f"{name:24s} {value if value is None else format(value, ',.4f')}")
+            print(f"{name:28s} {value if value is None else format(value, ',.6g')}")
     for name in ("eval/fid", "eval/rfid"):
         if f"{name}_reason" in record:
             print(f"{name} is not measured: {record[f'{name}_reason']}")
