@@ -55,16 +55,12 @@ class SampleConfig:
 if __name__ == "__main__":
     CONFIG = parse(SampleConfig, __doc__)  # before the imports below, which take seconds
 
-import io
-
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from jaxtyping import UInt8
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from vaetrain import distributed
+from vaetrain.data.encode import png
 from vaetrain.data.shard_writer import ShardWriter
 from vaetrain.export import load_run
 from vaetrain.run import provenance, write_json
@@ -112,14 +108,6 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
         }
         write_json(config.out / "manifest.json", manifest)
         print(f"{config.num_images:,} samples in {len(shards)} shard(s) written to {config.out}")
-
-
-def png(image: UInt8[Tensor, "c h w"]) -> bytes:
-    """Encode one image without loss."""
-    pixels = image.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def main(config: SampleConfig) -> None:
