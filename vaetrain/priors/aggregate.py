@@ -1,7 +1,7 @@
 """The aggregate posterior q(z) = mean over training images of q(z|x), gathered in one pass that all processes share.
 
-Exact, to the bit, for any number of processes: the posteriors of the chosen images, the ranges of the codes, hence every
-prior fitted to those. Up to the rounding of float64 sums: mean and covariance over all images.
+Every process encodes its share of the chosen images; their posteriors come together in the split's order, and all that is
+fitted is computed from those in one process. So a fit is the same to the bit for any number of processes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,11 @@ from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.priors.config import PriorFitConfig
 from vaetrain.randomness import mixed_seed
 
-MAX_COVARIANCE_DIMS = 4096
-"""Latent dimensions up to which a full covariance is kept: 128 MiB in float64 and some 20 s for its eigenvectors."""
-
 MAX_CODE_NUMBERS = 2**27
-"""Latent numbers kept of the chosen images, 512 MiB for means and as much for deviations: larger latents, fewer images."""
+"""Latent numbers kept of a split, 512 MiB for means and as much for deviations: of larger latents fewer images."""
 
 BATCH_SIZE = 64
-"""Fixed, because a convolution may round differently in another batch."""
-
+"""Images read at a time; fixed, because a convolution may round differently in another batch."""
 
 SELECTION, HELD_OUT = 21, 22  # what the randomness is for
 
@@ -59,25 +55,23 @@ class Posteriors:
 
 @dataclass(frozen=True)
 class AggregatePosterior:
-    """What priors are fitted to. Latents are flattened to d numbers."""
+    """What priors are fitted to: posteriors of training images, and of validation images that choose and judge."""
 
     latent_shape: tuple[int, ...]
-    num_images: int
-    """Training images, all of which enter the four statistics below."""
-    mean: Float64[Tensor, " d"]
-    """Mean of q(z)."""
-    covariance_of_means: Float64[Tensor, "d d"] | None
-    """Covariance of the posterior means (n − 1); None beyond MAX_COVARIANCE_DIMS."""
-    mean_variance: Float64[Tensor, " d"]
-    """Mean posterior variance. Added to the diagonal above it gives the covariance of q(z)."""
-    low: Float[Tensor, " d"]
-    """Smallest posterior mean in each dimension."""
-    high: Float[Tensor, " d"]
-    """Largest posterior mean in each dimension."""
     train: Posteriors
-    """Of the chosen training images."""
     val: Posteriors
-    """Of the chosen validation images; nothing is fitted to them."""
+
+    def mean(self) -> Float64[Tensor, " d"]:
+        """Mean of q(z)."""
+        return self.train.mean.double().mean(0)
+
+    def covariance_of_means(self) -> Float64[Tensor, "d d"]:
+        """Covariance of the posterior means (n − 1)."""
+        return torch.cov(self.train.mean.double().T).reshape(*2 * self.train.mean.shape[1:])
+
+    def covariance(self) -> Float64[Tensor, "d d"]:
+        """Covariance of q(z): that of the means, and on the diagonal the mean posterior variances."""
+        return self.covariance_of_means() + self.train.std.double().square().mean(0).diag()
 
     def selection_codes(self, seed: int) -> Float[Tensor, "m d"]:
         """Latents of every other validation image, by which sizes are chosen and training is stopped."""
@@ -86,36 +80,6 @@ class AggregatePosterior:
     def heldout_codes(self, seed: int) -> Float[Tensor, "m d"]:
         """Latents of the other half, which no fit has seen: the reported likelihood is theirs."""
         return self.val.every_other(1).sample(mixed_seed(seed, HELD_OUT))
-
-
-class CodeStatistics:
-    """Sums of posterior moments over this process's images, float64; what `AggregatePosterior` says of all images."""
-
-    def __init__(self, num_dims: int, device: torch.device) -> None:
-        side = num_dims if num_dims <= MAX_COVARIANCE_DIMS else 0
-        self.sum = torch.zeros(num_dims, dtype=torch.float64, device=device)
-        self.sum_of_variances = torch.zeros_like(self.sum)
-        self.outer = torch.zeros(side, side, dtype=torch.float64, device=device)
-        self.low = torch.full_like(self.sum, math.inf)
-        self.high = torch.full_like(self.sum, -math.inf)
-
-    def update(self, mean: Float[Tensor, "b d"], std: Float[Tensor, "b d"]) -> None:
-        """Add a batch."""
-        m = mean.double()
-        self.sum += m.sum(0)
-        self.sum_of_variances += std.double().square().sum(0)
-        if self.outer.numel():
-            self.outer.addmm_(m.T, m)
-        self.low = torch.minimum(self.low, m.amin(0))
-        self.high = torch.maximum(self.high, m.amax(0))
-
-    def reduce(self, accelerator: Accelerator) -> None:
-        """Make them those of all processes; a collective."""
-        for name in ("sum", "sum_of_variances", "outer"):
-            setattr(self, name, distributed.sum_over_processes(accelerator, getattr(self, name)))
-        extremes = distributed.max_over_processes(accelerator, torch.cat([self.high, -self.low]).tolist())
-        self.high, lowest = torch.tensor(extremes, dtype=torch.float64).chunk(2)
-        self.low = -lowest
 
 
 @torch.no_grad()
@@ -129,63 +93,38 @@ def gather_aggregate(
     for reader, split in ((train_reader, "train"), (val_reader, "val")):
         if reader.num_images < 2:
             raise ValueError(f"the {split} split has {reader.num_images} image(s); fitting a prior takes at least 2")
-    statistics = CodeStatistics(math.prod(vae.config.latent_shape), accelerator.device)
-    train = encode(vae, train_reader, accelerator, config, statistics, what="encoding training images")
-    val = encode(vae, val_reader, accelerator, config, what="encoding validation images")
-    statistics.reduce(accelerator)
-    n = train_reader.num_images
-    mean = statistics.sum / n
-    covariance = (statistics.outer - n * mean.outer(mean)) / (n - 1) if statistics.outer.numel() else None
     return AggregatePosterior(
         latent_shape=vae.config.latent_shape,
-        num_images=n,
-        mean=mean.cpu(),
-        covariance_of_means=None if covariance is None else covariance.cpu(),
-        mean_variance=(statistics.sum_of_variances / n).cpu(),
-        low=statistics.low.float(),
-        high=statistics.high.float(),
-        train=train,
-        val=val,
+        train=encode(vae, train_reader, accelerator, config, what="encoding training images"),
+        val=encode(vae, val_reader, accelerator, config, what="encoding validation images"),
     )
 
 
-def encode(
-    vae: VAE,
-    reader: Reader,
-    accelerator: Accelerator,
-    config: PriorFitConfig,
-    statistics: CodeStatistics | None = None,
-    *,
-    what: str,
-) -> Posteriors:
+def encode(vae: VAE, reader: Reader, accelerator: Accelerator, config: PriorFitConfig, *, what: str) -> Posteriors:
     """Posteriors of at most `num_codes` images of a split, drawn by the seed, in the split's order. A collective."""
     num_dims = math.prod(vae.config.latent_shape)
     num_kept = min(reader.num_images, config.num_codes, max(2, MAX_CODE_NUMBERS // num_dims))
-    kept = np.zeros(reader.num_images, dtype=bool)
-    kept[np.random.default_rng(config.seed).choice(reader.num_images, num_kept, replace=False)] = True
-    wanted = torch.from_numpy(kept)
+    wanted = torch.zeros(reader.num_images, dtype=torch.bool)
+    rng = np.random.default_rng(config.seed)
+    wanted[torch.from_numpy(rng.choice(reader.num_images, num_kept, replace=False))] = True
     indices = [torch.empty(0, dtype=torch.int64)]
     moments = [torch.empty(0, 2, num_dims)]
-    batches = reader.eval_batches(BATCH_SIZE, accelerator.process_index, accelerator.num_processes)
     num_batches = -(-reader.num_images // (BATCH_SIZE * accelerator.num_processes))
-    for batch in tqdm(
-        batches, desc=what, total=num_batches, unit="batch", disable=None if accelerator.is_main_process else True
-    ):
-        mean, std = posterior_moments(vae, batch.images.to(accelerator.device))
-        if statistics is not None:
-            statistics.update(mean, std)
-        chosen = batch.indices.cpu()[wanted[batch.indices.cpu()]]
-        indices.append(chosen)
-        moments.append(torch.stack([mean, std], dim=1).cpu()[wanted[batch.indices.cpu()]])
+    quiet = None if accelerator.is_main_process else True
+    batches = reader.eval_batches(BATCH_SIZE, accelerator.process_index, accelerator.num_processes)
+    for batch in tqdm(batches, desc=what, total=num_batches, unit="batch", disable=quiet):
+        chosen = wanted[batch.indices.cpu()]
+        if chosen.any():
+            indices.append(batch.indices.cpu()[chosen])
+            moments.append(posterior_moments(vae, batch.images[chosen.to(batch.images.device)].to(accelerator.device)))
     everyones = distributed.gather_by_index(accelerator, torch.cat(indices), torch.cat(moments))
     return Posteriors(everyones[:, 0].contiguous(), everyones[:, 1].contiguous())
 
 
-def posterior_moments(vae: VAE, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
-    """Mean and standard deviation of q(z|x), flattened; a deterministic autoencoder's deviation is 0."""
-    x = vae.from_uint8(images).contiguous(memory_format=torch.channels_last)
-    posterior = vae.encode(x)
+def posterior_moments(vae: VAE, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 2 d"]:
+    """Mean and standard deviation of q(z|x), flattened, on the CPU; a deterministic autoencoder's deviation is 0."""
+    posterior = vae.encode(vae.from_uint8(images).contiguous(memory_format=torch.channels_last))
     mean = posterior.mean.flatten(1)
     if isinstance(posterior, DiagonalGaussian):
-        return mean, (0.5 * posterior.logvar).exp().flatten(1)
-    return mean, torch.zeros_like(mean)
+        return torch.stack([mean, (0.5 * posterior.logvar).exp().flatten(1)], dim=1).cpu()
+    return torch.stack([mean, torch.zeros_like(mean)], dim=1).cpu()

@@ -15,9 +15,8 @@ PRIOR_NAMES: tuple[PriorName, ...] = ("standard", "gaussian", "gmm", "flow", "me
 class PriorFitConfig:
     """How priors are fitted to the latents of the training images; `standard` needs no fit."""
 
-    num_codes: int = 20_000
-    """Training images (drawn at random) whose latents gmm, flow and mean-code are fitted to; gaussian and random-code
-    see all. Also at most so many validation images choose and score."""
+    num_codes: int = 50_000
+    """Training images, drawn at random, that priors are fitted to; at most as many validation images choose and judge."""
 
     mean_code_images: int = 4
     """mean-code: training images whose codes are averaged into one latent. 1 repeats reconstructions of training images,

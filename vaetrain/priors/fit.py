@@ -16,7 +16,7 @@ from vaetrain.command_line import plain
 from vaetrain.data.reader import Reader
 from vaetrain.export import TrainedModel
 from vaetrain.model.prior import Prior, StandardNormal
-from vaetrain.priors.aggregate import MAX_COVARIANCE_DIMS, AggregatePosterior, gather_aggregate
+from vaetrain.priors.aggregate import AggregatePosterior, gather_aggregate
 from vaetrain.priors.codes import MeanCode, RandomCode
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
 from vaetrain.priors.flow import fit_flow
@@ -32,6 +32,12 @@ from vaetrain.priors.saved import (
     weights_sha256,
 )  # fmt: skip
 from vaetrain.priors.whitening import Whitening
+
+MAX_COVARIANCE_DIMS = 4096
+"""Latent dimensions up to which gaussian, gmm and flow are fitted: a matrix of 128 MiB, some 20 s for its eigenvectors."""
+
+MAX_MEAN_CODES = 10_000
+"""Codes that mean-code keeps in its file."""
 
 
 def priors_for(latent_shape: Sequence[int]) -> tuple[PriorName, ...]:
@@ -86,7 +92,6 @@ def fitted_priors(
                     checkpoint_sha256=sha256,
                     dataset_fingerprint=fingerprint,
                     latent_shape=aggregate.latent_shape,
-                    num_images=aggregate.num_images,
                     num_codes=len(aggregate.train),
                     fit=plain(config),
                     heldout_nats_per_dim=nats_per_dim(prior, aggregate.heldout_codes(config.seed)),
@@ -121,9 +126,9 @@ def fit_prior(name: PriorName, aggregate: AggregatePosterior, config: PriorFitCo
         case "standard":
             return StandardNormal(shape), {}
         case "mean-code":
-            return MeanCode(shape, aggregate.train.mean, config.mean_code_images), {}
+            return MeanCode(shape, aggregate.train.mean[:MAX_MEAN_CODES].clone(), config.mean_code_images), {}
         case "random-code":
-            return RandomCode(shape, aggregate.low, aggregate.high), {}
+            return RandomCode(shape, aggregate.train.mean.amin(0), aggregate.train.mean.amax(0)), {}
         case "gaussian":
             return GaussianPrior(shape, Whitening.of(aggregate)), {}
         case "gmm":

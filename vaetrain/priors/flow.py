@@ -20,6 +20,7 @@ from vaetrain.randomness import mixed_seed
 
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
+WARMUP_STEPS = 100
 CLIP_NORM = 5.0
 CHECK_EVERY = 50
 """Steps between two looks at the held-out likelihood."""
@@ -70,10 +71,11 @@ class FlowPrior(WhitePrior):
         return super().tensors() | state | {"flow_rank": torch.tensor(self.rank)}
 
 
+@torch.enable_grad()  # whatever the caller, who otherwise only evaluates, has switched off
 def fit_flow(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[FlowPrior, dict[str, Any]]:
     """A flow by maximum likelihood, with new z ~ q(z|x) at every step; the weights best on held-out codes are kept."""
     whitening = Whitening.of(aggregate)
-    train, num_dims = aggregate.train, len(aggregate.mean)
+    train, num_dims = aggregate.train, aggregate.train.mean.shape[1]
     rank = min(config.leading_dims, num_dims)
     selection = aggregate.selection_codes(config.seed)
     seed = mixed_seed(config.seed, FLOW)
@@ -82,9 +84,9 @@ def fit_flow(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[Flo
         torch.manual_seed(seed)
         prior = FlowPrior(aggregate.latent_shape, whitening, build_flow(rank), rank)
     flow = prior.flow
-    optimizer = torch.optim.AdamW(flow.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=config.flow_steps, pct_start=0.05
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * math.cos(0.5 * math.pi * step / config.flow_steps)
     )
     checks: list[tuple[int, float]] = []  # (step, held-out nats per dimension)
     best, best_state = (0, -math.inf), copy.deepcopy(flow.state_dict())

@@ -24,7 +24,7 @@ class WhitePrior(ABC):
     @torch.no_grad()
     def sample(self, seed: int, indices: Sequence[int], temperature: float = 1.0) -> Float[Tensor, "b *latent"]:
         """See `Prior.sample`."""
-        # The first d numbers of noise have the place of the standard normal's; the last picks a mixture's component.
+        # The last number picks a mixture's component.
         noise = noise_of_images(seed, indices, (len(self.whitening.mean) + 1,))
         w = self.draw(temperature * noise[:, :-1], torch.special.ndtr(noise[:, -1].double()))
         return self.whitening.unwhiten(w).float().reshape(-1, *self.latent_shape)

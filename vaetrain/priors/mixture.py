@@ -12,14 +12,17 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vaetrain.model.prior import standard_normal_log_density
-from vaetrain.priors.aggregate import AggregatePosterior
+from vaetrain.priors.aggregate import AggregatePosterior, Posteriors
 from vaetrain.priors.config import PriorFitConfig
 from vaetrain.priors.gaussian import WhitePrior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.randomness import mixed_seed
 
+MAX_CODES = 20_000
+"""Latents that EM sees; its time is proportional to their number."""
+
 MAX_DRAWS = 8
-"""Latents drawn from one image's posterior, at most, to bring few images up to `num_codes` latents."""
+"""Latents drawn from one image's posterior, at most, to bring few images up to MAX_CODES."""
 
 COVARIANCES: tuple[Literal["full", "diag"], ...] = ("full", "diag")
 
@@ -89,8 +92,8 @@ def fit_mixture(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[
     The number of components rises until that likelihood falls. Raises ValueError when all are more than there are codes.
     """
     whitening = Whitening.of(aggregate)
-    rank = min(config.leading_dims, len(aggregate.mean))
-    codes = whitening.whiten(fit_codes(aggregate, config))[:, :rank]
+    rank = min(config.leading_dims, aggregate.train.mean.shape[1])
+    codes = whitening.whiten(fit_codes(aggregate, mixed_seed(config.seed, FIT_DRAW)))[:, :rank]
     selection = aggregate.selection_codes(config.seed)
     numbers = [components for components in sorted(config.gmm_components) if components <= len(codes)]
     if not numbers:
@@ -136,8 +139,9 @@ def expectation_maximisation(
     return mixture, {"covariance": covariance, "components": components, "em_iterations": int(model.n_iter_)}
 
 
-def fit_codes(aggregate: AggregatePosterior, config: PriorFitConfig) -> Float[Tensor, "n d"]:
-    """Latents z ~ q(z|x) to fit to: several of each image when there are few images and z is random."""
-    train = aggregate.train
-    draws = 1 if not train.std.any() else min(MAX_DRAWS, max(1, config.num_codes // len(train)))
-    return torch.cat([train.sample(mixed_seed(config.seed, FIT_DRAW, draw)) for draw in range(draws)])
+def fit_codes(aggregate: AggregatePosterior, seed: int) -> Float[Tensor, "n d"]:
+    """At most MAX_CODES latents z ~ q(z|x): several of each image when there are few images and z is random."""
+    rows = torch.randperm(len(aggregate.train), generator=torch.Generator().manual_seed(seed))[:MAX_CODES]
+    train = Posteriors(aggregate.train.mean[rows], aggregate.train.std[rows])
+    draws = min(MAX_DRAWS, MAX_CODES // len(train)) if train.std.any() else 1
+    return torch.cat([train.sample(mixed_seed(seed, draw)) for draw in range(draws)])

@@ -42,10 +42,8 @@ class PriorFacts:
     dataset_fingerprint: str
     """Of the shard set they come from."""
     latent_shape: tuple[int, ...]
-    num_images: int
-    """Training images whose mean, covariance and range were taken."""
     num_codes: int
-    """Of these, the images whose latents were kept."""
+    """Training images it was fitted to."""
     fit: dict[str, Any]
     """The `PriorFitConfig`."""
     heldout_nats_per_dim: float | None

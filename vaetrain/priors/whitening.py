@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from vaetrain.priors.aggregate import MAX_COVARIANCE_DIMS, AggregatePosterior
+from vaetrain.priors.aggregate import AggregatePosterior
 
 JITTER = 1e-6
 """Added to the variance of every direction, as a fraction of the largest: an autoencoder may leave directions unused."""
@@ -29,20 +29,14 @@ class Whitening:
 
     @classmethod
     def of(cls, aggregate: AggregatePosterior) -> Whitening:
-        """The whitening of an aggregate posterior; raises ValueError when its latent is too large for a covariance."""
-        covariance_of_means = aggregate.covariance_of_means
-        if covariance_of_means is None:
-            raise ValueError(
-                f"gaussian, gmm and flow need the covariance of all latent dimensions; this model has "
-                f"{len(aggregate.mean):,}, more than {MAX_COVARIANCE_DIMS:,}; use --prior standard, mean-code or random-code"
-            )
-        axes = torch.linalg.eigh(covariance_of_means).eigenvectors.flip(1)  # eigh puts the narrowest first
-        covariance = axes.T @ (covariance_of_means + aggregate.mean_variance.diag()) @ axes
+        """The whitening of an aggregate posterior; raises ValueError when it is a single point."""
+        axes = torch.linalg.eigh(aggregate.covariance_of_means()).eigenvectors.flip(1)  # eigh puts the narrowest first
+        covariance = axes.T @ aggregate.covariance() @ axes
         widest = covariance.diagonal().max()
         if not widest > 0:
             raise ValueError("all training images have the same code; there is nothing to fit a prior to")
         covariance.diagonal().add_(JITTER * widest)
-        return cls(aggregate.mean, axes, torch.linalg.cholesky(covariance))
+        return cls(aggregate.mean(), axes, torch.linalg.cholesky(covariance))
 
     def whiten(self, z: Float[Tensor, "b d"]) -> Float64[Tensor, "b d"]:
         """White coordinates of latents."""
