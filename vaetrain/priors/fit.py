@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
@@ -32,12 +33,15 @@ from vaetrain.priors.saved import (
     weights_sha256,
 )  # fmt: skip
 from vaetrain.priors.whitening import Whitening
+from vaetrain.randomness import mixed_seed
 
 MAX_COVARIANCE_DIMS = 4096
 """Latent dimensions up to which gaussian, gmm and flow are fitted: a matrix of 128 MiB, some 20 s for its eigenvectors."""
 
 MAX_MEAN_CODES = 10_000
-"""Codes that mean-code keeps in its file."""
+"""Codes that mean-code keeps in its file, drawn at random: shards may be in the order of classes."""
+
+MEAN_CODES = 13  # what the randomness is for
 
 
 def priors_for(latent_shape: Sequence[int]) -> tuple[PriorName, ...]:
@@ -69,8 +73,8 @@ def fitted_priors(
     files = {name: prior_file(run, trained, name) for name in names}
     sha256 = weights_sha256(run, trained)
     missing = [name for name, file in files.items() if not file.is_file()]
-    for name in files.keys() - set(missing):
-        load_prior(files[name], trained, sha256, config)  # refuse before a pass over the data, not after it
+    # Loaded first, to refuse one of something else before a pass over the data and not after it.
+    priors = {name: load_prior(file, trained, sha256, config) for name, file in files.items() if name not in missing}
     accelerator.wait_for_everyone()  # nobody saves before everybody has looked
     if missing:
         with closing(open_split("train")) as train_reader, closing(open_split("val")) as val_reader:
@@ -81,8 +85,8 @@ def fitted_priors(
                     f"{train_reader.manifest.fingerprint}, and a prior is fitted to the training images"
                 )
             aggregate = gather_aggregate(trained.vae, train_reader, val_reader, accelerator, config)
-        if accelerator.is_main_process:
-            for name in missing:
+        for name in missing:
+            if accelerator.is_main_process:
                 print(f"fitting prior {name} to {run / trained.checkpoint}", flush=True)
                 prior, details = fit_prior(name, aggregate, config)
                 facts = PriorFacts(
@@ -99,8 +103,9 @@ def fitted_priors(
                     details=details,
                 )
                 save_prior(files[name], prior, facts)
-        accelerator.wait_for_everyone()
-    return {name: load_prior(file, trained, sha256, config) for name, file in files.items()}
+            accelerator.wait_for_everyone()  # after each one, since nobody waits longer than distributed.TIMEOUT
+            priors[name] = load_prior(files[name], trained, sha256, config)
+    return {name: priors[name] for name in names}
 
 
 def prior_table(priors: dict[PriorName, SavedPrior]) -> list[dict[str, Any]]:
@@ -126,7 +131,9 @@ def fit_prior(name: PriorName, aggregate: AggregatePosterior, config: PriorFitCo
         case "standard":
             return StandardNormal(shape), {}
         case "mean-code":
-            return MeanCode(shape, aggregate.train.mean[:MAX_MEAN_CODES].clone(), config.mean_code_images), {}
+            generator = torch.Generator().manual_seed(mixed_seed(config.seed, MEAN_CODES))
+            rows = torch.randperm(len(aggregate.train), generator=generator)[:MAX_MEAN_CODES]
+            return MeanCode(shape, aggregate.train.mean[rows], config.mean_code_images), {}
         case "random-code":
             return RandomCode(shape, aggregate.train.mean.amin(0), aggregate.train.mean.amax(0)), {}
         case "gaussian":
