@@ -37,7 +37,7 @@ def data(request, tiny_shards):
 def test_chosen_images_are_read_and_no_others(data, tiny_shards):
     chosen = subset(select(data, "train"), POSITIONS)
     everything = open_reader(DataConfig(str(tiny_shards)), "train", device=CPU).first(100)
-    reader = open_subset(chosen, num_workers=0, device=CPU, processes=1)
+    reader = open_subset(data, chosen, device=CPU, processes=1)
     assert isinstance(reader, IndexedReader if data.train == str(tiny_shards) else StreamReader)
     found: dict[int, torch.Tensor] = {}
     for rank in range(2):
@@ -50,8 +50,9 @@ def test_chosen_images_are_read_and_no_others(data, tiny_shards):
 
 
 def test_a_description_finds_the_image_and_its_original(tiny_shards):
-    chosen = subset(select(DataConfig(str(tiny_shards), classes=("dog",)), "train"), np.array([0, 5, 20]))
-    reader = open_subset(chosen, num_workers=0, device=CPU, processes=1)
+    data = DataConfig(str(tiny_shards), classes=("dog",))
+    chosen = subset(select(data, "train"), np.array([0, 5, 20]))
+    reader = open_subset(data, chosen, device=CPU, processes=1)
     images = reader.first(3).images
     for image, pixels in zip(describe_images(chosen), images, strict=True):
         assert image["class"] == "dog"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from vaetrain.machine import num_cores
@@ -90,3 +91,23 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def gather_by_index(
+    accelerator: Accelerator, indices: Int64[Tensor, " b"], values: Shaped[Tensor, "b ..."]
+) -> Shaped[Tensor, "n ..."]:
+    """The rows of all processes in the order of their (different) indices, on every process's CPU; a collective.
+
+    A process may have none. Bits are moved, never computed with: the result is exact.
+    """
+    if accelerator.num_processes > 1:
+        longest = int(max_over_processes(accelerator, [len(indices)])[0])
+        # Every process sends equally many rows; -1 marks the padding.
+        padded_indices = torch.full((longest,), -1, dtype=torch.int64)
+        padded_indices[: len(indices)] = indices
+        padded = torch.zeros((longest, *values.shape[1:]), dtype=values.dtype)
+        padded[: len(values)] = values
+        indices = accelerator.gather(padded_indices.to(accelerator.device)).cpu()
+        values = accelerator.gather(padded.to(accelerator.device)).cpu()
+        values, indices = values[indices >= 0], indices[indices >= 0]
+    return values.cpu()[indices.cpu().argsort()]

@@ -68,6 +68,7 @@ if __name__ == "__main__":
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator

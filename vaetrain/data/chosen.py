@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,18 +15,19 @@ from vaetrain.data.choice import remote_folder
 from vaetrain.data.config import DataConfig
 from vaetrain.data.indexed import IndexedReader
 from vaetrain.data.reader import Reader
+from vaetrain.data.remote import RemoteShards
 from vaetrain.data.selection import Selection
-from vaetrain.data.shards import TAR_BLOCK, ShardSet, SplitIndex
-from vaetrain.data.stream import StreamReader, fetch_selection
+from vaetrain.data.shards import TAR_BLOCK, ShardSet
+from vaetrain.data.stream import StreamReader
 from vaetrain.data.workers import choose_num_workers
 
 
 def select(config: DataConfig, split: Literal["train", "val"]) -> Selection:
     """All images of a split that `config` keeps; raises FileNotFoundError or ValueError as `open_reader` does."""
     location = config.location(split)
-    url = remote_folder(location)
-    if url:
-        return fetch_selection(url, split, config.classes)
+    remote = RemoteShards.of(config, location)
+    if remote:
+        return Selection.of(remote.shard_set(), split, config.classes, source=remote.folder)
     shard_set = ShardSet.open(location)
     shard_set.verify()
     return Selection.of(shard_set, split, config.classes)
@@ -35,21 +36,24 @@ def select(config: DataConfig, split: Literal["train", "val"]) -> Selection:
 def subset(selection: Selection, positions: Int64[np.ndarray, " n"]) -> Selection:
     """The images at `positions`, which ascend; image i of the result is image positions[i] of `selection`."""
     assert np.all(np.diff(positions) > 0), "a selection is in shard order"
-    index = SplitIndex(*(getattr(selection.index, field.name)[positions] for field in fields(SplitIndex)))
-    return replace(selection, index=index, within_shard=selection.within_shard[positions])
+    return replace(selection, index=selection.index.rows(positions))
 
 
-def open_subset(selection: Selection, *, num_workers: int | None, device: torch.device, processes: int) -> Reader:
+def open_subset(config: DataConfig, selection: Selection, *, device: torch.device, processes: int) -> Reader:
     """A reader of these images and no others: by offset from local shards, from front to back behind a URL.
 
-    `processes` processes of this machine share its cores.
+    `config` is the one that they were selected with; `processes` processes of this machine share its cores.
     """
-    if num_workers is None:
-        num_workers = choose_num_workers(device, processes)
-    url = remote_folder(selection.source)
-    if url:
-        return StreamReader(selection, url=url, num_workers=num_workers, device=device, reason="chosen images")
-    return IndexedReader(selection, num_workers=num_workers, device=device, reason="chosen images")
+    num_workers = choose_num_workers(device, processes) if config.num_workers is None else config.num_workers
+    remote = RemoteShards.of(config, config.location("val" if selection.split == "val" else "train"))
+    if remote:
+        return StreamReader(
+            selection, remote=remote, num_workers=num_workers, device=device, reason="chosen images",
+            timeout_s=config.timeout_s,
+        )  # fmt: skip
+    return IndexedReader(
+        selection, num_workers=num_workers, device=device, reason="chosen images", timeout_s=config.timeout_s
+    )
 
 
 def describe_images(selection: Selection) -> list[dict[str, Any]]:

@@ -79,15 +79,14 @@ class RealImages:
 
     def labels(self, positions: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Their class numbers."""
-        return self.selection.index.label[positions]
+        return self.selection.index.label[positions].astype(np.int64)
 
     def _extract(
         self, positions: Int64[np.ndarray, " n"], extractor: FeatureExtractor, accelerator: Accelerator
     ) -> FeatureSet:
         reader = open_subset(
-            self.at(positions), num_workers=self._data.num_workers, device=accelerator.device,
-            processes=distributed.processes_per_node(),
-        )  # fmt: skip
+            self._data, self.at(positions), device=accelerator.device, processes=distributed.processes_per_node()
+        )
         batch_size = self._fid.batch_size
         batches = reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)
         try:
