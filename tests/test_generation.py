@@ -220,7 +220,7 @@ def test_without_weights_the_other_scores_are_written_and_fid_alone_fails(run_di
     for alone in (("fid",), ("rfid", "fid")):
         with pytest.raises(ValueError, match=r"--scores .*fid: no weights .* were given.*weights-inception-2015-12-05"):
             evaluate(EvaluateConfig(run_dir, out=out, scores=alone), accelerator)
-    with pytest.raises(ValueError, match="--keep-samples .*samples are drawn for FID, and no weights"):
+    with pytest.raises(ValueError, match=r"--keep-samples .*samples are drawn for FID, and no weights"):
         evaluate(EvaluateConfig(run_dir, out=out, keep_samples=tmp_path / "kept"), accelerator)
 
 
