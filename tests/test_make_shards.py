@@ -19,7 +19,7 @@ from test_sources import pack_tar, pack_zip, write_idx
 
 from vaetrain.data import sharding
 from vaetrain.data.shard_plan import Plan
-from vaetrain.data.shard_task import Piece, ShardTask
+from vaetrain.data.shard_task import IMAGES_PER_PIECE, Piece, ShardTask
 from vaetrain.data.sharding import closing_line, make_shards
 from vaetrain.data.sharding_config import ShardingConfig
 from vaetrain.data.shards import Manifest, ShardSet
@@ -85,6 +85,17 @@ def test_manifest_and_samples_of_a_folder(pets: Path, tmp_path: Path) -> None:
     assert closing_line(tmp_path / "out", manifest) == (
         f"21 train and 9 val images (cat 20, dog 10), 0 rejected, 0 groups of duplicates, written to {tmp_path / 'out'}"
     )
+
+
+def test_keys_count_on_over_pieces_and_shards(tmp_path: Path) -> None:
+    make("faces", tmp_path / "out", num_images=2 * IMAGES_PER_PIECE + 6, images_per_shard=IMAGES_PER_PIECE + 3)
+    names = []
+    for shard in ("train-000000.tar", "train-000001.tar"):
+        with tarfile.open(tmp_path / "out" / shard) as tar:
+            names.append([name for name in tar.getnames() if name.endswith(".jpg")])
+    assert [len(each) for each in names] == [IMAGES_PER_PIECE + 3] * 2
+    assert names[0] + names[1] == [f"{number:08d}.jpg" for number in range(2 * IMAGES_PER_PIECE + 6)]
+    ShardSet.open(tmp_path / "out").verify(full=True)
 
 
 def test_validation_is_the_last_part_of_one_seeded_shuffle(pets: Path, tmp_path: Path) -> None:

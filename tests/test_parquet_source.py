@@ -210,9 +210,9 @@ def test_damaged_and_unlike_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_rows_are_another_plan(tmp_path: Path) -> None:
-    as_datasets_writes(tmp_path / "x.parquet", range(10))
+    write(tmp_path / "x.parquet", {"image": structs(range(10), names=False)})
     make(tmp_path / "x.parquet", tmp_path / "out")
-    as_datasets_writes(tmp_path / "x.parquet", range(10, 20))
+    write(tmp_path / "x.parquet", {"image": structs(range(10, 20), names=False)})
     with pytest.raises(FileExistsError, match="from other originals"):
         make(tmp_path / "x.parquet", tmp_path / "out")
 
