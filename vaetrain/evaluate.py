@@ -14,8 +14,11 @@ from typing import Literal
 
 from vaetrain.command_line import parse, plain, user_errors
 from vaetrain.metrics.config import FidConfig
+from vaetrain.metrics.likelihood_config import LikelihoodConfig
+from vaetrain.metrics.lpips_config import LpipsConfig
+from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
 
-ScoreName = Literal["elbo", "fid", "rfid"]
+ScoreName = Literal["elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents"]
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,31 @@ class EvaluateConfig:
     seed: int = 0
     """Of the latent noise in the ELBO, and of the samples scored by FID."""
 
-    scores: tuple[ScoreName, ...] = ("elbo", "fid", "rfid")
+    scores: tuple[ScoreName, ...] = ("elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents")
     """elbo: ELBO and reconstruction of the val split. fid: samples against the train split, by FID, KID, inception score,
-    precision and recall. rfid: the val split's reconstructions against its images."""
+    precision and recall. rfid: the val split's reconstructions against its images. likelihood: importance-weighted bound on
+    log p(x), mutual information, marginal KL, active units, gap between the splits (docs/likelihood_scores.md). lpips: LPIPS
+    of reconstructions. nearest: how close samples are to training images. latents: pictures of the latent space."""
+
+    priors: tuple[PriorName | Literal["all"], ...] = ("standard",)
+    """Priors that samples are drawn from, fitted to the run's checkpoint where they have not been; `eval/fid` is of the first,
+    the others' scores stand under `priors`, and figures/priors.png shows all side by side."""
 
     keep_samples: Path | None = None
     """Folder to keep the scored samples in, as the sample set that sample.py writes; None: they are not kept."""
 
+    num_pictures: int = 500
+    """Samples compared with their nearest training images, and validation images shown in pictures of the latent space."""
+
     fid: FidConfig = field(default_factory=FidConfig)
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    lpips: LpipsConfig = field(default_factory=LpipsConfig)
+    fit: PriorFitConfig = field(default_factory=PriorFitConfig)
+
+    @property
+    def chosen_priors(self) -> tuple[PriorName, ...]:
+        """The priors by name."""
+        return PRIOR_NAMES if "all" in self.priors else tuple(name for name in PRIOR_NAMES if name in self.priors)
 
     def __post_init__(self) -> None:
         """Refuse to score nothing, and to keep samples that are not drawn."""
@@ -61,81 +81,278 @@ class EvaluateConfig:
             raise ValueError("--scores names none; leave it out for all of them")
         if self.keep_samples is not None and "fid" not in self.scores:
             raise ValueError(f"--keep-samples {self.keep_samples}: only --scores fid draws samples")
+        if not self.priors:
+            raise ValueError("--priors names none; leave it out for the standard normal")
+        if self.num_pictures < 2:
+            raise ValueError(f"--num-pictures is {self.num_pictures}; give at least 2")
 
 
 if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, __doc__)  # before the imports below, which take seconds
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from accelerate import Accelerator
 
-from vaetrain import distributed
-from vaetrain.data.config import DataConfig
+from vaetrain import distributed, latent_pictures
 from vaetrain.data.reader import Reader, open_reader
-from vaetrain.export import TrainedModel, load_run
+from vaetrain.export import load_run
 from vaetrain.files import sha256_of_file
 from vaetrain.metrics.extractor import FeatureExtractor, missing_weights
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.metrics.generation import Reference, reconstruct, reconstruction_fid
 from vaetrain.metrics.kept_samples import keep
+from vaetrain.metrics.likelihood_scores import likelihood_scores
+from vaetrain.metrics.perceptual_distance import PerceptualDistance, how_to_get_weights, reconstruction_lpips
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
 from vaetrain.metrics.validation import validate
+from vaetrain.model.prior import Prior, StandardNormal
+from vaetrain.nearest import draw_images, memorisation
+from vaetrain.priors.fit import fitted_priors, prior_table, priors_for
+from vaetrain.priors.saved import SavedPrior
 from vaetrain.run import RunDirectory, provenance, write_json
-from vaetrain.sampling import generate
+from vaetrain.sampling import gather_samples, generate
+
+PRIOR_COLUMNS = 12
+"""Samples of each prior in their picture."""
 
 
 def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]:
     """All scores by name, with the protocol behind them and the provenance of model and scores. A collective.
 
-    `val/*` are means over every image of the val split; `eval/*` compare sets of images through a network, and are None
-    with a reason when no weights are given. Raises ValueError when nothing else was asked for.
+    `val/*` are means over every image of the val split; what compares images through a network is None, with a reason, when
+    no weights are given. Raises ValueError when nothing else was asked for.
     """
-    extractor = open_extractor(config, accelerator)
-    trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
-    data = replace(RunDirectory.open(config.run).config().data, allow_pipe=config.allow_pipe)
-    if config.data is not None:
-        data = replace(data, train=config.data, val=None)
-    val_reader = open_reader(
-        data, "val", device=accelerator.device, processes_per_node=distributed.processes_per_node(),
-        rank=accelerator.process_index, num_processes=accelerator.num_processes,
-        gather=partial(distributed.gather_integers, accelerator),
-    )  # fmt: skip
-    trained.vae.config.check_images(val_reader.manifest.image_size, val_reader.manifest.channels)
+    scoring = Scoring(config, accelerator)
     # FID first: it is what may find fault with the options, and nothing has been computed in vain by then.
-    generation = generation_scores(trained, data, extractor, config, accelerator)
-    reconstruction = reconstruction_scores(trained, data, val_reader, extractor, config, accelerator)
-    elbo: dict[str, Any] = {}
-    if "elbo" in config.scores:
-        scores = validate(trained.vae, val_reader, accelerator, config.batch_size, config.seed)
-        elbo = {f"val/{name}": value for name, value in plain(scores).items()}
+    parts: dict[ScoreName, Callable[[], dict[str, Any]]] = {
+        "fid": scoring.generation,
+        "rfid": scoring.reconstruction,
+        "elbo": scoring.elbo,
+        "lpips": scoring.perceptual,
+        "likelihood": scoring.likelihood,
+        "nearest": scoring.nearest,
+        "latents": scoring.latents,
+    }
+    scores: dict[str, Any] = {}
+    for name, measure in parts.items():
+        if name in config.scores:
+            scores |= measure()
+    trained = scoring.trained
     record: dict[str, Any] = {
         "run": str(config.run),
         "checkpoint": str(trained.checkpoint),
-        **elbo,
-        **generation,
-        **reconstruction,
+        **scores,
         "protocol": {
             "evaluate": plain(config),
-            "val_fingerprint": val_reader.manifest.fingerprint,
+            "val_fingerprint": scoring.val_reader.manifest.fingerprint,
             "elbo": "one latent sample per image; bits_per_dim of a density is approximate, see docs/objective.md",
         },
         "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
-        "provenance": provenance(
-            device=distributed.device_name(accelerator.device),
-            num_processes=accelerator.num_processes,
-            dataset_fingerprint=val_reader.manifest.fingerprint,
-        ),
+        "provenance": scoring.provenance(scoring.val_reader.manifest.fingerprint),
     }
     if accelerator.is_main_process:
         write_json(out_file(config), record)
         print_scores(record)
         print(f"scores written to {out_file(config)}")
     return record
+
+
+class Scoring:
+    """A trained model, the images it is held against, and each group of scores as a method; all of them collectives."""
+
+    def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.extractor = open_extractor(config, accelerator)
+        self.trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
+        self.run = RunDirectory.open(config.run)
+        data = replace(self.run.config().data, allow_pipe=config.allow_pipe)
+        self.data = data if config.data is None else replace(data, train=config.data, val=None)
+        self.trained.vae.config.check_images(self.val_reader.manifest.image_size, self.val_reader.manifest.channels)
+
+    @cached_property
+    def train_reader(self) -> Reader:
+        """The train split."""
+        return self._open("train")
+
+    @cached_property
+    def val_reader(self) -> Reader:
+        """The val split."""
+        return self._open("val")
+
+    @cached_property
+    def priors(self) -> dict[PriorName, SavedPrior]:
+        """The chosen priors, fitted where there is no fit yet; empty when it is the standard normal alone, which needs none.
+
+        `all` leaves out those that this latent is too large for.
+        """
+        names = self.config.chosen_priors
+        if names == ("standard",):
+            return {}
+        if "all" in self.config.priors:
+            names = tuple(name for name in names if name in priors_for(self.trained.vae.config.latent_shape))
+        return fitted_priors(self.config.run, self.trained, names, self.accelerator, self._open, self.config.fit)
+
+    @property
+    def first_prior(self) -> PriorName:
+        """The prior that `eval/fid` is of."""
+        return next(iter(self.priors), "standard")
+
+    def prior(self, name: PriorName) -> Prior:
+        """What samples are drawn from."""
+        return self.priors[name].prior if self.priors else StandardNormal(self.trained.vae.config.latent_shape)
+
+    def elbo(self) -> dict[str, Any]:
+        """ELBO and reconstruction of every validation image."""
+        scores = validate(self.trained.vae, self.val_reader, self.accelerator, self.config.batch_size, self.config.seed)
+        return {f"val/{name}": value for name, value in plain(scores).items()}
+
+    def generation(self) -> dict[str, Any]:
+        """Samples of each prior against training images, and what they were computed from."""
+        self._draw_priors()
+        table = {row.pop("prior"): row for row in prior_table(self.priors)}
+        if self.extractor is None:
+            reason = missing_weights(self.config.fid)
+            return {"eval/fid": None, "eval/fid_reason": reason, "priors": table}
+        real = RealImages(self.data, "train", self.config.fid)
+        protocol = Protocol.of(self.config.fid, real.num_images)
+        reference = Reference.open(real, protocol, self.config.fid, self.extractor, self.accelerator)
+        first = self.first_prior
+        scores = reference.score(self._samples(first, protocol.num_generated), self.accelerator)
+        for name, row in table.items():
+            if name == first:
+                row |= {score: value for score, value in scores.items() if score.startswith("eval/")}
+            else:
+                images = self._samples(name, protocol.num_generated)
+                row |= reference.score(images, self.accelerator, what=f"samples of {name}")
+        listing = out_file(self.config).with_suffix(".reference_images.jsonl")
+        if self.accelerator.is_main_process:
+            reference.write_images(listing)
+        scores["fid_protocol"] |= {
+            "prior": first,
+            "reference_images": listing.name,
+            "kept_samples": str(self.config.keep_samples) if self.config.keep_samples else None,
+        }
+        return {**scores, "priors": table}
+
+    def reconstruction(self) -> dict[str, Any]:
+        """rFID of the val split, and what it was computed from."""
+        config = self.config
+        if self.extractor is None:
+            return {"eval/rfid": None, "eval/rfid_reason": missing_weights(config.fid)}
+        images = reconstruct(self.trained.vae, self.val_reader, self.accelerator, config.batch_size)
+        real = RealImages(self.data, "val", config.fid)
+        return reconstruction_fid(images, real, self.extractor, self.accelerator, config.fid.batch_size)
+
+    def perceptual(self) -> dict[str, Any]:
+        """LPIPS of the val split's reconstructions."""
+        config = self.config.lpips
+        if config.backbone is None:
+            return {"eval/lpips": None, "eval/lpips_reason": how_to_get_weights(config.net)}
+        distance = PerceptualDistance(config).to(self.accelerator.device)
+        found = reconstruction_lpips(self.trained.vae, self.val_reader, self.accelerator, distance, config.batch_size)
+        return {
+            "eval/lpips": found.mean,
+            "eval/lpips_se": found.standard_error,
+            "lpips_protocol": {
+                "net": config.net,
+                "num_images": found.num_images,
+                "backbone_sha256": distance.backbone_sha256,
+                "heads_sha256": distance.heads_sha256,
+            },
+        }
+
+    def likelihood(self) -> dict[str, Any]:
+        """How likely the model finds images, and what its latent holds."""
+        return likelihood_scores(
+            self.trained.vae, self.train_reader, self.val_reader, self.accelerator, self.config.likelihood,
+            self.config.batch_size,
+        )  # fmt: skip
+
+    def nearest(self) -> dict[str, Any]:
+        """Whether samples of the first prior repeat training images; figures/nearest.png."""
+        config, vae = self.config, self.trained.vae
+        samples = gather_samples(
+            vae, self.accelerator, config.num_pictures, seed=config.seed, batch_size=config.batch_size,
+            prior=self.prior(self.first_prior),
+        )  # fmt: skip
+        return dict(
+            memorisation(
+                vae, samples, self.train_reader, self.val_reader, self.accelerator, self.run.figures / "nearest.png",
+                seed=config.seed,
+            )
+        )  # fmt: skip
+
+    def latents(self) -> dict[str, Any]:
+        """Pictures of the latent space in the run's figures: interpolations, traversals and the codes' principal axes."""
+        images, labels = draw_images(self.val_reader, self.config.num_pictures, self.accelerator, self.config.seed)
+        if self.accelerator.is_main_process:
+            vae, figures = self.trained.vae, self.run.figures
+            latent_pictures.save_interpolations(vae, images[:12], figures / "latent_interpolations.png")
+            latent_pictures.save_traversals(vae, images, figures / "latent_traversals.png")
+            classes = self.val_reader.manifest.classes
+            latent_pictures.save_latent_pca(vae, images, labels, classes, figures / "latent_pca.png")
+        return {}
+
+    def provenance(self, fingerprint: str) -> dict[str, Any]:
+        """What is making these scores, from the data of that fingerprint."""
+        return provenance(
+            device=distributed.device_name(self.accelerator.device),
+            num_processes=self.accelerator.num_processes,
+            dataset_fingerprint=fingerprint,
+        )
+
+    def _open(self, split: Literal["train", "val"]) -> Reader:
+        return open_reader(
+            self.data, split, device=self.accelerator.device, processes_per_node=distributed.processes_per_node(),
+            rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
+            gather=partial(distributed.gather_integers, self.accelerator),
+        )  # fmt: skip
+
+    def _draw_priors(self) -> None:
+        if not self.priors:
+            return
+        vae, config = self.trained.vae, self.config
+        samples = {
+            name: gather_samples(
+                vae, self.accelerator, PRIOR_COLUMNS, seed=config.seed, batch_size=PRIOR_COLUMNS, prior=saved.prior
+            )
+            for name, saved in self.priors.items()
+        }
+        real, _ = draw_images(self.val_reader, PRIOR_COLUMNS, self.accelerator, config.seed)
+        if self.accelerator.is_main_process:
+            latent_pictures.save_prior_comparison(samples, self.run.figures / "priors.png", real=real)
+
+    def _samples(self, name: PriorName, num_images: int) -> Iterable[NumberedImages]:
+        """This process's part of the sample set that is scored; that of the first prior is kept if that was asked for."""
+        config, trained = self.config, self.trained
+        images = generate(
+            trained.vae, self.accelerator, num_images, seed=config.seed, temperature=1.0,
+            batch_size=config.batch_size, prior=self.prior(name),
+        )  # fmt: skip
+        if config.keep_samples is None or name != self.first_prior:
+            return images
+        content = {
+            "run": str(config.run),
+            "checkpoint": str(trained.checkpoint),
+            "checkpoint_sha256": sha256_of_file(config.run / trained.checkpoint / "ema.safetensors"),
+            "prior": name,
+            "prior_sha256": self.priors[name].sha256 if self.priors else None,
+            "temperature": 1.0,
+            "seed": config.seed,
+            "count": num_images,
+            "batch_size": config.batch_size,
+        }
+        details = {
+            "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
+            "provenance": self.provenance(trained.dataset["train"]["fingerprint"]),
+        }
+        return keep(images, config.keep_samples, content, details, self.accelerator)
 
 
 def out_file(config: EvaluateConfig) -> Path:
@@ -161,89 +378,22 @@ def open_extractor(config: EvaluateConfig, accelerator: Accelerator) -> FeatureE
     return None
 
 
-def generation_scores(
-    trained: TrainedModel,
-    data: DataConfig,
-    extractor: FeatureExtractor | None,
-    config: EvaluateConfig,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """Samples against training images, and what they were computed from. A collective."""
-    if "fid" not in config.scores:
-        return {}
-    if extractor is None:
-        return {"eval/fid": None, "eval/fid_reason": missing_weights(config.fid)}
-    real = RealImages(data, "train", config.fid)
-    protocol = Protocol.of(config.fid, real.num_images)
-    images = samples(trained, protocol.num_generated, config, accelerator)
-    reference = Reference.open(real, protocol, config.fid, extractor, accelerator)
-    scores = reference.score(images, accelerator)
-    listing = out_file(config).with_suffix(".reference_images.jsonl")
-    if accelerator.is_main_process:
-        reference.write_images(listing)
-    scores["fid_protocol"] |= {
-        "reference_images": listing.name,
-        "kept_samples": str(config.keep_samples) if config.keep_samples else None,
-    }
-    return scores
-
-
-def samples(
-    trained: TrainedModel, num_images: int, config: EvaluateConfig, accelerator: Accelerator
-) -> Iterable[NumberedImages]:
-    """This process's part of the sample set that is scored, kept on its way if that was asked for."""
-    images = generate(
-        trained.vae, accelerator, num_images, seed=config.seed, temperature=1.0, batch_size=config.batch_size
-    )
-    if config.keep_samples is None:
-        return images
-    content = {
-        "run": str(config.run),
-        "checkpoint": str(trained.checkpoint),
-        "checkpoint_sha256": sha256_of_file(config.run / trained.checkpoint / "ema.safetensors"),
-        "prior": "standard",
-        "temperature": 1.0,
-        "seed": config.seed,
-        "count": num_images,
-        "batch_size": config.batch_size,
-    }
-    details = {
-        "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
-        "provenance": provenance(
-            device=distributed.device_name(accelerator.device),
-            num_processes=accelerator.num_processes,
-            dataset_fingerprint=trained.dataset["train"]["fingerprint"],
-        ),
-    }
-    return keep(images, config.keep_samples, content, details, accelerator)
-
-
-def reconstruction_scores(
-    trained: TrainedModel,
-    data: DataConfig,
-    val_reader: Reader,
-    extractor: FeatureExtractor | None,
-    config: EvaluateConfig,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """rFID of the val split, and what it was computed from. A collective."""
-    if "rfid" not in config.scores:
-        return {}
-    if extractor is None:
-        return {"eval/rfid": None, "eval/rfid_reason": missing_weights(config.fid)}
-    images = reconstruct(trained.vae, val_reader, accelerator, config.batch_size)
-    real = RealImages(data, "val", config.fid)
-    return reconstruction_fid(images, real, extractor, accelerator, config.fid.batch_size)
-
-
 def print_scores(record: dict[str, Any]) -> None:
-    """A line for each number, and for each one that is missing the reason."""
+    """A line for each number, for each one that is missing the reason, and a table of priors if there are several."""
     for name, value in record.items():
         if "/" in name and not isinstance(value, str):
-            print(f"{name:28s} {value if value is None else format(value, ',.6g')}")
-    for name in ("eval/fid", "eval/rfid"):
+            print(f"{name:38s} {value if value is None else format(value, ',.6g')}")
+    for name in ("eval/fid", "eval/rfid", "eval/lpips", "eval/nll_nats"):
         if f"{name}_reason" in record:
             print(f"{name} is not measured: {record[f'{name}_reason']}")
+    for name, row in record.get("priors", {}).items():
+        numbers = {
+            "held-out nats/dim": row["heldout_nats_per_dim"],
+            "FID": row.get("eval/fid"),
+            "KID": row.get("eval/kid"),
+        }
+        known = ", ".join(f"{label} {value:,.4g}" for label, value in numbers.items() if value is not None)
+        print(f"prior {name:12s} {known or 'no density'}")
     if not record.get("fid_protocol", {}).get("weights_are_published", True):
         print("eval/fid is no FID that compares with anybody's: the extractor's weights are not the published ones")
 

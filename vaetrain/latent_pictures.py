@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vaetrain.labelled_grid import save_labelled_grid
 from vaetrain.model.autoencoder import VAE
+from vaetrain.priors.config import PriorName
 
 CODING_BATCH = 64
 
@@ -162,13 +163,14 @@ def save_latent_pca(
 
 
 def save_prior_comparison(
-    samples: Mapping[str, UInt8[Tensor, "n c h w"]], file: Path, *, real: UInt8[Tensor, "m c h w"] | None = None
+    samples: Mapping[PriorName, UInt8[Tensor, "n c h w"]], file: Path, *, real: UInt8[Tensor, "m c h w"] | None = None
 ) -> None:
     """One row of samples for each prior, under the label that is its key; above them, if given, `real` images.
 
     In one column gaussian and flow turn the same noise into images.
     """
-    rows = ({"validation\nimages": real} if real is not None else {}) | dict(samples)
+    rows: dict[str, Tensor] = {"validation\nimages": real} if real is not None else {}
+    rows |= dict(samples.items())
     width = min(map(len, rows.values()))
     save_labelled_grid(
         torch.stack([images[:width].cpu() for images in rows.values()]), file,

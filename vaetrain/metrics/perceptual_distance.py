@@ -11,23 +11,18 @@ otherwise than the authors' code, and that one has not been released since 2021;
 
 from __future__ import annotations
 
-import hashlib
-import io
-import pickle
-from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 import torchvision
 from accelerate import Accelerator
 from jaxtyping import Float, Float32
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vaetrain.data.reader import Reader
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.lpips_config import LpipsConfig
+from vaetrain.metrics.weights import read_weights
 from vaetrain.model.autoencoder import VAE
 
 HEADS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
@@ -84,7 +79,7 @@ class PerceptualDistance(nn.Module):
         remedy = how_to_get_weights(config.net)
         with torch.device("meta"):  # the classifier that follows the features has 500 MB, and would be initialised
             features: nn.Sequential = getattr(torchvision.models, self.backbone.name)(weights=None).features
-        state, self.backbone_sha256 = read_tensors(config.backbone, "--lpips.backbone", remedy)
+        state, self.backbone_sha256 = read_weights(config.backbone, "--lpips.backbone", remedy)
         weights = {
             name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")
         }
@@ -95,7 +90,7 @@ class PerceptualDistance(nn.Module):
         starts = (0, *self.backbone.ends)
         self.layers = nn.ModuleList(features[start:end] for start, end in zip(starts, self.backbone.ends, strict=False))
 
-        state, self.heads_sha256 = read_tensors(config.heads, "--lpips.heads", remedy)
+        state, self.heads_sha256 = read_weights(config.heads, "--lpips.heads", remedy)
         shapes = {
             f"lin{number}.model.1.weight": (1, channels, 1, 1) for number, channels in enumerate(self.backbone.channels)
         }
@@ -154,28 +149,3 @@ def how_to_get_weights(net: str) -> str:
         f"LPIPS through {net} needs two files, anywhere on this machine: {BACKBONES[net].url} as --lpips.backbone FILE "
         f"and {HEADS_URL}/{net}.pth (the package lpips contains it) as --lpips.heads FILE."
     )
-
-
-def read_tensors(path: Path | None, option: str, remedy: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a .pth or .safetensors file by name, on the CPU, and the file's SHA-256.
-
-    Raises FileNotFoundError or ValueError, naming `option` and ending in `remedy`, if the file is missing or is anything
-    but a dictionary of tensors.
-    """
-    if path is None:
-        raise ValueError(f"{option} is not given. {remedy}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{option} {path} is no file. {remedy}")
-    content = path.read_bytes()  # once, so that the hash is that of the weights in use
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load(content)
-        else:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{option} {path} cannot be read as tensors alone: it is damaged or holds objects. {remedy}"
-        ) from error
-    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
-        raise ValueError(f"{option} {path} holds no dictionary of tensors. {remedy}")
-    return state, hashlib.sha256(content).hexdigest()
