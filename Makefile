@@ -46,7 +46,8 @@ demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 demo: setup
 	$(BIN)/python tools/make_shards.py faces datasets/faces64 --size 64 --num-images 3000 --val-count 300
 	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/train.py --config configs/demo.yaml
-	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/evaluate.py --run runs/demo
+	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/evaluate.py --run runs/demo \
+	  --likelihood.num-images 16 --likelihood.num-samples 100 --priors all
 	test -e runs/demo/samples/manifest.json || \
 	  $(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run runs/demo --num-images 200 --out runs/demo/samples
 	test -e runs/demo/export/config.json || $(BIN)/python tools/export.py runs/demo runs/demo/export

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from vaetrain.metrics.likelihood_config import LikelihoodConfig
+from vaetrain.metrics.lpips_config import LpipsConfig
+from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
 
 ProtocolName = Literal["lecture-2k", "standard", "per-class", "custom"]
 
@@ -63,3 +67,72 @@ class FidConfig:
             raise ValueError(f"--fid.batch-size is {self.batch_size}; it must be at least 1")
         if self.seed < 0:
             raise ValueError(f"--fid.seed is {self.seed}; it must not be negative")
+
+
+ScoreName = Literal["elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is scored, and how."""
+
+    run: Path
+    """Run directory of the trained model."""
+
+    out: Path | None = None
+    """JSON file for the scores; None: RUN/evaluation.json."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Checkpoint with the best validation score, or the newest. EMA weights either way."""
+
+    data: str | None = None
+    """Shard set to score against (both splits); None: where the run found its own."""
+
+    allow_pipe: bool = False
+    """Accept pipe:COMMAND for it, which runs COMMAND in a shell; never because the run, which may be another's, did."""
+
+    batch_size: int = 64
+    """Images per forward pass and process."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; fp32 gives the numbers to publish."""
+
+    seed: int = 0
+    """Of the latent noise in the ELBO, and of the samples scored by FID."""
+
+    scores: tuple[ScoreName, ...] = ("elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents")
+    """elbo: ELBO and reconstruction of the val split. fid: samples against the train split, by FID, KID, inception score,
+    precision and recall. rfid: the val split's reconstructions against its images. likelihood: importance-weighted bound on
+    log p(x), mutual information, marginal KL, active units, gap between the splits (docs/likelihood_scores.md). lpips: LPIPS
+    of reconstructions. nearest: how close samples are to training images. latents: pictures of the latent space."""
+
+    priors: tuple[PriorName | Literal["all"], ...] = ("standard",)
+    """Priors that samples are drawn from, fitted to the run's checkpoint where they have not been; `eval/fid` is of the first,
+    the others' scores stand under `priors`, and figures/priors.png shows all side by side."""
+
+    keep_samples: Path | None = None
+    """Folder to keep the scored samples in, as the sample set that sample.py writes; None: they are not kept."""
+
+    num_pictures: int = 500
+    """Samples compared with their nearest training images, and validation images shown in pictures of the latent space."""
+
+    fid: FidConfig = field(default_factory=FidConfig)
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    lpips: LpipsConfig = field(default_factory=LpipsConfig)
+    fit: PriorFitConfig = field(default_factory=PriorFitConfig)
+
+    @property
+    def chosen_priors(self) -> tuple[PriorName, ...]:
+        """The priors by name."""
+        return PRIOR_NAMES if "all" in self.priors else tuple(name for name in PRIOR_NAMES if name in self.priors)
+
+    def __post_init__(self) -> None:
+        """Refuse to score nothing, and to keep samples that are not drawn."""
+        if not self.scores:
+            raise ValueError("--scores names none; leave it out for all of them")
+        if self.keep_samples is not None and "fid" not in self.scores:
+            raise ValueError(f"--keep-samples {self.keep_samples}: only --scores fid draws samples")
+        if not self.priors:
+            raise ValueError("--priors names none; leave it out for the standard normal")
+        if self.num_pictures < 2:
+            raise ValueError(f"--num-pictures is {self.num_pictures}; give at least 2")

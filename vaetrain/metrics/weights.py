@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 
-def read_weights(path: Path, option: str, remedy: str) -> tuple[dict[str, Tensor], str]:
+def read_weights(path: Path | None, option: str, remedy: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a .pth or .safetensors file by name, on the CPU, and the file's SHA-256.
 
     `option` is how the user named the file and `remedy` says where to get it, for the message. Raises FileNotFoundError or
-    ValueError if the file is missing or is anything but a dictionary of tensors.
+    ValueError if the file is not given, missing or is anything but a dictionary of tensors.
     """
+    if path is None:
+        raise ValueError(f"{option} is not given. {remedy}")
     if not path.is_file():
         raise FileNotFoundError(f"{option} {path} is no file. {remedy}")
     content = path.read_bytes()  # once, so that the hash is that of the weights in use
