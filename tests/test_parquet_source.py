@@ -167,6 +167,13 @@ def test_labels_that_are_no_class_are_refused(tmp_path: Path, label: int | None)
         open_source(str(file)).listing()
 
 
+def test_classes_of_one_name_are_refused_before_the_work(tmp_path: Path) -> None:
+    features = {"label": {"_type": "ClassLabel", "names": ["crane", "crane"]}}
+    file = write(tmp_path / "x.parquet", {"image": structs(range(2)), "label": pa.array([0, 1])}, features)
+    with pytest.raises(ValueError, match="classes of the same name: crane, crane"):
+        open_source(str(file)).listing()
+
+
 def test_rows_without_an_image_are_rejected_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(0))
     rows = [

@@ -132,6 +132,10 @@ class ParquetSource(Source):
                 f"{self.path} has {len(wrong):,} row(s) whose {self.label} is no class, such as {wrong[0]!r}; remove "
                 f"the files in which they are (a test set without labels?), or read no labels: --label-column {NO_LABELS}"
             )
+        if len(set(classes)) < len(classes):
+            raise ValueError(
+                f"{self.path} has classes of the same name: {', '.join(classes)}; give them names of their own"
+            )
         for name in classes:
             check_class_name(name, self.path)
         return classes, [position[label] for label in labels]

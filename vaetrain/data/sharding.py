@@ -71,13 +71,13 @@ def make_share(config: ShardingConfig) -> Manifest | None:
 
 
 def _make(config: ShardingConfig) -> Manifest | None:
-    plan = Plan.of(config)
     out, partial = config.out, config.out / PARTIAL_NAME
     # In this order, because another task may be making the first file or the last: .partial comes before all others and
     # goes when the manifest is there.
     is_in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if is_in_use and not partial.is_dir() and not (out / MANIFEST_NAME).exists():
         raise FileExistsError(f"{out} is not empty and holds no shard set; name a new folder, or empty this one")
+    plan = Plan.of(config)
     if (out / MANIFEST_NAME).exists():
         return _already_complete(out, plan)
     if config.merge and not partial.is_dir():
