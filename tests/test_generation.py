@@ -228,7 +228,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_computed(
     run_dir, mine, accelerator, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(FeatureExtractor, "__call__", None)
-    monkeypatch.setattr("vaetrain.evaluate.validate", None)
+    monkeypatch.setattr("vaetrain.scoring.validate", None)
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "mine.txt").touch()

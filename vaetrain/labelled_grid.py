@@ -53,7 +53,7 @@ def save_labelled_grid(
 
     title_lines = title.split("\n")
     longest = max((len(line) for label in row_labels for line in label.split("\n")), default=0)
-    margin_left = 10 + round(longest * LINE_HEIGHT * 0.48)
+    margin_left = 10 + round(longest * LINE_HEIGHT * 0.56)
     label_lines = max((label.count("\n") + 1 for label in column_labels), default=0)
     margin_top = 12 + round((len(title_lines) + label_lines) * LINE_HEIGHT * 1.15)
     text_width = round(max(map(len, title_lines)) * LINE_HEIGHT * 0.52)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vaetrain.labelled_grid import save_labelled_grid
 from vaetrain.model.autoencoder import VAE
-from vaetrain.priors.config import PriorName
 
 CODING_BATCH = 64
 
@@ -163,7 +162,7 @@ def save_latent_pca(
 
 
 def save_prior_comparison(
-    samples: Mapping[PriorName, UInt8[Tensor, "n c h w"]], file: Path, *, real: UInt8[Tensor, "m c h w"] | None = None
+    samples: Mapping[str, UInt8[Tensor, "n c h w"]], file: Path, *, real: UInt8[Tensor, "m c h w"] | None = None
 ) -> None:
     """One row of samples for each prior, under the label that is its key; above them, if given, `real` images.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from vaetrain import distributed, latent_pictures
 from vaetrain.command_line import plain
@@ -44,6 +45,8 @@ class Scoring:
         self.config = config
         self.accelerator = accelerator
         self.extractor = open_extractor(config, accelerator)
+        measures_lpips = "lpips" in config.scores and config.lpips.backbone is not None
+        self.distance = PerceptualDistance(config.lpips).to(accelerator.device) if measures_lpips else None
         self.trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
         self.run = RunDirectory.open(config.run)
         data = replace(self.run.config().data, allow_pipe=config.allow_pipe)
@@ -96,9 +99,12 @@ class Scoring:
             return {"eval/fid": None, "eval/fid_reason": reason, "priors": table}
         real = RealImages(self.data, "train", self.config.fid)
         protocol = Protocol.of(self.config.fid, real.num_images)
-        reference = Reference.open(real, protocol, self.config.fid, self.extractor, self.accelerator)
         first = self.first_prior
-        scores = reference.score(self._samples(first, protocol.num_generated), self.accelerator)
+        images = self._samples(
+            first, protocol.num_generated
+        )  # before the reference, to find fault with where they are kept
+        reference = Reference.open(real, protocol, self.config.fid, self.extractor, self.accelerator)
+        scores = reference.score(images, self.accelerator)
         for name, row in table.items():
             if name == first:
                 row |= {score: value for score, value in scores.items() if score.startswith("eval/")}
@@ -126,10 +132,9 @@ class Scoring:
 
     def perceptual(self) -> dict[str, Any]:
         """LPIPS of the val split's reconstructions."""
-        config = self.config.lpips
-        if config.backbone is None:
+        config, distance = self.config.lpips, self.distance
+        if distance is None:
             return {"eval/lpips": None, "eval/lpips_reason": how_to_get_weights(config.net)}
-        distance = PerceptualDistance(config).to(self.accelerator.device)
         found = reconstruction_lpips(self.trained.vae, self.val_reader, self.accelerator, distance, config.batch_size)
         return {
             "eval/lpips": found.mean,
@@ -190,15 +195,16 @@ class Scoring:
         )  # fmt: skip
 
     def _draw_priors(self) -> None:
-        if not self.priors:
-            return
         vae, config = self.trained.vae, self.config
-        samples = {
-            name: gather_samples(
+        samples: dict[str, Tensor] = {}
+        for name, saved in self.priors.items():
+            nats = saved.facts.heldout_nats_per_dim
+            label = name if nats is None else f"{name}\n{nats:.2f} nats/dim"
+            samples[label] = gather_samples(
                 vae, self.accelerator, PRIOR_COLUMNS, seed=config.seed, batch_size=PRIOR_COLUMNS, prior=saved.prior
             )
-            for name, saved in self.priors.items()
-        }
+        if not samples:
+            return
         real, _ = draw_images(self.val_reader, PRIOR_COLUMNS, self.accelerator, config.seed)
         if self.accelerator.is_main_process:
             latent_pictures.save_prior_comparison(samples, self.run.figures / "priors.png", real=real)
