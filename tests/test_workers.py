@@ -119,6 +119,13 @@ def test_workers_of_a_pass_given_up_are_not_asked_for_the_next(tiny_shards):
         assert next(begun).indices.tolist() == list(range(8, 16))
 
 
+def test_a_pass_begins_anew_before_its_workers_have_started(tiny_shards):
+    # As on a rank that has no batch in a pass. The workers take seconds to start, and longer on a busy machine.
+    with opened(tiny_shards, "indexed", num_workers=1) as reader:
+        for _ in range(3):
+            assert list(reader.eval_batches(100, 1, 2)) == []
+
+
 def test_patience_ends_with_a_reader_that_makes_no_progress():
     watched = Whereabouts(2)
     with watched.reader(1):
@@ -127,14 +134,12 @@ def test_patience_ends_with_a_reader_that_makes_no_progress():
         for _ in range(2):
             patience.look()
         assert patience.stuck() == []
-        assert not patience.all_still()
         note_reading(5, 5)  # the same image once more is progress, too
         for _ in range(3):
             patience.look()
             assert patience.stuck() == []
         patience.look()
         assert patience.stuck() == [1]
-        assert patience.all_still()
         rest()
         assert patience.stuck() == []
         assert watched.images_of(1) == (5, 5)

@@ -14,7 +14,7 @@ from vaetrain.data.batch import Batch, decode_image
 from vaetrain.data.node_share import Gather, NodeShare
 from vaetrain.data.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.selection import Selection
-from vaetrain.data.whereabouts import Whereabouts, rest, watched
+from vaetrain.data.whereabouts import Whereabouts, end_process, rest, stuck_message, watched
 from vaetrain.machine import available_memory
 
 # Of the device memory free before the model is built; the rest is for weights and activations.
@@ -112,10 +112,13 @@ def _decode_part(
             decode_image(selection, selection.read(position), position, out=out[position])
         rest()
 
+    def end(reader: int) -> None:
+        end_process(stuck_message(whereabouts, reader, selection.where, timeout_s))
+
     starts = range(part * IMAGES_PER_TASK, selection.num_images, num_parts * IMAGES_PER_TASK)
     # Threads, since JPEGs are decoded without the GIL.
     with (
-        watched(whereabouts, selection.where, timeout_s),
+        watched(whereabouts, timeout_s, end),
         ThreadPoolExecutor(num_threads, initializer=lambda: whereabouts.begin(next(numbers))) as threads,
     ):
         for _ in threads.map(decode_from, starts):

@@ -124,17 +124,10 @@ class Patience:
             int(reader) for reader in np.flatnonzero((self._waited_s >= self._timeout_s) & self._whereabouts.busy())
         ]
 
-    def all_still(self) -> bool:
-        """Whether no reader at all has done anything for too long."""
-        return bool(np.all(self._waited_s >= self._timeout_s))
-
 
 @contextmanager
-def watched(whereabouts: Whereabouts, where: Where, timeout_s: float) -> Iterator[None]:
-    """End this process, with a message, when one of its threads hangs in a read inside the block.
-
-    A read from a dead network file system cannot be interrupted, so no exception could get out of it.
-    """
+def watched(whereabouts: Whereabouts, timeout_s: float, on_stuck: Callable[[int], None]) -> Iterator[None]:
+    """Inside the block a thread watches the readers, and is told by `on_stuck` what to do with one that hangs."""
     over = threading.Event()
     every_s = min(1.0, timeout_s / 4)
     patience = Patience(whereabouts, timeout_s, every_s)
@@ -142,15 +135,25 @@ def watched(whereabouts: Whereabouts, where: Where, timeout_s: float) -> Iterato
     def watch() -> None:
         while not over.wait(every_s):
             patience.look()
-            for reader in patience.stuck():
-                print(f"error: {stuck_message(whereabouts, reader, where, timeout_s)}", file=sys.stderr, flush=True)
-                os._exit(1)
+            if stuck := patience.stuck():
+                on_stuck(stuck[0])
+                return
 
     threading.Thread(target=watch, daemon=True, name="data watch").start()
     try:
         yield
     finally:
         over.set()
+
+
+def end_process(message: str) -> None:
+    """End this process at once, with an error message and exit status 1.
+
+    For a thread that hangs in a read: from storage that does not answer it cannot be called back, so no exception could
+    get out of it.
+    """
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def stuck_message(whereabouts: Whereabouts, reader: int, where: Where, timeout_s: float) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vaetrain.data.batch import Batch
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER
-from vaetrain.data.whereabouts import Patience, Where, Whereabouts, rest, stuck_message, watched
+from vaetrain.data.whereabouts import Where, Whereabouts, end_process, rest, stuck_message, watched
 from vaetrain.machine import num_cores
 
 # One worker decodes about 7,000 images of 128 pixels a second; more than eight have not been needed by one device.
@@ -25,6 +26,7 @@ MAX_WORKERS = 8
 # Whether the workers live; a death is reported this late at most.
 LOOK_EVERY_S = 5.0
 
+T = TypeVar("T")
 Outcome = Batch | ValueError
 """What a worker hands over: a batch, or why there is none. An error raised in a worker would reach the user with the
 worker's traceback in its message."""
@@ -41,8 +43,8 @@ def choose_num_workers(device: torch.device, processes_per_node: int) -> int:
 class WorkerPool:
     """The decoding processes of one reader: batches in order for any number of them, 0 being this process itself.
 
-    No pass hangs: a worker that dies, and one that makes no progress for `timeout_s`, end it with a ValueError that says
-    where they were, by `where`. When this process itself reads, it ends (see `watched`).
+    No pass hangs: a worker that dies, and one that makes no progress for `timeout_s` and is killed, end it with a ValueError
+    that says where they were, by `where`. A hang that cannot be ended so ends this process (see `end_process`).
     """
 
     def __init__(self, num_workers: int, device: torch.device, where: Where, timeout_s: float) -> None:
@@ -68,7 +70,7 @@ class WorkerPool:
     def here(self, read: Callable[[], Batch]) -> Batch:
         """Read a batch in this process, watched."""
         whereabouts = Whereabouts(1)
-        with watched(whereabouts, self._where, self._timeout_s), whereabouts.reader(0):
+        with watched(whereabouts, self._timeout_s, self._ending(whereabouts)), whereabouts.reader(0):
             return read()
 
     def close(self) -> None:
@@ -79,16 +81,16 @@ class WorkerPool:
 
     def _start(self, crew: _Crew, at_end: Callable[[], None] = lambda: None) -> Iterator[Batch]:
         # Workers start now rather than at the first batch, so that they read while the model is built.
-        if failure := self._death(crew):
-            raise failure
-        outcomes = crew.outcomes()
+        outcomes = self._unless_dead(crew, crew.outcomes)
+        if isinstance(outcomes, ValueError):
+            raise outcomes
         read = self._read_here if self.num_workers == 0 else self._receive
         batches = _raising(read(outcomes, crew), at_end)
         self._passes.add(batches)
         return batches
 
     def _read_here(self, outcomes: Iterator[Outcome], crew: _Crew) -> Iterator[Outcome]:
-        with watched(crew.whereabouts, self._where, self._timeout_s):
+        with watched(crew.whereabouts, self._timeout_s, self._ending(crew.whereabouts)):
             while True:
                 with crew.whereabouts.reader(0):
                     outcome = next(outcomes, None)
@@ -97,41 +99,45 @@ class WorkerPool:
                 yield outcome
 
     def _receive(self, outcomes: Iterator[Outcome], crew: _Crew) -> Iterator[Outcome]:
-        while True:
-            outcome = self._next(outcomes, crew)
-            if outcome is None:
-                return
-            yield outcome
+        # The watching thread must not be what keeps the crew, and with it the worker processes.
+        whereabouts, stuck_readers, end = crew.whereabouts, crew.stuck_readers, self._ending(crew.whereabouts)
 
-    def _next(self, outcomes: Iterator[Outcome], crew: _Crew) -> Outcome | None:
-        patience: Patience | None = None
-        look_every_s = self._look_every_s
-        # Batches of other workers may last for a while yet; to ask after each worker takes longer than to receive a batch.
-        if time.monotonic() >= crew.next_look and (failure := self._death(crew)):
-            return failure
-        while True:
-            try:
-                return next(outcomes, None)
-            except (RuntimeError, OSError, EOFError) as error:
-                # DataLoader's word for a death, and what happens when a batch is fetched from a worker that died meanwhile.
-                timed_out = isinstance(error, RuntimeError) and "timed out after" in str(error)
-                if failure := self._death(crew, wait_s=0.0 if timed_out else 1.0):
-                    return failure
-                if not timed_out:
-                    raise
-            patience = patience or Patience(crew.whereabouts, self._timeout_s, look_every_s)
-            patience.look()
-            for reader in patience.stuck():
-                crew.kill(reader)
-                return ValueError(stuck_message(crew.whereabouts, reader, self._where, self._timeout_s))
-            if patience.all_still():
-                return ValueError(
-                    f"no decoding worker has done anything for {self._timeout_s:g} s (--data.timeout-s); is the machine "
-                    "overloaded? Lower --data.num-workers"
-                )
+        def give_up(reader: int) -> None:
+            stuck_readers.append(reader)
+            if not _kill(whereabouts.pid_of(reader)):
+                end(reader)
+
+        def receive() -> Outcome | None:
+            return next(outcomes, None)
+
+        with watched(whereabouts, self._timeout_s, give_up):
+            while True:
+                # Batches of other workers may last for a while yet; to ask after the workers takes longer than a batch.
+                failure = self._death(crew) if time.monotonic() >= crew.next_look else None
+                outcome: Outcome | None = failure or self._unless_dead(crew, receive)
+                if outcome is None:
+                    return
+                yield outcome
+
+    def _ending(self, whereabouts: Whereabouts) -> Callable[[int], None]:
+        """What ends this process over a reader that hangs."""
+        where, timeout_s = self._where, self._timeout_s
+        return lambda reader: end_process(stuck_message(whereabouts, reader, where, timeout_s))
+
+    def _unless_dead(self, crew: _Crew, step: Callable[[], T]) -> T | ValueError:
+        """What DataLoader answers, or why a worker is dead."""
+        try:
+            return step()
+        except (RuntimeError, OSError, EOFError):
+            # DataLoader's word for a death, and what happens when a batch is fetched from a worker that died meanwhile.
+            if failure := self._death(crew, wait_s=1.0):
+                return failure
+            raise
 
     def _death(self, crew: _Crew, wait_s: float = 0.0) -> ValueError | None:
         """Why a worker is dead that should not be; None when there is no such worker."""
+        if crew.stuck_readers:
+            return ValueError(stuck_message(crew.whereabouts, crew.stuck_readers[0], self._where, self._timeout_s))
         dead = crew.dead(wait_s)
         if dead is None:
             return None
@@ -141,10 +147,6 @@ class WorkerPool:
             f"a decoding worker (process {dead.pid}) {_how_it_ended(dead.exitcode)}; it was at "
             f"{crew.whereabouts.describe(reader, self._where)}. {_remedy(dead.exitcode, self.num_workers)}"
         )
-
-    @property
-    def _look_every_s(self) -> float:
-        return min(LOOK_EVERY_S, self._timeout_s)
 
     def _crew(self, dataset: Dataset[Outcome], indices: Iterable[Any] | None, persistent: bool) -> _Crew:
         whereabouts = Whereabouts(max(1, self.num_workers))
@@ -157,8 +159,6 @@ class WorkerPool:
             prefetch_factor=PREFETCH_BATCHES_PER_WORKER if self.num_workers else None,
             persistent_workers=persistent,
             pin_memory=self._device.type == "cuda",
-            # How often it lets go of the wait for a batch, for us to see whether the workers live.
-            timeout=self._look_every_s if self.num_workers else 0,
             worker_init_fn=whereabouts.begin,
             multiprocessing_context=_worker_context() if self.num_workers else None,
             # Otherwise each pass draws a seed from the global generator, and noise would depend on how data is read.
@@ -174,6 +174,7 @@ class _Crew:
         self.whereabouts = whereabouts
         self._loader = loader
         self.next_look = 0.0
+        self.stuck_readers: list[int] = []
         self._processes: list[BaseProcess] = []
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -190,11 +191,16 @@ class _Crew:
             multiprocessing.connection.wait([process.sentinel for process in self._processes], wait_s)
         return next((process for process in self._processes if process.exitcode), None)
 
-    def kill(self, reader: int) -> None:
-        """End a worker that does not answer, lest the end of this process wait for it."""
-        for process in self._processes:
-            if process.pid == self.whereabouts.pid_of(reader):
-                process.kill()
+
+def _kill(pid: int) -> bool:
+    """End a process that does not answer; False when the system cannot do that within ten seconds."""
+    for _ in range(100):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it is gone
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _how_it_ended(exitcode: int | None) -> str:
