@@ -5,7 +5,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vaetrain.data.batch import load_batch
-from vaetrain.data.decode import decode_pixels
+from vaetrain.data.decode import decode_into
 from vaetrain.data.picture import UNREADABLE, Recipe, decode_picture
 from vaetrain.data.selection import Selection
-from vaetrain.data.shards import Encoding, Manifest, ShardSet, pack_index
+from vaetrain.data.shard_index import pack_index
+from vaetrain.data.shards import Encoding, Manifest, ShardSet
 from vaetrain.files import sha256_of_file
 
 quickly = settings(
@@ -148,11 +149,8 @@ def test_manifests_nested_without_end(copy: Path) -> None:
 @given(changes=edits, channels=st.sampled_from([1, 3]))
 def test_damaged_images_in_shards(image_format: str, channels: int, changes: list[tuple[float, str, bytes]]) -> None:
     content = bytearray(mutated(encoded(image_format), changes))
-    try:
-        pixels = decode_pixels(content, channels)
-    except ValueError:
-        return
-    assert pixels.shape[2] == channels
+    with suppress(ValueError):
+        decode_into(content, np.empty((16, 16, channels), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM"])
@@ -166,19 +164,9 @@ def test_damaged_originals(image_format: str, changes: list[tuple[float, str, by
     assert decode_picture(image).size == (8, 8)
 
 
-@pytest.mark.parametrize("before", [b"", b"garbage", b"\xff\xd0", b"\xff\xff\xff"])
-def test_jpegs_that_claim_to_be_huge_take_no_memory(before: bytes) -> None:
-    content = bytearray(encoded("JPEG"))
-    frame = content.index(b"\xff\xc0")
-    content[frame + 5 : frame + 9] = b"\xff\xdc" * 2
-    content[frame:frame] = before
-    with pytest.raises(ValueError, match="claims more than 89,478,485 pixels"):
-        decode_pixels(content, 3)
-
-
 def test_pngs_that_claim_to_be_huge_take_no_memory() -> None:
     png = bytearray(encoded("PNG"))
     png[16:24] = b"\x00\x00\xff\xff" * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4)
     with pytest.raises(ValueError, match="not a readable image: Image size"):
-        decode_pixels(png, 3)
+        decode_into(png, np.empty((8, 8, 3), dtype=np.uint8))

@@ -1,10 +1,9 @@
-import io
 import itertools
 import multiprocessing
 import shutil
 import tarfile
 import threading
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -16,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vaetrain.data import stream
+from vaetrain.data.batch import batch_buffer
 from vaetrain.data.config import DataConfig
-from vaetrain.data.decode import decode_pixels
 from vaetrain.data.order import BatchLayout, train_indices
 from vaetrain.data.reader import open_reader
 from vaetrain.data.shards import ShardSet
@@ -65,37 +64,16 @@ def test_batches_hold_the_pixels_and_labels_of_the_samples(shards, kind, request
         assert len(reader.first(1000).indices) == reader.num_images
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
-def test_decoding_agrees_with_pillow(file_format, channels):
-    mode = "L" if channels == 1 else "RGB"
-    gradient = np.add.outer(np.arange(0, 160, 10), np.arange(0, 80, 5))[..., None] + [0, 10, 20]
-    file = io.BytesIO()
-    Image.fromarray(gradient.astype(np.uint8)).convert(mode).save(file, file_format)
-    pixels = decode_pixels(bytearray(file.getvalue()), channels)
-    expected = np.asarray(Image.open(file).convert(mode)).reshape(16, 16, channels)
-    assert np.array_equal(pixels, expected)
-
-
-@given(st.data())
-@settings(deadline=None)
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
-def test_damaged_bytes_are_an_error_or_pixels_but_never_end_the_process(file_format, data):
-    # One wrong byte in a PNG is enough for torchvision's decoder to end the process.
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, file_format)
-    encoded = bytearray(file.getvalue())
-    for at in data.draw(st.lists(st.integers(0, len(encoded) - 1), min_size=1, max_size=20)):
-        encoded[at] ^= data.draw(st.integers(1, 255))
-    with suppress(ValueError):
-        assert decode_pixels(encoded, 3).dtype == np.uint8
-
-
-def test_a_png_of_16_bits_is_refused():
-    file = io.BytesIO()
-    Image.fromarray(np.zeros((16, 16), dtype=np.uint16)).save(file, "PNG")
-    with pytest.raises(ValueError, match="16 bits"):
-        decode_pixels(bytearray(file.getvalue()), 1)
+def test_the_memory_of_a_batch_is_used_again_once_nobody_holds_it():
+    shape = (3, 5, 7, 1)
+    first = torch.from_numpy(batch_buffer(shape)).permute(0, 3, 1, 2)
+    held = torch.from_numpy(batch_buffer(shape))
+    assert held.data_ptr() != first.data_ptr()
+    address, view = first.data_ptr(), first[1:]
+    del first
+    assert torch.from_numpy(batch_buffer(shape)).data_ptr() not in (address, held.data_ptr()), "a view holds it still"
+    del view
+    assert torch.from_numpy(batch_buffer(shape)).data_ptr() == address
 
 
 @pytest.mark.parametrize(("kind", "num_workers"), [("resident", 0), ("indexed", 0), ("indexed", 2)])
@@ -243,7 +221,7 @@ def test_processes_share_a_full_verification(damaged_shards):
 
 def test_full_verification_of_a_url_is_refused():
     with (
-        pytest.raises(ValueError, match=r"use --data\.verify sizes"),
+        pytest.raises(ValueError, match=r"give --data\.cache-dir, .* use --data\.verify sizes"),
         opened("http://127.0.0.1/x", "auto", verify="full"),
     ):
         pass
@@ -289,8 +267,8 @@ def test_a_url_streams_what_the_folder_does(tiny_shards, name):
             assert torch.equal(there.indices, here.indices)
 
 
-@pytest.mark.parametrize(("past_header", "message"), [(0, "ends after 1 of"), (600, "broke off after 1 of")])
-def test_a_shard_that_ends_early_on_the_server_raises_naming_it(tiny_shards, tmp_path, past_header, message):
+@pytest.mark.parametrize("past_header", [0, 600])
+def test_a_shard_that_is_shorter_on_the_server_raises_naming_it(tiny_shards, tmp_path, past_header):
     folder = shutil.copytree(tiny_shards, tmp_path / "short")
     shard_set = ShardSet.open(folder)
     shard = shard_set.manifest.splits["train"].shards[0]
@@ -300,7 +278,9 @@ def test_a_shard_that_ends_early_on_the_server_raises_naming_it(tiny_shards, tmp
     with (
         served(folder) as url,
         opened(url, "stream") as reader,
-        pytest.raises(ValueError, match=f"{shard.name} {message}"),
+        pytest.raises(
+            ValueError, match=rf"{shard.name} in {url}.*sample 0 .*has {second_header + past_header:,} bytes"
+        ),
     ):
         list(reader.eval_batches(8, 0, 1))
 
@@ -314,10 +294,10 @@ def test_a_url_without_a_shard_set_is_reported(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("location", ["pipe:cat manifest.json", "PIPE:ls", "s3://bucket/shards", "pipe://x"])
+@pytest.mark.parametrize("location", ["pipe:cat {}", "PIPE:ls"])
 @pytest.mark.parametrize("kind", ["auto", "stream", "indexed"])
 def test_schemes_that_would_run_a_command_are_refused(location, kind):
-    with pytest.raises(ValueError, match="only paths and http"), opened(location, kind):
+    with pytest.raises(ValueError, match=r"would run the shell command .* --data.allow-pipe"), opened(location, kind):
         pass
 
 

@@ -79,6 +79,12 @@ def max_over_processes(accelerator: Accelerator, values: Sequence[float]) -> lis
     return accelerator.gather(mine).amax(dim=0).tolist()
 
 
+def gather_integers(accelerator: Accelerator, integers: Sequence[int]) -> list[list[int]]:
+    """The integers of each process, as many from all, in order of rank; a collective."""
+    mine = torch.tensor([list(integers)], dtype=torch.int64, device=accelerator.device)
+    return accelerator.gather(mine).tolist()
+
+
 def device_name(device: torch.device) -> str:
     """The accelerator's product name, or "cpu" with the number of threads PyTorch uses."""
     if device.type == "cuda":

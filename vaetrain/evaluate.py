@@ -34,6 +34,9 @@ class EvaluateConfig:
     data: str | None = None
     """Shard set to score against (both splits); None: where the run found its own."""
 
+    allow_pipe: bool = False
+    """Accept pipe:COMMAND for it, which runs COMMAND in a shell; never because the run, which may be another's, did."""
+
     batch_size: int = 64
     """Images per forward pass and process."""
 
@@ -65,6 +68,7 @@ if __name__ == "__main__":
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -93,12 +97,13 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     """
     extractor = open_extractor(config, accelerator)
     trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
-    data = RunDirectory.open(config.run).config().data
+    data = replace(RunDirectory.open(config.run).config().data, allow_pipe=config.allow_pipe)
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
     val_reader = open_reader(
         data, "val", device=accelerator.device, processes_per_node=distributed.processes_per_node(),
         rank=accelerator.process_index, num_processes=accelerator.num_processes,
+        gather=partial(distributed.gather_integers, accelerator),
     )  # fmt: skip
     trained.vae.config.check_images(val_reader.manifest.image_size, val_reader.manifest.channels)
     # FID first: it is what may find fault with the options, and nothing has been computed in vain by then.

@@ -50,7 +50,7 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
     layout = BatchLayout.of(config.train.global_batch_size, config.train.micro_batch_size, rank, num_processes)
     open_split = partial(
         open_reader, config.data, device=device, processes_per_node=distributed.processes_per_node(), rank=rank,
-        num_processes=num_processes,
+        num_processes=num_processes, gather=partial(distributed.gather_integers, accelerator),
     )  # fmt: skip
     train_reader, val_reader = open_split("train"), open_split("val")
     for reader in (train_reader, val_reader):

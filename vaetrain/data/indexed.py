@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch.utils.data import Dataset
 
 from vaetrain.data.batch import Batch, load_batch
+from vaetrain.data.decode import JPEG_DECODER
 from vaetrain.data.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.selection import Selection
 from vaetrain.data.workers import Outcome, WorkerPool
@@ -29,18 +30,20 @@ class _Images(Dataset[Outcome]):
 
 
 class IndexedReader:
-    """Reads and decodes each batch when it is due; memory is the index (36 bytes an image) and the batches in flight."""
+    """Reads and decodes each batch when it is due; memory is the index (24 bytes an image) and the batches in flight."""
 
-    def __init__(self, selection: Selection, *, num_workers: int, device: torch.device, reason: str) -> None:
+    def __init__(
+        self, selection: Selection, *, num_workers: int, device: torch.device, reason: str, timeout_s: float
+    ) -> None:
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
         self.description = (
             f"indexed ({reason}): {self.num_images:,} images read by offset from {selection.source}, "
-            f"{num_workers} decoding worker(s)"
+            f"{num_workers} decoding worker(s), {JPEG_DECODER}"
         )
         self._selection = selection
         self._images = _Images(selection)
-        self._workers = WorkerPool(num_workers, device)
+        self._workers = WorkerPool(num_workers, device, selection.where, timeout_s)
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
         """Endless micro-batches of this process from the global position `images_seen` on."""
@@ -56,7 +59,7 @@ class IndexedReader:
 
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
-        return load_batch(self._selection, np.arange(min(num_images, self.num_images)))
+        return self._workers.here(lambda: load_batch(self._selection, np.arange(min(num_images, self.num_images))))
 
     def close(self) -> None:
         """End the worker processes."""

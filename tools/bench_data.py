@@ -1,0 +1,304 @@
+"""Measure reading and sharding on this machine, against bare loops and against what people use today.
+
+python tools/bench_data.py [--shards DIR] [--originals SRC] [--json FILE]      (make bench-data installs the peers first)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vaetrain.command_line import parse, user_errors
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Images per second in one process, unless a name says otherwise; medians over rounds in which all take turns."""
+
+    shards: Path | None = None
+    """Shard set of JPEGs to read; None: 2,000 faces are drawn at 128×128."""
+
+    originals: Path | None = None
+    """Folder of larger JPEGs to shard at 128×128; None: faces are drawn at 512×512."""
+
+    num_originals: int = 300
+    """Faces drawn for it."""
+
+    json: Path | None = None
+    """Also write the medians and ratios to this file."""
+
+    batch_size: int = 256
+    """Images per batch."""
+
+    num_images: int = 2048
+    """Images read by each variant in each round."""
+
+    num_workers: int = 0
+    """Decoding processes of each reader and each peer; 0: all in one process, which compares cores with cores."""
+
+    rounds: int = 5
+    """Rounds; every reader runs once in each."""
+
+    sharding_rounds: int = 3
+    """The same for sharding."""
+
+    repeated_gb: float = 20
+    """Size of the data set on which memory is measured: one shard of `shards`, linked as often as it takes (GB)."""
+
+
+if __name__ == "__main__":
+    CONFIG = parse(BenchConfig, __doc__, flags=True)  # before the imports below, which take seconds
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from bench_peers import PEERS, Material, endless, installed
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from vaetrain.data.config import DataConfig
+from vaetrain.data.decode import JPEG_DECODER, decode_into
+from vaetrain.data.faces import draw_face
+from vaetrain.data.order import BatchLayout
+from vaetrain.data.reader import Reader, open_reader
+from vaetrain.data.selection import Selection
+from vaetrain.data.shard_plan import ShardingConfig
+from vaetrain.data.sharding import make_shards
+from vaetrain.data.shards import INDEX_NAME, Manifest, ShardSet, SplitIndex, pack_index
+from vaetrain.machine import num_cores
+
+READERS: tuple[Literal["indexed", "stream", "resident"], ...] = ("indexed", "stream", "resident")
+# Of these the stream opens several shards, and its shuffle buffer fills.
+BATCHES_FOR_MEMORY = 40
+Measure = Callable[[], float]
+
+
+def bare_decoding(config: BenchConfig, selection: Selection) -> dict[str, Measure]:
+    """Decoders in a loop over bytes that are in memory already, the fastest of which bounds every reader."""
+    encoded = [selection.read(position % selection.num_images) for position in range(config.num_images)]
+    out = np.empty((config.batch_size, *selection.image_shape), dtype=np.uint8)
+
+    def loop(decode: Callable[[bytes, int], object]) -> Measure:
+        def measure() -> float:
+            start = time.perf_counter()
+            for number, content in enumerate(encoded):
+                decode(content, number % config.batch_size)
+            return len(encoded) / (time.perf_counter() - start)
+
+        return measure
+
+    return {
+        "bare_in_place": loop(lambda content, place: decode_into(content, out[place])),
+        "bare_torchvision": loop(
+            lambda content, _: decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        ),
+        "bare_pillow": loop(lambda content, _: np.asarray(Image.open(io.BytesIO(content)))),
+    }
+
+
+def batch_by_batch(config: BenchConfig, batches: Iterator[Any]) -> Measure:
+    """Reading on in an endless series of batches; the first, with which workers start, is not timed."""
+    next(batches)
+    num_batches = config.num_images // config.batch_size
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for _ in range(num_batches):
+            next(batches)
+        return num_batches * config.batch_size / (time.perf_counter() - start)
+
+    return measure
+
+
+def open_ours(shards: Path, name: Literal["indexed", "stream", "resident"], num_workers: int) -> Reader:
+    """One of the three readers, on the CPU."""
+    data = DataConfig(str(shards), reader=name, num_workers=num_workers)
+    return open_reader(data, "train", device=torch.device("cpu"))
+
+
+def ours(config: BenchConfig, shards: Path) -> dict[str, Measure]:
+    """The three readers."""
+    layout = BatchLayout(config.batch_size, config.batch_size, 0, 1)
+    return {
+        name: batch_by_batch(config, open_ours(shards, name, config.num_workers).train_batches(0, 0, layout))
+        for name in READERS
+    }
+
+
+def peers(config: BenchConfig, selection: Selection, folder: Path) -> dict[str, Measure]:
+    """What is installed of PEERS."""
+    material = Material.extract(selection, folder)
+    measures = {}
+    for name, open_peer in PEERS.items():
+        if not installed(name):
+            print(f"{name} is not installed and left out; make bench-data installs it")
+            continue
+        with contextlib.redirect_stdout(io.StringIO()):
+            loader = open_peer(material, config.batch_size, config.num_workers)
+            measures[name] = batch_by_batch(config, endless(loader))
+    return measures
+
+
+def sharding(config: BenchConfig, folder: Path) -> dict[str, Measure]:
+    """tools/make_shards.py on one and on two processes, and the work itself, by hand in a loop."""
+    if config.originals is None:
+        originals = folder / "originals" / "face"
+        originals.mkdir(parents=True)
+        for number in range(config.num_originals):
+            Image.fromarray(draw_face(0, number, 512)[0]).save(originals / f"{number}.jpg", quality=95, subsampling=0)
+    else:
+        originals = Path(config.originals)
+    files = sorted(file for file in originals.rglob("*.jpg"))
+    runs = iter(range(1000))
+
+    def by_hand() -> float:
+        start = time.perf_counter()
+        for file in files:
+            picture = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            picture = picture.crop((left, top, left + side, top + side)).resize((128, 128), Image.Resampling.LANCZOS)
+            picture.save(io.BytesIO(), "JPEG", quality=95, subsampling=0)
+        return len(files) / (time.perf_counter() - start)
+
+    def with_processes(workers: int) -> Measure:
+        def measure() -> float:
+            out = folder / f"sharded{next(runs)}"
+            start = time.perf_counter()
+            with contextlib.redirect_stderr(io.StringIO()):
+                make_shards(ShardingConfig(str(originals), out, size=128, images_per_shard=100, workers=workers))
+            return len(files) / (time.perf_counter() - start)
+
+        return measure
+
+    return {"sharding_by_hand": by_hand, "sharding_1": with_processes(1), "sharding_2": with_processes(2)}
+
+
+def repeat_shards(shards: Path, folder: Path, num_gb: float) -> Path:
+    """A shard set of `num_gb` GB whose shards are all the first of `shards`, linked under many names."""
+    original = ShardSet.open(shards)
+    split, index = original.manifest.splits["train"], original.index("train")
+    first = split.shards[0]
+    num_copies = max(1, round(num_gb * 1e9 / first.num_bytes))
+    copies = tuple(replace(first, name=f"train-{number:06d}.tar") for number in range(num_copies))
+    in_first = index.shard == 0
+    columns = {name: np.tile(getattr(index, name)[in_first], num_copies) for name in ("offset", "num_bytes", "label")}
+    repeated = SplitIndex(shard=np.repeat(np.arange(num_copies, dtype=np.int32), first.num_images), **columns)
+    packed = pack_index({"train": repeated})
+    folder.mkdir()
+    for copy in copies:
+        os.link(original.path(first), folder / copy.name)
+    (folder / INDEX_NAME).write_bytes(packed)
+    counts = np.bincount(repeated.label, minlength=len(original.manifest.classes)).tolist()
+    described = replace(
+        split,
+        num_images=len(repeated.label),
+        class_counts=dict(zip(split.class_counts, counts, strict=True)),
+        shards=copies,
+    )
+    manifest: Manifest = replace(
+        original.manifest, splits={"train": described}, index_sha256=hashlib.sha256(packed).hexdigest(), fingerprint=""
+    )
+    manifest.write(folder)
+    return folder
+
+
+def memory_in_use() -> int:
+    """Bytes that would be free if this process ended (unique set size) plus its share of what others map too."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return sum(int(found) * 1024 for found in re.findall(r"^Pss: +(\d+) kB", rollup, re.MULTILINE))
+
+
+def memory_of_reading(small: Path, large: Path, batch_size: int) -> dict[str, float]:
+    """What each reader takes of the large set over the process that has read a little of a small one, in bytes.
+
+    In processes of their own, without workers: a worker has the same index and fewer batches.
+    """
+    in_process = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=in_process, max_tasks_per_child=1) as processes:
+        return {
+            f"{name}_memory_mb": processes.submit(_memory_of_reading, small, large, name, batch_size).result() / 1e6
+            for name in ("indexed", "stream")
+        }
+
+
+def _memory_of_reading(small: Path, large: Path, name: Literal["indexed", "stream"], batch_size: int) -> int:
+    layout = BatchLayout(batch_size, batch_size, 0, 1)
+    open_ours(small, name, 0).first(batch_size)  # decoders and their libraries are loaded
+    base = memory_in_use()
+    batches = open_ours(large, name, 0).train_batches(0, 0, layout)
+    return max(memory_in_use() for _ in zip(range(BATCHES_FOR_MEMORY), batches, strict=False)) - base
+
+
+def main(config: BenchConfig) -> None:
+    """Measure, print a table and write the JSON."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        shards = config.shards or folder / "shards"
+        if config.shards is None:
+            faces = ShardingConfig("faces", shards, size=128, num_images=config.num_images)
+            with contextlib.redirect_stderr(io.StringIO()):
+                make_shards(faces)
+        selection = Selection.of(ShardSet.open(shards), "train")
+        if selection.num_images < config.num_images:
+            raise ValueError(f"{shards} has {selection.num_images} images; give --num-images of at most that")
+        reading = bare_decoding(config, selection) | ours(config, shards) | peers(config, selection, folder / "peers")
+        medians = in_turns(reading, config.rounds)
+        medians |= in_turns(sharding(config, folder), config.sharding_rounds)
+        memory = memory_of_reading(
+            shards, repeat_shards(shards, folder / "repeated", config.repeated_gb), config.batch_size
+        )
+    bare = max(value for name, value in medians.items() if name.startswith("bare"))
+    ratios = {
+        "indexed_vs_bare_decode": medians["indexed"] / bare,
+        "stream_vs_bare_decode": medians["stream"] / bare,
+        **{f"indexed_vs_{name}": medians["indexed"] / medians[name] for name in PEERS if name in medians},
+        "sharding_vs_by_hand": medians["sharding_1"] / medians["sharding_by_hand"],
+        "sharding_2_vs_1": medians["sharding_2"] / medians["sharding_1"],
+    }
+    machine = f"{platform.machine()}, {num_cores()} cores, torch {torch.__version__}, {JPEG_DECODER}"
+    image_size = selection.image_shape[0]
+    print(
+        f"{machine}; {image_size}×{image_size}, {selection.index.num_bytes.mean():,.0f} bytes an image, batch "
+        f"{config.batch_size}, {config.num_workers} workers; medians of {config.rounds} rounds"
+    )
+    for name, value in medians.items():
+        print(f"{name:28s} {value:12,.0f} images/s")
+    for name, value in memory.items():
+        print(f"{name:28s} {value:12,.1f} MB over the process's base, reading {config.repeated_gb:g} GB")
+    for name, value in ratios.items():
+        print(f"{name:28s} {value:12.2f}")
+    if config.json is not None:
+        facts = {"machine": machine, "images_per_s": medians, "memory": memory, "ratios": ratios}
+        config.json.write_text(json.dumps(facts, indent=2) + "\n")
+        print(f"written to {config.json}")
+
+
+def in_turns(measures: dict[str, Measure], rounds: int) -> dict[str, float]:
+    """The median of each over rounds in which all take turns, so that a slow minute of the machine touches all."""
+    speeds: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            speeds[name].append(measure())
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(CONFIG)
