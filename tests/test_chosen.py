@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vaetrain.data.chosen import describe_images, open_subset, select, subset
+from vaetrain.data.chosen import ChosenImages
 from vaetrain.data.config import DataConfig
 from vaetrain.data.indexed import IndexedReader
 from vaetrain.data.reader import open_reader
@@ -35,9 +35,9 @@ def data(request, tiny_shards):
 
 
 def test_chosen_images_are_read_and_no_others(data, tiny_shards):
-    chosen = subset(select(data, "train"), POSITIONS)
+    chosen = ChosenImages.all_of(data, "train").at(POSITIONS)
     everything = open_reader(DataConfig(str(tiny_shards)), "train", device=CPU).first(100)
-    reader = open_subset(data, chosen, device=CPU, processes=1)
+    reader = chosen.open_reader(CPU, 1)
     assert isinstance(reader, IndexedReader if data.train == str(tiny_shards) else StreamReader)
     found: dict[int, torch.Tensor] = {}
     for rank in range(2):
@@ -50,11 +50,10 @@ def test_chosen_images_are_read_and_no_others(data, tiny_shards):
 
 
 def test_a_description_finds_the_image_and_its_original(tiny_shards):
-    data = DataConfig(str(tiny_shards), classes=("dog",))
-    chosen = subset(select(data, "train"), np.array([0, 5, 20]))
-    reader = open_subset(data, chosen, device=CPU, processes=1)
+    chosen = ChosenImages.all_of(DataConfig(str(tiny_shards), classes=("dog",)), "train").at(np.array([0, 5, 20]))
+    reader = chosen.open_reader(CPU, 1)
     images = reader.first(3).images
-    for image, pixels in zip(describe_images(chosen), images, strict=True):
+    for image, pixels in zip(chosen.describe(), images, strict=True):
         assert image["class"] == "dog"
         with (tiny_shards / image["shard"]).open("rb") as file:
             file.seek(image["offset"])
@@ -68,6 +67,6 @@ def test_a_description_finds_the_image_and_its_original(tiny_shards):
 
 
 def test_behind_a_url_the_original_is_not_looked_up(remote):
-    chosen = subset(select(remote, "train"), POSITIONS)
-    [first, *_] = describe_images(chosen)
+    chosen = ChosenImages.all_of(remote, "train").at(POSITIONS)
+    [first, *_] = chosen.describe()
     assert first.keys() == {"shard", "offset", "num_bytes", "class"}

@@ -61,8 +61,8 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from vaetrain import distributed
 from vaetrain.data.config import DataConfig
-from vaetrain.data.shard_plan import ShardingConfig
 from vaetrain.data.sharding import make_shards
+from vaetrain.data.sharding_config import ShardingConfig
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance

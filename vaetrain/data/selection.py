@@ -61,14 +61,6 @@ class ImageTable:
             setattr(self, name, memory.array((num_images,), f"i{size}", start))
             start += num_images * size
 
-    def rows(self, positions: Int64[np.ndarray, " m"]) -> ImageTable:
-        """A table of these images alone."""
-        table = ImageTable.__new__(ImageTable)
-        table._map_columns(SharedMemory(max(1, len(positions) * self.bytes_per_image())), len(positions))
-        for name in COLUMN_BYTES:
-            getattr(table, name)[:] = getattr(self, name)[positions]
-        return table
-
     def __len__(self) -> int:
         """Images."""
         return self._num_images

@@ -18,7 +18,6 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from vaetrain.data.chosen import describe_images
 from vaetrain.data.reader import Reader
 from vaetrain.files import replace_file
 from vaetrain.metrics.config import MIN_NUM_IMAGES, FidConfig
@@ -89,7 +88,7 @@ class Reference:
             "num_generated": protocol.num_generated,
             "num_real": protocol.num_reference,
             "real_images": protocol.describe(),
-            "dataset_fingerprint": self.real.selection.shard_set.manifest.fingerprint,
+            "dataset_fingerprint": self.real.manifest.fingerprint,
             "num_floor": protocol.num_floor,
             "floor": f"two disjoint sets of {protocol.num_floor} real images of the train split",
             "fid_against_count": describe_line(line),
@@ -115,7 +114,7 @@ class Reference:
     def write_images(self, path: Path) -> None:
         """Write where each reference image lies, one JSON object a line, so that anyone can score against the same ones."""
         lines = [
-            json.dumps(image, ensure_ascii=False) for image in describe_images(self.real.at(self.protocol.reference()))
+            json.dumps(image, ensure_ascii=False) for image in self.real.images.at(self.protocol.reference()).describe()
         ]
         replace_file(path, "".join(f"{line}\n" for line in lines).encode())
 
@@ -128,8 +127,8 @@ class Reference:
 
     def _per_class(self, generated: FeatureSet) -> tuple[dict[str, int], dict[str, float | None]]:
         """The number of real images of each class, and the FID of all samples against each, with floor and extrapolation."""
-        manifest = self.real.selection.shard_set.manifest
-        labels = self.real.selection.index.label
+        manifest = self.real.manifest
+        labels = self.real.images.selection.index.label
         order = np.concatenate(self.protocol.halves())  # random, so that halves of a class are random too
         counts: dict[str, int] = {}
         scores: dict[str, float | None] = {}
@@ -219,7 +218,7 @@ def reconstruction_fid(
             "num_generated": real.num_images,
             "num_real": real.num_images,
             "real_images": f"all {real.num_images} images of the {real.split} split, and their reconstructions",
-            "dataset_fingerprint": real.selection.shard_set.manifest.fingerprint,
+            "dataset_fingerprint": real.manifest.fingerprint,
             "floor": "0: perfect reconstructions have the features of their images",
             "fid_against_count": describe_line(line),
             **describe_extractor(extractor),

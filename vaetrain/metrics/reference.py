@@ -22,9 +22,9 @@ from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 
 from vaetrain import distributed
-from vaetrain.data.chosen import open_subset, select, subset
+from vaetrain.data.chosen import ChosenImages
 from vaetrain.data.config import DataConfig
-from vaetrain.data.selection import Selection
+from vaetrain.data.shards import Manifest
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, extract
@@ -39,7 +39,7 @@ class RealImages:
     """A split of real images, and their features."""
 
     def __init__(self, data: DataConfig, split: Literal["train", "val"], fid: FidConfig) -> None:
-        self.selection = select(data, split)
+        self.images = ChosenImages.all_of(data, split)
         self.split = split
         self._data = data
         self._fid = fid
@@ -47,14 +47,19 @@ class RealImages:
     @property
     def num_images(self) -> int:
         """Images of the split after the class filter."""
-        return self.selection.num_images
+        return self.images.selection.num_images
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the shard set says about itself."""
+        return self.images.selection.shard_set.manifest
 
     def features(
         self, positions: Int64[np.ndarray, " n"], extractor: FeatureExtractor, accelerator: Accelerator
     ) -> FeatureSet:
         """Features of the images at `positions`, which ascend, from the cache or extracted and cached. A collective."""
         key = {
-            "fingerprint": self.selection.shard_set.manifest.fingerprint,
+            "fingerprint": self.manifest.fingerprint,
             "split": self.split,
             "classes": list(self._data.classes),
             "count": len(positions),
@@ -73,20 +78,10 @@ class RealImages:
             save(path, key, extracted)
         return extracted
 
-    def at(self, positions: Int64[np.ndarray, " n"]) -> Selection:
-        """The images at `positions`, which ascend, in the shards."""
-        return subset(self.selection, positions)
-
-    def labels(self, positions: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """Their class numbers."""
-        return self.selection.index.label[positions].astype(np.int64)
-
     def _extract(
         self, positions: Int64[np.ndarray, " n"], extractor: FeatureExtractor, accelerator: Accelerator
     ) -> FeatureSet:
-        reader = open_subset(
-            self._data, self.at(positions), device=accelerator.device, processes=distributed.processes_per_node()
-        )
+        reader = self.images.at(positions).open_reader(accelerator.device, distributed.processes_per_node())
         batch_size = self._fid.batch_size
         batches = reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)
         try:
