@@ -159,7 +159,9 @@ def _discard(folder: Path) -> None:
     renamed = folder.with_name(f"{PARTIAL_NAME}-{secrets.token_hex(8)}")
     with suppress(FileNotFoundError):
         folder.rename(renamed)
-        shutil.rmtree(renamed)
+    while renamed.exists():
+        with suppress(FileNotFoundError):  # another task is removing its own folder inside this one
+            shutil.rmtree(renamed)
 
 
 def closing_line(out: Path, manifest: Manifest) -> str:
