@@ -12,7 +12,8 @@ from safetensors.torch import load
 import vaetrain
 import vaetrain.train
 from vaetrain import distributed
-from vaetrain.checkpoint import Progress, list_checkpoints
+from vaetrain.checkpoint import Progress
+from vaetrain.retention import list_checkpoints
 from vaetrain.train import nan_unless_finite
 
 
@@ -30,7 +31,7 @@ def weights(run_dir):
 def test_a_run_leaves_everything_behind(train_tiny, tiny_shards):
     run_dir = train_tiny()
     assert {path.name for path in run_dir.iterdir()} == {
-        "config.yaml", "provenance.json", "dataset.json", "metrics.jsonl", "checkpoints", "figures",
+        "config.yaml", "provenance.json", "dataset.json", "metrics.jsonl", "checkpoints", "figures", ".lock",
     }  # fmt: skip
     figures = {path.name for path in (run_dir / "figures").iterdir()}
     assert figures == {f"{name}.png" for name in ("losses", "kl", "reconstructions", "samples", "interpolations")}

@@ -2,35 +2,63 @@
 
 checkpoints/step-00001234/
     model.safetensors, ema.safetensors, optimizer.safetensors     tensors, never pickled
-    state.json                                                    progress and scalars
+    meters.safetensors                                            running sums of the logging interval, by process
+    state.json                                                    format, progress and scalars
     config.yaml, provenance.json, dataset.json                    what made it
     checksums.json                                                SHA-256 of each; written last
 
-A checkpoint is written under another name, flushed to disk and renamed, so that one that has its name is whole.
+A checkpoint is written under another name, flushed to disk and renamed, so that one that has its name is whole. The
+tensors are copied and written while training goes on (snapshot.py); the scalars are those of the moment of the call.
 Training draws all its randomness from (seed, images seen), so no generator state needs saving.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vaetrain.command_line import parse
-from vaetrain.config import Config
+from vaetrain.config import CheckpointConfig
 from vaetrain.files import fsync, sha256_of_file
-from vaetrain.run import RunDirectory
+from vaetrain.retention import Retention, list_checkpoints, put_in_place
+from vaetrain.run import RunDirectory, package_version
+from vaetrain.snapshot import SnapshotWriter, Tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1, from before there were meters.safetensors and the version of vaetrain in state.json, is read too."""
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written, for want of space most likely; those before it are whole."""
+
+
+class LaterFormat(ValueError):
+    """A checkpoint that a later vaetrain wrote: neither damaged nor readable."""
+
+
+@runtime_checkable  # for the type checks of the tests
+class RunningSums(Protocol):
+    """What every process sums up between training records."""
+
+    def state(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """Every sum of every process, (processes,) each; a collective."""
+        ...
+
+    def restore(self, saved: Mapping[str, Tensor], accelerator: Accelerator) -> None:
+        """Go on from what `state` returned, on this or another number of processes."""
+        ...
 
 
 @dataclass
@@ -62,133 +90,169 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one run: what they hold is named once, in the constructor; save and load mirror each other."""
+    """The checkpoints of one run: what they hold is named once, in the constructor; save and load mirror each other.
+
+    In a `with` statement it waits, at the end, for the one that is being written.
+    """
 
     def __init__(
         self,
         run: RunDirectory,
+        config: CheckpointConfig,
+        accelerator: Accelerator,
         *,
         model: nn.Module,
         ema: nn.Module,
         optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None = None,
-        keep_last: int = 2,
+        meters: RunningSums,
     ) -> None:
+        self.run = run
         self.folder = run.checkpoints
-        self.attachments = (run.config_file, run.provenance_file, run.dataset_file)
+        self.every_steps = config.every_steps
+        self.retention = Retention(run.checkpoints, config)
+        self.accelerator = accelerator
         self.model = model
         self.ema = ema
         self.optimizer = optimizer
-        self.scaler = scaler
-        self.keep_last = keep_last
+        self.meters = meters
+        self.scaler: torch.amp.GradScaler | None = accelerator.scaler
+        self.writer = SnapshotWriter()
+        self.newest_step = 0
 
-    def save(self, progress: Progress) -> Path:
-        """Write a checkpoint and drop those no longer kept. For the main process alone."""
-        target = self.folder / f"step-{progress.step:08d}"
-        aside = self.folder / f".{target.name}.{os.getpid()}"
-        aside.mkdir(parents=True)
-        tensors, scalars = split_optimizer_state(self.optimizer)
-        save_file(plain_tensors(self.model), aside / "model.safetensors")
-        save_file(plain_tensors(self.ema), aside / "ema.safetensors")
-        save_file(tensors, aside / "optimizer.safetensors")
-        scaler = self.scaler.state_dict() if self.scaler is not None else None
-        state = {"format_version": FORMAT_VERSION, "progress": asdict(progress), "optimizer": scalars, "scaler": scaler}
-        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for file in self.attachments:
-            shutil.copy(file, aside)
-        checksums = {file.name: sha256_of_file(file) for file in sorted(aside.iterdir())}
-        (aside / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
-        for file in aside.iterdir():
-            fsync(file)
-        if target.exists():  # the same step saved again, after a resume from an older checkpoint
-            shutil.rmtree(target)
-        aside.rename(target)
-        fsync(self.folder)
-        self.drop_old(progress.best_step)
-        return target
+    def are_due(self, progress: Progress, *, validated: bool, at_end: bool) -> bool:
+        """Whether to save now, just `validated` or not; never what was loaded or saved and has not changed since."""
+        if progress.step == self.newest_step and not validated:
+            return False
+        if at_end or progress.best_step == progress.step:
+            return True
+        return validated if self.every_steps is None else progress.step % self.every_steps == 0
+
+    def save(self, progress: Progress) -> None:
+        """Begin a checkpoint and, once it is whole, drop those no longer kept. A collective; the main process writes.
+
+        Waits for the one before it. Raises CheckpointNotWritten, here or in the calls that follow, when one fails.
+        """
+        self.newest_step = progress.step
+        meters = self.meters.state(self.accelerator)
+        if not self.accelerator.is_main_process:
+            return
+        optimizer, groups = split_optimizer_state(self.optimizer)
+        tensors = {
+            "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer, "meters": meters,
+        }  # fmt: skip
+        state = {
+            "format_version": FORMAT_VERSION,
+            "vaetrain": package_version("vaetrain"),
+            "progress": asdict(progress),
+            "optimizer": groups,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+        self.writer.start(tensors, partial(self._write, json.dumps(state, indent=2), replace(progress)))
+
+    def before_update(self) -> None:
+        """Call before weights change: waits until a checkpoint that was begun has its copy of them."""
+        self.writer.wait_for_copy()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk."""
+        self.writer.finish()
+
+    def __enter__(self) -> Checkpoints:
+        """See the class."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait for the last checkpoint; what happened to it must not hide the error that ended training."""
+        try:
+            self.writer.close()
+        except CheckpointNotWritten as problem:
+            if error is None or error is problem:
+                raise
+            print(f"error: {problem}", file=sys.stderr)
 
     def load(self, checkpoint: Path) -> Progress:
-        """Restore everything from a checkpoint; raises ValueError when it is damaged or of another model."""
-        check(checkpoint)
+        """Restore everything from a checkpoint that was checked; raises ValueError when it is of another model."""
+        self.finish()
         state = json.loads((checkpoint / "state.json").read_text())
         load_into(self.model, checkpoint / "model.safetensors")
         load_into(self.ema, checkpoint / "ema.safetensors")
         restore_optimizer_state(self.optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+        if state["format_version"] >= 2:
+            self.meters.restore(load_file(checkpoint / "meters.safetensors"), self.accelerator)
         progress = Progress(**state["progress"])
         if checkpoint.parent != self.folder:  # another run's: its best checkpoint is not among ours
             progress.best_score = progress.best_step = None
             progress.validations_without_best = 0
+        self.newest_step = progress.step
         return progress
 
-    def drop_old(self, best_step: int | None) -> None:
-        """Delete all but the newest `keep_last` checkpoints and the best, and what killed saves left behind."""
-        for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
-        for checkpoint in list_checkpoints(self.folder)[: -self.keep_last]:
-            if step_of(checkpoint) != best_step:
-                shutil.rmtree(checkpoint)
+    def check_space(self, total_images: int) -> None:
+        """Refuse, with ValueError, a training whose checkpoints will not fit on the disk; for the main process alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.retention.check_space(self.num_bytes(), total_images)
 
+    def num_bytes(self) -> int:
+        """Size of one checkpoint on disk, with AdamW's two moments of each weight; rather too much than too little."""
+        tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+        tensors += [parameter for parameter in self.model.parameters() for _ in range(2)]
+        headers = 200 * len(tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + headers + 2**17
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "checksums.json").is_file())
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step-"))
+    def _write(self, state: str, progress: Progress, tensors: Tensors) -> None:
+        target = self.folder / f"step-{progress.step:08d}"
+        aside = self.folder / f".{target.name}.partial"
+        file = aside
+        try:
+            aside.mkdir(parents=True)
+            for name, group in tensors.items():
+                file = aside / f"{name}.safetensors"
+                save_file(dict(group), file)
+            file = aside / "state.json"
+            file.write_text(state + "\n")
+            for attachment in (self.run.config_file, self.run.provenance_file, self.run.dataset_file):
+                file = aside / attachment.name
+                shutil.copy(attachment, file)
+            checksums = {path.name: sha256_of_file(path) for path in sorted(aside.iterdir())}
+            file = aside / "checksums.json"
+            file.write_text(json.dumps(checksums, indent=2) + "\n")
+            for file in (*aside.iterdir(), aside, self.run.metrics_file):  # records up to this step outlive it
+                if file.exists():
+                    fsync(file)
+            put_in_place(aside, target)
+        except Exception as error:
+            free = shutil.disk_usage(self.folder).free
+            shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(error, OSError | SafetensorError):
+                raise
+            raise CheckpointNotWritten(
+                f"checkpoint {target} could not be written: {file.name}: {error}. The file system had {free / 2**20:,.1f} MiB "
+                f"free, and a checkpoint takes {self.num_bytes() / 2**20:,.1f}. The checkpoints before it are whole: make "
+                "room (or lower --checkpoint.keep-last) and start the same command again to go on from the newest"
+            ) from error
+        images_per_step = progress.images_seen // max(1, progress.step)  # a resume may not change it
+        self.retention.drop_old(progress.step, progress.best_step, images_per_step)
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose checksums hold, and what is wrong with the newer ones that were passed over."""
+    """The newest checkpoint whose checksums hold, and what is wrong with the newer ones that were passed over.
+
+    Raises LaterFormat for one that another vaetrain can read: an older one would throw its training away.
+    """
     damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
             check(checkpoint)
+        except LaterFormat:
+            raise
         except ValueError as error:
             damaged.append(str(error))
         else:
             return checkpoint, damaged
     return None, damaged
-
-
-def resume_point(run: RunDirectory, config: Config, dataset: Mapping[str, Any]) -> Path | None:
-    """The checkpoint a run starts from, None for a fresh start.
-
-    The run directory's own newest good checkpoint comes first, then `--resume PATH`. Raises FileExistsError when there
-    is one and `--resume never` was given, and ValueError when it is of another model, order of data or data set.
-    """
-    own, damaged = newest_good(run.checkpoints)
-    for problem in damaged:
-        print(f"warning: {problem}", file=sys.stderr)
-    if own is not None and config.resume == "never":
-        raise FileExistsError(
-            f"{run.path} already holds a run ({own.name}); choose another --run-dir, or --resume auto"
-        )
-    checkpoint = own or (find(Path(config.resume)) if config.resume not in ("auto", "never") else None)
-    if checkpoint is None:
-        return None
-    saved = parse(Config, None, ["--config", str(checkpoint / "config.yaml")])
-    fixed: list[tuple[str, Any, Any]] = [
-        ("--model.*", saved.model, config.model),
-        ("--seed", saved.seed, config.seed),
-        ("--train.global-batch-size", saved.train.global_batch_size, config.train.global_batch_size),
-        ("--data.classes", saved.data.classes, config.data.classes),
-        (
-            "--data.train (fingerprint)",
-            json.loads((checkpoint / "dataset.json").read_text())["train"]["fingerprint"],
-            dataset["train"]["fingerprint"],
-        ),
-    ]
-    for flag, before, now in fixed:
-        if before != now:
-            raise ValueError(
-                f"{checkpoint} was trained with {flag} {before}, now it is {now}; resuming would not continue that run. "
-                "Use the saved value, or another --run-dir for a new run"
-            )
-    return checkpoint
 
 
 def find(path: Path) -> Path:
@@ -213,20 +277,24 @@ def best(run: Path) -> Path:
 
 
 def check(checkpoint: Path) -> None:
-    """Compare every file with its checksum; ValueError names the file that differs and what to do."""
+    """Compare every file with its checksum; ValueError names the file that differs and what to do.
+
+    Raises LaterFormat, a ValueError too, naming the version of vaetrain that reads it.
+    """
     try:
         checksums: dict[str, str] = json.loads((checkpoint / "checksums.json").read_text())
-        version = json.loads((checkpoint / "state.json").read_text())["format_version"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint} is not a whole checkpoint ({error}); use an older one") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{checkpoint} has format {version}, this vaetrain reads {FORMAT_VERSION}; use the version in its provenance.json"
-        )
-    for name, expected in checksums.items():
+    for name in ("state.json", *checksums):
         file = checkpoint / name
-        if not file.is_file() or sha256_of_file(file) != expected:
+        if not file.is_file() or sha256_of_file(file) != checksums.get(name):
             raise ValueError(f"{file} is damaged (its checksum differs); use an older checkpoint")
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state["format_version"] > FORMAT_VERSION:
+        raise LaterFormat(
+            f"{checkpoint} has format {state['format_version']}, and this vaetrain ({package_version('vaetrain')}) reads up "
+            f"to {FORMAT_VERSION}; use vaetrain {state['vaetrain']}, which wrote it, or a later one"
+        )
 
 
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -243,13 +311,9 @@ def load_into(module: nn.Module, file: Path) -> None:
 
 
 def split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state as tensors named "PARAMETER.STATE" and its groups' scalars."""
+    """An optimizer's state as its own tensors, named "PARAMETER.STATE", and its groups' scalars."""
     state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state["state"].items()
-        for name, value in values.items()
-    }
+    tensors = {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
     # The learning rate is a function of images seen and is set anew each step.
     groups = [{key: value for key, value in group.items() if key != "lr"} for group in state["param_groups"]]
     return tensors, groups

@@ -126,7 +126,7 @@ def user_errors(exit_code: int = 1) -> Iterator[None]:
     """Turn the errors that are meant for the user into `error: …` and an exit code; `VAETRAIN_TRACEBACK=1` shows where."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("VAETRAIN_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)

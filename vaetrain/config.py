@@ -82,7 +82,7 @@ class TrainConfig:
     """Images after which a weight's share in the exponential moving average has halved; 0: the average is the weights."""
 
     val_every_epochs: int = 1
-    """Epochs between validations (and checkpoints); the end of training always has one."""
+    """Epochs between validations; the end of training always has one."""
 
     patience: int | None = None
     """Stop after this many validations without a better validation ELBO. None: never."""
@@ -138,15 +138,26 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Which checkpoints stay."""
+    """When a checkpoint is written, and which ones stay."""
+
+    every_steps: int | None = None
+    """Optimizer steps between checkpoints; the best validation and the end of training always have one. None: at every
+    validation."""
 
     keep_last: int = 2
     """Newest checkpoints kept, besides the best."""
+
+    keep_every_images: int | None = None
+    """Also keep for ever the first checkpoint at or after each multiple of this many images. None: none."""
 
     def __post_init__(self) -> None:
         """The newest checkpoint is what a run resumes from."""
         if self.keep_last < 1:
             raise ValueError(f"--checkpoint.keep-last is {self.keep_last}; at least the newest checkpoint must stay")
+        for name in ("every_steps", "keep_every_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--checkpoint.{name.replace('_', '-')} is {value}; give at least 1, or None")
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,11 @@ class Config:
 
     resume: str = "auto"
     """`auto`: go on from the run directory's newest good checkpoint, if it has one. `never`: refuse a run directory that
-    has one. A path to a run or a checkpoint: start from that one (the run directory's own still comes first)."""
+    has one. A path to a run or a checkpoint: go on from that one, unless the run directory has its own."""
+
+    init_from: Path | None = None
+    """Weights to start from when there is nothing to resume: a run (its best checkpoint), a checkpoint or an export.
+    Optimizer and progress start afresh; the average starts from the averaged weights."""
 
     def __post_init__(self) -> None:
         """Seeds are counted from 0."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from vaetrain.machine import num_cores
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """A collective that waits longer ends the run: the other side is dead or stuck."""
@@ -67,6 +71,22 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
 def processes_per_node() -> int:
     """Training processes on this machine, which share its cores and memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """What `decide` returns on the main process, on every process; what it raises there is raised on all. A collective."""
+    decision: list[T | None] = [None]
+    problem: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            decision = [decide()]
+        except Exception as error:
+            problem = [error]
+    if accelerator.num_processes > 1:
+        decision, problem = broadcast_object_list([decision, problem])
+    if problem[0] is not None:
+        raise problem[0]
+    return decision[0]  # type: ignore[return-value]  # None only where `decide` returned it
 
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:

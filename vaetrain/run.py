@@ -19,6 +19,9 @@ from vaetrain.data.shards import Manifest
 from vaetrain.files import replace_file
 from vaetrain.machine import num_cores
 
+FORMAT_VERSION = 1
+"""Of a run directory; one without a version, from before it was recorded, has the same layout."""
+
 RECORDED_PACKAGES = (
     "vaetrain", "torch", "torchvision", "accelerate", "webdataset", "einops", "safetensors", "torch-fidelity", "numpy",
     "pillow", "scipy", "wandb",
@@ -52,6 +55,16 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def trackers_file(self) -> Path:
+        """What the run is called at its trackers, so that a resume continues there too."""
+        return self.path / "trackers.json"
+
+    @property
+    def lock_file(self) -> Path:
+        """Locked by the process that trains; see run_lock.py."""
+        return self.path / ".lock"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
@@ -72,7 +85,19 @@ class RunDirectory:
         run = cls(Path(path))
         if not run.config_file.is_file():
             raise FileNotFoundError(f"{path} is no run directory (it has no config.yaml); vaetrain/train.py makes one")
+        run.check_format()
         return run
+
+    def check_format(self) -> None:
+        """Refuse, with ValueError, a run directory of a later format than this vaetrain knows."""
+        provenance = self.provenance()
+        version = provenance.get("format_version", 1)
+        if version > FORMAT_VERSION:
+            last = [provenance, *provenance.get("resumes", [])][-1]
+            raise ValueError(
+                f"{self.path} has run format {version}, and this vaetrain ({package_version('vaetrain')}) reads up to "
+                f"{FORMAT_VERSION}; use vaetrain {last['packages']['vaetrain']}, which wrote it, or a later one"
+            )
 
     def config(self) -> Config:
         """The resolved config the run was trained with."""
@@ -83,9 +108,17 @@ class RunDirectory:
         return json.loads(self.provenance_file.read_text()) if self.provenance_file.is_file() else {}
 
     def write_start(
-        self, config: Config, provenance: Mapping[str, Any], dataset: Mapping[str, Any], *, step: int
+        self,
+        config: Config,
+        provenance: Mapping[str, Any],
+        dataset: Mapping[str, Any],
+        *,
+        step: int,
+        validated_at: int = 0,
     ) -> None:
-        """Record what starts now, at `step`: later records are dropped, they will be written again.
+        """Record what starts now, at `step`, the last validation being that at `validated_at` images seen.
+
+        Later records are dropped, they will be written again.
 
         A resume keeps the first start's provenance and adds its own under `resumes`.
         """
@@ -95,9 +128,16 @@ class RunDirectory:
         if earlier:
             earlier.setdefault("resumes", []).append(dict(provenance))
         replace_file(self.config_file, to_yaml(config).encode())
-        write_json(self.provenance_file, earlier or provenance)
+        write_json(self.provenance_file, {**(earlier or provenance), "format_version": FORMAT_VERSION})
         write_json(self.dataset_file, dataset)
-        kept = [record for record in self.metrics() if record["step"] <= step and step > 0]
+        kept = [
+            record
+            for record in self.metrics()
+            if step > 0
+            and record["step"] <= step
+            # Saved before the validation of its step, a checkpoint has that validation still to come.
+            and not (record["split"] == "val" and record["images_seen"] > validated_at)
+        ]
         replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +28,7 @@ from vaetrain.config import Config
 from vaetrain.distributed import max_over_processes, sum_over_processes
 from vaetrain.metrics.validation import ValidationScores
 from vaetrain.model.autoencoder import VAE
-from vaetrain.run import RunDirectory
+from vaetrain.run import RunDirectory, write_json
 
 PEAK_FLOPS = {  # dense, per second, from the vendors' data sheets: (fp32 outside tensor cores, bf16 and fp16)
     "H200": (67e12, 989e12),
@@ -59,6 +61,7 @@ class Meters:
         self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
         self.streak = torch.zeros((), dtype=torch.float64, device=device)
         self.longest = torch.zeros_like(self.streak)
+        self.columns = (*names, "num_images", "skipped_steps", "streak", "longest_streak")
 
     def add(self, num_images: int, skipped: Float[Tensor, ""], **totals: Tensor) -> None:
         """Add a step: totals over this process's `num_images`, which a skipped step (1 on the device) leaves out."""
@@ -83,6 +86,22 @@ class Meters:
             skipped_steps=round(skipped_steps / accelerator.num_processes),
             longest_streak=round(longest / accelerator.num_processes),
         )
+
+    def state(self, accelerator: Accelerator) -> dict[str, Float[Tensor, " processes"]]:
+        """Every sum of the running interval as every process has it; a collective."""
+        row = torch.cat([self.sums, self.streak[None], self.longest[None]])
+        return dict(zip(self.columns, accelerator.gather(row[None]).T, strict=True))
+
+    def restore(self, saved: Mapping[str, Tensor], accelerator: Accelerator) -> None:
+        """Go on with the interval of `state`; on another number of processes the main one has all totals."""
+        rows = torch.stack([saved[name] for name in self.columns], dim=1).to(self.sums)
+        if len(rows) == accelerator.num_processes:
+            row = rows[accelerator.process_index]
+        else:
+            totals = rows[:, : len(self.names) + 1].sum(0)
+            # Steps are skipped by all processes together: those counts are the same in every row.
+            row = torch.cat([totals * accelerator.is_main_process, rows[0, len(totals) :]])
+        self.sums, self.streak, self.longest = row[:-2].clone(), row[-2].clone(), row[-1].clone()
 
 
 class Stopwatch:
@@ -163,6 +182,7 @@ class Tracker:
         config: Config,
         vae: VAE,
         *,
+        step: int,
         total_images: int,
         images_per_epoch: int,
         dataset_fingerprint: str,
@@ -181,8 +201,16 @@ class Tracker:
             accelerator.init_trackers(
                 config.log.wandb_project,
                 config=flat_config(config) | {"dataset_fingerprint": dataset_fingerprint},
-                init_kwargs={"wandb": {"mode": config.log.wandb, "dir": str(run.path), "name": run.path.name}},
-            )
+                init_kwargs={
+                    "wandb": {
+                        "mode": config.log.wandb, "dir": str(run.path), "name": run.path.name,
+                        "id": wandb_id(run) if accelerator.is_main_process and config.log.wandb != "disabled" else None,
+                        # Go on with the run of that id, if W&B has it; it drops steps that it knows. Offline it is not asked.
+                        "resume": "allow" if config.log.wandb == "online" else None,
+                    },
+                    "tensorboard": {"purge_step": step + 1},  # hides what a killed process logged after its checkpoint
+                },
+            )  # fmt: skip
 
     def log_training(
         self, progress: Progress, interval: Interval, performance: Mapping[str, float], *, beta: float, lr: float
@@ -258,6 +286,13 @@ class Tracker:
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: pixels[None]}, step=step, **layout)
+
+
+def wandb_id(run: RunDirectory) -> str:
+    """The id of the run at W&B, made up once and kept in trackers.json; for the main process alone."""
+    if not run.trackers_file.is_file():
+        write_json(run.trackers_file, {"wandb": {"id": secrets.token_hex(4)}})
+    return str(json.loads(run.trackers_file.read_text())["wandb"]["id"])
 
 
 def flat_config(config: Config) -> dict[str, Any]:

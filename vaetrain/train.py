@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import contextlib
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vaetrain import distributed
-from vaetrain.checkpoint import Checkpoints, Progress, resume_point
+from vaetrain.checkpoint import Checkpoints, Progress
 from vaetrain.data.order import BatchLayout
 from vaetrain.data.reader import open_reader
 from vaetrain.metrics.validation import validate
@@ -32,7 +33,9 @@ from vaetrain.objective.elbo import negative_elbo, rate
 from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_rate_at
 from vaetrain.plots import RunFigures
 from vaetrain.randomness import noise_of_global_batch
+from vaetrain.resume import load_weights, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
+from vaetrain.run_lock import hold
 from vaetrain.tracking import Interval, Meters, Stopwatch, Tracker
 
 
@@ -42,6 +45,12 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
     Every process calls this. Raises ValueError, FileNotFoundError or FileExistsError for what the user can mend, and
     FloatingPointError when training diverged.
     """
+    with contextlib.ExitStack() as opened:
+        return train_with(config, accelerator, opened)
+
+
+def train_with(config: Config, accelerator: Accelerator, opened: contextlib.ExitStack) -> Progress:
+    """`train`, with what `opened` closes however it ends: the readers, the lock, the checkpoint being written."""
     device, model_config = accelerator.device, config.model
     run = RunDirectory(config.run_dir)
 
@@ -54,6 +63,7 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
     )  # fmt: skip
     train_reader, val_reader = open_split("train"), open_split("val")
     for reader in (train_reader, val_reader):
+        opened.callback(reader.close)
         model_config.check_images(reader.manifest.image_size, reader.manifest.channels)
     images_per_epoch = layout.images_per_epoch(train_reader.num_images)
     wanted_images = config.train.num_images or config.train.epochs * images_per_epoch
@@ -68,31 +78,40 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
     model, optimizer = accelerator.prepare(vae, build_optimizer(vae, config.optim))
 
     # Run: go on from a checkpoint if there is one, and write down what starts.
+    meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm"), device)
     checkpoints = Checkpoints(
-        run, model=vae, ema=ema.module, optimizer=optimizer.optimizer, scaler=accelerator.scaler,
-        keep_last=config.checkpoint.keep_last,
-    )  # fmt: skip
+        run, config.checkpoint, accelerator, model=vae, ema=ema.module, optimizer=optimizer.optimizer, meters=meters
+    )
     dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
-    resumed_from = resume_point(run, config, dataset)
-    accelerator.wait_for_everyone()  # everybody has looked at the run directory before anybody writes
+
+    def claim_run() -> Path | None:
+        opened.enter_context(hold(run.lock_file))
+        checkpoints.check_space(total_images)
+        return resume_point(run, config, dataset)
+
+    resumed_from = distributed.decided_by_main(accelerator, claim_run)
+    opened.enter_context(checkpoints)
     progress = checkpoints.load(resumed_from) if resumed_from else Progress()
+    if config.init_from and not resumed_from:
+        load_weights(config.init_from, vae, ema.module)
     if accelerator.is_main_process:
         made_by = provenance(
             device=distributed.device_name(device),
             num_processes=accelerator.num_processes,
             dataset_fingerprint=train_reader.manifest.fingerprint,
         )
-        run.write_start(config, made_by, dataset, step=progress.step)
+        run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)
         for line in (train_reader.description, val_reader.description):
             print(line)
         if resumed_from:
             print(f"resuming from {resumed_from} at {progress.images_seen:,} images")
+        elif config.init_from:
+            print(f"starting with the weights of {config.init_from}")
     tracker = Tracker(
-        accelerator, run, config, vae, total_images=total_images, images_per_epoch=images_per_epoch,
-        dataset_fingerprint=train_reader.manifest.fingerprint,
+        accelerator, run, config, vae, step=progress.step, total_images=total_images,
+        images_per_epoch=images_per_epoch, dataset_fingerprint=train_reader.manifest.fingerprint,
     )  # fmt: skip
     figures = RunFigures(run, ema.module, val_reader, num_pictures=config.log.num_pictures)
-    meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm"), device)
     stopwatch = Stopwatch(progress.images_seen)
 
     def validation_is_due() -> bool:
@@ -101,17 +120,21 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
 
     batches = train_reader.train_batches(config.seed, progress.images_seen, layout)
     while True:
-        at_end = progress.images_seen >= total_images
-        if validation_is_due() and progress.images_seen > progress.validated_at:
+        validated = validation_is_due() and progress.images_seen > progress.validated_at
+        if validated:
             with stopwatch.paused():
                 scores = validate(ema.module, val_reader, accelerator, layout.micro_batch_size, config.seed)
                 raw_scores = validate(vae, val_reader, accelerator, layout.micro_batch_size, config.seed)
                 progress.note_validation(scores.score)
                 tracker.log_validation(progress, val=scores, val_raw=raw_scores)
-                if accelerator.is_main_process:
-                    checkpoints.save(progress)
-                    figures.draw(tracker, progress, at_end=at_end)
-        if at_end or progress.validations_without_best >= (config.train.patience or math.inf):
+        out_of_patience = progress.validations_without_best >= (config.train.patience or math.inf)
+        at_end = progress.images_seen >= total_images or out_of_patience
+        if checkpoints.are_due(progress, validated=validated, at_end=at_end):
+            checkpoints.save(progress)  # copied during the next forward and backward pass, written after that
+        if validated and accelerator.is_main_process:
+            with stopwatch.paused():
+                figures.draw(tracker, progress, at_end=at_end)
+        if at_end:
             break
 
         # One step on one global batch, of which `layout` says which part is ours.
@@ -144,6 +167,7 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
         optimizer.optimizer.found_inf = skipped
         for group in optimizer.param_groups:
             group["lr"] = lr
+        checkpoints.before_update()
         optimizer.step()
         progress.step += 1
         progress.images_seen += layout.global_batch_size
@@ -153,7 +177,6 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
         meters.add(
             images, skipped, loss=totals[0], distortion_nats=totals[1], rate_nats=totals[2], grad_norm=grad_norm * images
         )  # fmt: skip
-        # Before a checkpoint too, so that a run resumed from it starts with empty meters as this one does.
         if progress.step % config.log.every_steps == 0 or validation_is_due():
             interval = meters.fetch(accelerator)  # the one wait for the device, once per logging interval
             progress.skipped_steps += interval.skipped_steps
@@ -161,8 +184,7 @@ def train(config: Config, accelerator: Accelerator) -> Progress:
             tracker.log_training(progress, interval, performance, beta=beta, lr=lr)
             stop_if_diverged(interval, progress, config)
 
-    for reader in (train_reader, val_reader):
-        reader.close()
+    checkpoints.finish()
     if accelerator.is_main_process:
         tracker.close()
         print(f"{progress.images_seen:,} images trained; run written to {run.path}")

@@ -1,0 +1,95 @@
+"""Copies made and written beside training: whole, of the right moment, and their errors heard."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from launching import ROOT
+
+from vaetrain.snapshot import SnapshotWriter
+
+
+class SlowWriter(SnapshotWriter):
+    """Takes its time to copy."""
+
+    def _copy(self, key, tensor):
+        time.sleep(0.05)
+        return super()._copy(key, tensor)
+
+
+def test_the_copy_is_of_the_moment_of_the_call():
+    """Tensors may change after `wait_for_copy`; the copies are contiguous, in memory used again."""
+    writer = SlowWriter()
+    x, y = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.ones(2)
+    written, places = [], []
+    for number in range(3):
+        with torch.no_grad():
+            x.fill_(number)
+            y.fill_(number)
+        writer.start(
+            {"a": {"x": x}, "b": {"y": y}},
+            lambda copies: (
+                time.sleep(0.05),
+                written.append((float(copies["a"]["x"].sum()), float(copies["b"]["y"].sum()))),
+                places.append((copies["a"]["x"].data_ptr(), copies["a"]["x"].is_contiguous())),
+            ),
+        )
+        writer.wait_for_copy()
+    writer.close()
+    assert written == [(96.0 * number, 2.0 * number) for number in range(3)]
+    assert places == [(places[0][0], True)] * 3
+
+
+def test_nobody_waits_for_the_writing_but_the_next_snapshot():
+    writer, may_end, begun = SnapshotWriter(), threading.Event(), []
+    x = {"a": {"x": torch.ones(1)}}
+    writer.start(x, lambda _: (begun.append(1), may_end.wait(10)))
+    writer.wait_for_copy()
+    writer.wait_for_copy()  # also when nothing is being copied any more
+    threading.Timer(0.2, may_end.set).start()
+    start = time.perf_counter()
+    writer.start(x, lambda _: begun.append(2))
+    assert time.perf_counter() - start > 0.1
+    writer.close()
+    assert begun == [1, 2]
+
+
+@pytest.mark.parametrize("call", ["wait_for_copy", "start", "finish", "close"])
+def test_an_error_is_raised_by_the_next_call(call):
+    def fail(_):
+        raise OSError("no room")
+
+    writer = SnapshotWriter()
+    writer.start({"a": {"x": torch.ones(1)}}, fail)
+    while not writer.writing.done():
+        time.sleep(0.001)
+    with pytest.raises(OSError, match="no room"):
+        getattr(writer, call)(*(({}, lambda _: None) if call == "start" else ()))
+    writer.close()  # once
+
+
+def test_an_error_while_copying_does_not_leave_training_waiting():
+    writer = SnapshotWriter()
+    writer._copy = lambda *_: 1 / 0
+    writer.start({"a": {"x": torch.ones(1)}}, lambda _: None)
+    assert writer.copied.wait(10)
+    with pytest.raises(ZeroDivisionError):
+        writer.finish()
+
+
+def test_a_process_that_ends_still_writes(tmp_path):
+    """Even when an error that nobody caught ends it."""
+    code = (
+        "import sys, time, torch\n"
+        "from pathlib import Path\n"
+        "from vaetrain.snapshot import SnapshotWriter\n"
+        "writer = SnapshotWriter()\n"
+        "writer.start({'a': {'x': torch.ones(1)}}, lambda _: (time.sleep(0.5), Path(sys.argv[1]).write_text('whole')))\n"
+        "raise SystemExit(3)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], cwd=ROOT, timeout=100)
+    assert result.returncode == 3
+    assert (tmp_path / "file").read_text() == "whole"

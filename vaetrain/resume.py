@@ -1,0 +1,78 @@
+"""Where a training starts: its own run directory, `--resume PATH`, `--init-from PATH`, or from nothing, in this order."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vaetrain.checkpoint import best, check, find, load_into, newest_good
+from vaetrain.command_line import parse
+from vaetrain.config import Config
+from vaetrain.run import RunDirectory
+
+
+def resume_point(run: RunDirectory, config: Config, dataset: Mapping[str, Any]) -> Path | None:
+    """The checkpoint a run goes on from, None where there is none: its own newest good one, then that of `--resume PATH`.
+
+    Warns of damaged checkpoints on stderr. Raises FileExistsError when there is one and `--resume never` was given, and
+    ValueError when it is of another model, order of data or data set, when all checkpoints are damaged, or when a later
+    vaetrain wrote them.
+    """
+    run.check_format()
+    own, damaged = newest_good(run.checkpoints)
+    for problem in damaged:
+        print(f"warning: {problem}", file=sys.stderr)
+    if own is not None and config.resume == "never":
+        raise FileExistsError(
+            f"{run.path} already holds a run ({own.name}); choose another --run-dir, or --resume auto"
+        )
+    if own is None and damaged:
+        raise ValueError(
+            f"{run.path} holds a run and none of its checkpoints is good; delete {run.checkpoints} to train from the "
+            "start again, or choose another --run-dir"
+        )
+    checkpoint = own
+    if own is None and config.resume not in ("auto", "never"):
+        checkpoint = find(Path(config.resume))
+        check(checkpoint)
+    if checkpoint is None:
+        return None
+    saved = parse(Config, None, ["--config", str(checkpoint / "config.yaml")])
+    fixed: list[tuple[str, Any, Any]] = [
+        ("--model.*", saved.model, config.model),
+        ("--seed", saved.seed, config.seed),
+        ("--train.global-batch-size", saved.train.global_batch_size, config.train.global_batch_size),
+        ("--data.classes", saved.data.classes, config.data.classes),
+        (
+            "--data.train (fingerprint)",
+            json.loads((checkpoint / "dataset.json").read_text())["train"]["fingerprint"],
+            dataset["train"]["fingerprint"],
+        ),
+    ]
+    for flag, before, now in fixed:
+        if before != now:
+            raise ValueError(
+                f"{checkpoint} was trained with {flag} {before}, now it is {now}; resuming would not continue that run. "
+                "Use the saved value, or another --run-dir for a new run"
+            )
+    return checkpoint
+
+
+def load_weights(source: Path, model: nn.Module, ema: nn.Module) -> None:
+    """Start from the weights of a run (its best checkpoint), a checkpoint, or an export, whose only weights are averages.
+
+    Raises FileNotFoundError when `source` is none of them, ValueError when it is damaged or does not fit the model.
+    """
+    if (source / "config.json").is_file():
+        load_into(model, source / "model.safetensors")
+        load_into(ema, source / "model.safetensors")
+        return
+    checkpoint = source if (source / "state.json").is_file() else best(source)
+    check(checkpoint)
+    load_into(model, checkpoint / "model.safetensors")
+    load_into(ema, checkpoint / "ema.safetensors")
