@@ -37,7 +37,7 @@ EXTRAS := --extra tensorboard --extra fast --extra parquet
 
 requirements: pyproject.toml
 	$(PIN) --upgrade pyproject.toml --group dev $(EXTRAS) -o requirements/dev.txt
-	$(PIN) --upgrade pyproject.toml --group dev --group bench $(EXTRAS) -c requirements/dev.txt -o requirements/bench.txt
+	$(PIN) --upgrade pyproject.toml --group dev --group bench $(EXTRAS) -o requirements/bench.txt
 	grep '^uv==' requirements/dev.txt | sed 's/ .*//' | $(PIN) - -o requirements/uv.txt
 
 # The demo's run directory keeps everything; running `make demo` again goes on where it stopped, or finds all done.
