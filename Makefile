@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SRC := vaetrain tools tests
 
-.PHONY: help setup demo test check format bench requirements clean
+BENCH_BIN := .venv-bench/bin
+BENCH_STAMP := .venv-bench/.installed
+
+.PHONY: help setup demo test check format bench bench-data requirements clean
 
 help:
 	@echo "make setup         .venv with every pinned, hash-checked dependency"
@@ -13,7 +16,8 @@ help:
 	@echo "make test          all tests"
 	@echo "make check         lint, format and types"
 	@echo "make format        rewrite the code in the house format"
-	@echo "make bench         images per second of the readers and of training, on this machine"
+	@echo "make bench         images per second of training on this machine, against bare PyTorch loops"
+	@echo "make bench-data    the same of reading and sharding, against bare loops and other libraries (in .venv-bench)"
 	@echo "make requirements  renew the pinned requirements (see CONTRIBUTING.md)"
 
 setup: $(STAMP)
@@ -27,11 +31,14 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
+PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+  --custom-compile-command "make requirements"
+EXTRAS := --extra tensorboard --extra fast --extra parquet
+
 requirements: pyproject.toml
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
-	  --custom-compile-command "make requirements" pyproject.toml --group dev --extra tensorboard --extra fast -o requirements/dev.txt
-	grep '^uv==' requirements/dev.txt | sed 's/ .*//' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
-	  --generate-hashes --no-annotate --custom-compile-command "make requirements" - -o requirements/uv.txt
+	$(PIN) --upgrade pyproject.toml --group dev $(EXTRAS) -o requirements/dev.txt
+	$(PIN) --upgrade pyproject.toml --group dev --group bench $(EXTRAS) -o requirements/bench.txt
+	grep '^uv==' requirements/dev.txt | sed 's/ .*//' | $(PIN) - -o requirements/uv.txt
 
 # The demo's run directory keeps everything; running `make demo` again goes on where it stopped, or finds all done.
 # On a CPU accelerate launch would use a single thread, had OMP_NUM_THREADS no value.
@@ -39,14 +46,15 @@ demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 demo: setup
 	$(BIN)/python tools/make_shards.py faces datasets/faces64 --size 64 --num-images 3000 --val-count 300
 	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/train.py --config configs/demo.yaml
-	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/evaluate.py --run runs/demo
+	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/evaluate.py --run runs/demo \
+	  --likelihood.num-images 16 --likelihood.num-samples 100 --priors all
 	test -e runs/demo/samples/manifest.json || \
 	  $(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run runs/demo --num-images 200 --out runs/demo/samples
 	test -e runs/demo/export/config.json || $(BIN)/python tools/export.py runs/demo runs/demo/export
 	@echo "Look at runs/demo/figures: losses.png kl.png reconstructions.png samples.png interpolations.png"
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 check: setup
 	$(BIN)/ruff check $(SRC)
@@ -59,6 +67,15 @@ format: setup
 
 bench: setup
 	$(BIN)/python tools/bench_train.py
+
+bench-data: $(BENCH_STAMP)
+	$(BENCH_BIN)/python tools/bench_data.py
+
+$(BENCH_STAMP): $(STAMP) requirements/bench.txt
+	test -x $(BENCH_BIN)/python || $(BIN)/python -m venv --without-pip .venv-bench
+	$(BIN)/uv pip sync --quiet --python $(BENCH_BIN)/python --require-hashes requirements/bench.txt
+	$(BIN)/uv pip install --quiet --python $(BENCH_BIN)/python --no-deps --no-build-isolation -e .
+	@touch $(BENCH_STAMP)
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache

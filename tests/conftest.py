@@ -74,6 +74,20 @@ def accelerator():
     return distributed.start()
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tiny_shards, accelerator, tmp_path_factory):
+    """The run directory of the tiny model after one epoch. Do not write; copy."""
+    from vaetrain.command_line import parse
+    from vaetrain.config import Config
+    from vaetrain.train import train
+
+    run_dir = tmp_path_factory.mktemp("tiny_run") / "run"
+    own = ["--data.train", tiny_shards, "--train.epochs", 1, "--run-dir", run_dir]
+    train(parse(Config, None, [str(argument) for argument in (*TINY, *own)]), accelerator)
+    accelerator.free_memory()
+    return run_dir
+
+
 @pytest.fixture
 def train_tiny(tiny_shards, accelerator, tmp_path):
     """Train the tiny model in this process; arguments are further command-line arguments."""

@@ -18,6 +18,7 @@ class Behaviour:
 
     content: bytes = CONTENT
     status: int = 200
+    statuses: list[int] = field(default_factory=list)  # for one request after the other; then `status`
     drop_after: list[int] = field(default_factory=list)  # bytes sent of the body, for one connection after the other
     ranges: bool = True
     etag: str | None = '"one"'
@@ -40,10 +41,11 @@ class Server:
             def do_GET(self) -> None:
                 behaviour = paths.get(self.path.lstrip("/"), Behaviour(status=404))
                 behaviour.requests.append(dict(self.headers))
-                if behaviour.status != 200:
-                    self.send_error(behaviour.status)
+                status = behaviour.statuses.pop(0) if behaviour.statuses else behaviour.status
+                if status != 200:
+                    self.send_error(status)
                     return
-                start = self.start_of(behaviour)
+                start, last = self.range_of(behaviour)
                 size = len(behaviour.content)
                 if start is not None and start >= size:
                     self.send_response(416)
@@ -53,9 +55,9 @@ class Server:
                 self.send_response(200 if start is None else 206)
                 if start is not None and behaviour.wrong_range:
                     start += 1
-                body = behaviour.content[start or 0 :]
+                body = behaviour.content[start or 0 : last + 1]
                 if start is not None:
-                    self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+                    self.send_header("Content-Range", f"bytes {start}-{last}/{size}")
                 if behaviour.has_length:
                     self.send_header("Content-Length", str(len(body)))
                 if behaviour.etag:
@@ -74,12 +76,12 @@ class Server:
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client has given up, as it should
 
-            def start_of(self, behaviour: Behaviour) -> int | None:
-                asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-                if not asked or not behaviour.ranges:
-                    return None
-                same = self.headers.get("If-Range") in (None, behaviour.etag)
-                return int(asked[1]) if same else None
+            def range_of(self, behaviour: Behaviour) -> tuple[int | None, int]:
+                end = len(behaviour.content) - 1
+                asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+                if not asked or not behaviour.ranges or self.headers.get("If-Range") not in (None, behaviour.etag):
+                    return None, end
+                return int(asked[1]), min(end, int(asked[2] or end))
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -1,8 +1,10 @@
-"""Training on two processes when an image turns out to be damaged: all stop, soon, and say which image it was."""
+"""Training on two processes when an image turns out to be damaged or a worker dies: all stop, soon, and say where it was."""
 
+import contextlib
 import time
 
-from launching import TINY, finish, start
+import psutil
+from launching import TINY, end, finish, start
 
 from vaetrain.data.order import BatchLayout, epoch_order
 from vaetrain.data.selection import Selection
@@ -11,13 +13,17 @@ from vaetrain.data.shards import ShardSet
 SECONDS_TO_STOP = 30
 
 
-def train_two(folder, run_dir, *arguments):
-    """Train on two processes; the run must fail. Starting two takes some 20 s when the cores are busy."""
-    process = start(
+def start_two(folder, run_dir, *arguments):
+    """Start training on two processes, which takes some 20 s when the cores are busy."""
+    return start(
         "vaetrain/train.py", "--data.train", folder, *TINY, "--train.epochs", 1, "--run-dir", run_dir, *arguments,
         two_processes=True,
     )  # fmt: skip
-    result = finish(process, timeout_s=120)
+
+
+def train_two(folder, run_dir, *arguments):
+    """Train on two processes; the run must fail."""
+    result = finish(start_two(folder, run_dir, *arguments), timeout_s=120)
     assert result.returncode != 0
     return result.stderr
 
@@ -43,3 +49,42 @@ def test_damage_found_while_the_resident_reader_decodes_stops_all_processes(dama
     assert f"error: {name} in {folder}, sample 10 " in said
     assert time.monotonic() - began < 2 * SECONDS_TO_STOP
     assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_killed_by_the_system_stops_all_processes(tiny_shards, tmp_path):
+    process = start_two(
+        tiny_shards, tmp_path / "run", "--data.reader", "indexed", "--data.num-workers", 1, "--train.epochs", 10**6,
+        "--train.val-every-epochs", 10**6,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not workers_of(process) or not (tmp_path / "run" / "metrics.jsonl").is_file():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks = [
+            child for child in psutil.Process(process.pid).children(recursive=True) if "train.py" in child.cmdline()[-1]
+        ]
+        victim = workers_of(process)[0]
+        victim.kill()
+        began = time.monotonic()
+        result = finish(process, timeout_s=60)
+    finally:
+        end(process)
+    assert time.monotonic() - began < SECONDS_TO_STOP
+    assert result.returncode != 0
+    assert (
+        f"error: a decoding worker (process {victim.pid}) was killed by SIGKILL; it was at train-00000" in result.stderr
+    )
+    assert "lower --data.num-workers (now 1)" in result.stderr
+    psutil.wait_procs(ranks, timeout=10)
+    assert not any(rank.is_running() for rank in ranks)
+
+
+def workers_of(process):
+    """The decoding workers under a started command, by the name that PyTorch gives them."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] if child.name() == "pt_data_worker" else []
+    return found

@@ -20,7 +20,7 @@ from vaetrain.data.selection import Selection
 from vaetrain.data.shards import ShardSet
 
 CPU = torch.device("cpu")
-OPEN = stream._open
+OPEN = stream.Stream._open
 
 
 def planned(shards, kind, num_processes, num_workers, global_batch_size, micro_batch_size=None, **options):
@@ -84,12 +84,14 @@ def test_memory_is_that_of_the_pixels_and_the_index(tiny_shards):
         index = Selection.of(ShardSet.open(tiny_shards), "train")
         columns = (index.index.shard, index.index.offset, index.index.num_bytes, index.index.label, index.within_shard)
         index_bytes = sum(column.nbytes for column in columns)
-        assert plan.train.memory_bytes == reader._pixels.nbytes + index_bytes + batch.images.nbytes
-    # Two workers: three copies of the index, four batches prefetched by each, and one in use.
-    assert (
-        planned(tiny_shards, "indexed", 2, 2, 20).train.memory_bytes
-        == 3 * index_bytes + (2 * 4 + 1) * batch.images.nbytes
-    )
+        assert plan.train.node_memory_bytes == reader._pixels.nbytes
+        assert plan.train.memory_bytes == index_bytes + batch.images.nbytes
+        assert "memory: 0.1 MiB on each node, 0.0 MiB in each process" in plan.describe()
+    # Two workers, which share the index: four batches prefetched by each, and one in use.
+    indexed = planned(tiny_shards, "indexed", 2, 2, 20)
+    assert indexed.train.memory_bytes == index_bytes + (2 * 4 + 1) * batch.images.nbytes
+    assert indexed.train.node_memory_bytes == 0
+    assert "memory: 0.1 MiB in each process" in indexed.describe()
     with_buffer = planned(tiny_shards, "stream", 2, 2, 20).train.memory_bytes
     # 50 images for each process, in five batches of ten: 30 for the one worker, 20 for the other.
     assert with_buffer - planned(tiny_shards, "indexed", 2, 2, 20).train.memory_bytes == pytest.approx(
@@ -103,7 +105,7 @@ def delivered_by_stream(reader, monkeypatch, batches, num_parts):
     for worker in range(num_parts):
         monkeypatch.setattr(stream, "_worker", lambda worker=worker: (worker, num_parts))
         shards_opened = []
-        monkeypatch.setattr(stream, "_open", lambda where, log=shards_opened: log.append(where) or OPEN(where))
+        monkeypatch.setattr(stream.Stream, "_open", lambda *where, log=shards_opened: log.append(where) or OPEN(*where))
         found.append((list(batches(worker)), shards_opened))
     return found
 

@@ -19,7 +19,8 @@ from vaetrain.data.batch import load_batch
 from vaetrain.data.decode import decode_into
 from vaetrain.data.picture import UNREADABLE, Recipe, decode_picture
 from vaetrain.data.selection import Selection
-from vaetrain.data.shards import Encoding, Manifest, ShardSet, pack_index
+from vaetrain.data.shard_index import pack_index
+from vaetrain.data.shards import Encoding, Manifest, ShardSet
 from vaetrain.files import sha256_of_file
 
 quickly = settings(

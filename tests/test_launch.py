@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from launching import LAUNCH, NO_GPU, ROOT, TINY, end, finish, start
 from safetensors.torch import load_file
 from torch.distributed.run import config_from_args
@@ -281,10 +281,14 @@ def test_a_cluster_user_edits_two_lines():
 @pytest.fixture
 def announced():
     """Set the variables of a launcher; they, and what Accelerate made of them, are forgotten afterwards."""
+    states = AcceleratorState, PartialState
+    before = [dict(state._shared_state) for state in states]  # other tests share an Accelerator
     with patch.dict(os.environ):
         AcceleratorState._reset_state(reset_partial_state=True)
         yield os.environ.update
         AcceleratorState._reset_state(reset_partial_state=True)
+    for state, content in zip(states, before, strict=True):
+        state._shared_state.update(content)
 
 
 def test_one_of_two_does_not_train_alone(announced, monkeypatch):

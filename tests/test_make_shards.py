@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from PIL import Image
 from test_sources import pack_tar, pack_zip, write_idx
 
 from vaetrain.data import sharding
-from vaetrain.data.shard_plan import Plan, ShardingConfig, ShardTask
+from vaetrain.data.shard_plan import Plan
+from vaetrain.data.shard_task import IMAGES_PER_PIECE, Piece, ShardTask
 from vaetrain.data.sharding import closing_line, make_shards
+from vaetrain.data.sharding_config import ShardingConfig
 from vaetrain.data.shards import Manifest, ShardSet
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +83,19 @@ def test_manifest_and_samples_of_a_folder(pets: Path, tmp_path: Path) -> None:
     assert len({record["source"] for record in train + val}) == 30
     assert [record["label"] for record in train] == ShardSet.open(tmp_path / "out").index("train").label.tolist()
     assert closing_line(tmp_path / "out", manifest) == (
-        f"21 train and 9 val images (cat 20, dog 10), 0 rejected, written to {tmp_path / 'out'}"
+        f"21 train and 9 val images (cat 20, dog 10), 0 rejected, 0 groups of duplicates, written to {tmp_path / 'out'}"
     )
+
+
+def test_keys_count_on_over_pieces_and_shards(tmp_path: Path) -> None:
+    make("faces", tmp_path / "out", num_images=2 * IMAGES_PER_PIECE + 6, images_per_shard=IMAGES_PER_PIECE + 3)
+    names = []
+    for shard in ("train-000000.tar", "train-000001.tar"):
+        with tarfile.open(tmp_path / "out" / shard) as tar:
+            names.append([name for name in tar.getnames() if name.endswith(".jpg")])
+    assert [len(each) for each in names] == [IMAGES_PER_PIECE + 3] * 2
+    assert names[0] + names[1] == [f"{number:08d}.jpg" for number in range(2 * IMAGES_PER_PIECE + 6)]
+    ShardSet.open(tmp_path / "out").verify(full=True)
 
 
 def test_validation_is_the_last_part_of_one_seeded_shuffle(pets: Path, tmp_path: Path) -> None:
@@ -121,11 +135,11 @@ def test_unfinished_shards_are_completed_to_the_same_bytes(
     make(pets, tmp_path / "whole", val_count=9)
     write_shard, written = sharding.write_shard, []
 
-    def fail_on_the_third(task: ShardTask) -> Any:
+    def fail_on_the_third(task: ShardTask, pieces: Iterable[Piece]) -> Any:
         written.append(task.name)
         if len(written) == 3:
             raise KeyboardInterrupt
-        return write_shard(task)
+        return write_shard(task, pieces)
 
     monkeypatch.setattr(sharding, "write_shard", fail_on_the_third)
     out = tmp_path / "out"
@@ -166,7 +180,7 @@ def test_killed_command_leaves_nothing_vouched_for_and_goes_on(tmp_path: Path) -
     assert not (tmp_path / "out" / "manifest.json").exists()
     result = subprocess.run([*command, "--workers", "1"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stdout == (
-        f"90 train images (cat 30, dog 30, wild 30), 0 rejected, written to {tmp_path / 'out'}\n"
+        f"90 train images (cat 30, dog 30, wild 30), 0 rejected, 0 groups of duplicates, written to {tmp_path / 'out'}\n"
     ), result.stderr
     make("faces", tmp_path / "whole", size=48, num_images=90, images_per_shard=3)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -358,7 +372,10 @@ def test_commands_end_in_one_line_or_a_message(
     out = tmp_path / "out"
     assert run(monkeypatch, "make_shards", pets, out, "--size", 16, "--val-count", 6, "--gray", "--workers", 1) == 0
     said = capsys.readouterr()
-    assert said.out == f"24 train and 6 val images (cat 20, dog 10), 0 rejected, written to {out}\n"
+    assert (
+        said.out
+        == f"24 train and 6 val images (cat 20, dog 10), 0 rejected, 0 groups of duplicates, written to {out}\n"
+    )
     assert said.err == ""
     assert run(monkeypatch, "make_shards", pets, out, "--size", 32) == 1
     assert capsys.readouterr().err.startswith(f"error: {out} holds a shard set made with other arguments")

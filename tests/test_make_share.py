@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from test_make_shards import ROOT, content, make, pets, run  # noqa: F401 (pets 
 from test_sources import pack_tar
 
 from vaetrain.data import sharding
-from vaetrain.data.shard_plan import ShardingConfig, ShardTask
+from vaetrain.data.shard_task import Piece, ShardTask
 from vaetrain.data.sharding import make_share
+from vaetrain.data.sharding_config import ShardingConfig
 from vaetrain.data.shards import Manifest
 
 
@@ -107,13 +109,13 @@ def test_a_run_that_takes_over_does_not_let_a_straggler_spoil_a_shard(
     make(packed, tmp_path / "whole", val_count=9)
     out, write_shard = tmp_path / "out", sharding.write_shard
 
-    def taken_over(task: ShardTask) -> Any:
+    def taken_over(task: ShardTask, pieces: Iterable[Piece]) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(sharding, "write_shard", write_shard)
             patch.setattr(sharding, "_complete", lambda *_: pytest.fail("killed"))
             with pytest.raises(pytest.fail.Exception, match="killed"):
                 make(packed, out, val_count=9)
-        return write_shard(task)
+        return write_shard(task, pieces)
 
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "write_shard", taken_over)

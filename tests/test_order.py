@@ -77,6 +77,38 @@ def test_resuming_continues(run, seed, steps):
     assert np.array_equal(through, resumed)
 
 
+@given(
+    st.integers(24, 150),
+    st.integers(0, 5),
+    st.integers(0, 12),
+    st.sampled_from([1, 2, 3, 4, 6]),
+    st.sampled_from([1, 2]),
+)
+def test_resuming_continues_on_another_number_of_processes(num_images, seed, steps, processes, accum):
+    through = global_batches(num_images, seed, 0, layouts(24, 1, 1), steps + 3)[steps:]
+    resumed = global_batches(num_images, seed, steps * 24, layouts(24 // processes // accum, accum, processes), 3)
+    assert np.array_equal(through, resumed)
+
+
+@given(runs(), st.integers(0, 5), st.integers(0, 12))
+def test_all_ranks_take_equally_many_images_at_every_step(run, seed, steps):
+    num_images, micro, accum, processes = run
+    for layout in layouts(micro, accum, processes):
+        batches = train_indices(num_images, seed, steps * layout.global_batch_size, layout)
+        # Three epochs: no batch is cut short at an epoch's end.
+        assert {len(batch) for batch in islice(batches, 3 * layout.micro_batches_per_epoch(num_images))} == {micro}
+
+
+@given(st.integers(5, 150), st.integers(2, 40), st.integers(0, 99))
+def test_the_images_dropped_change_from_epoch_to_epoch(num_images, size, seed):
+    size = min(size, num_images)
+    layout = BatchLayout(size, size, 0, 1)
+    kept = layout.images_per_epoch(num_images)
+    dropped = [frozenset(epoch_order(num_images, seed, epoch)[kept:].tolist()) for epoch in range(12)]
+    # Twelve draws that are all alike have a probability below 5⁻¹¹.
+    assert kept == num_images or len(set(dropped)) > 1
+
+
 def test_a_position_inside_a_global_batch_is_refused():
     with pytest.raises(ValueError, match=r"48 images.*--train.global-batch-size 32"):
         train_indices(100, 0, 48, BatchLayout(32, 32, 0, 1))
@@ -130,6 +162,7 @@ def test_a_split_smaller_than_a_global_batch_is_refused():
         ({"train": ""}, "--data.train is empty"),
         ({"classes": ("cat", "cat")}, "--data.classes cat cat"),
         ({"num_workers": -1}, "--data.num-workers is -1"),
+        ({"timeout_s": 0.0}, "--data.timeout-s is 0"),
         ({"resident_gib": -0.5}, "--data.resident-gib is -0.5"),
     ],
 )

@@ -221,7 +221,7 @@ def test_processes_share_a_full_verification(damaged_shards):
 
 def test_full_verification_of_a_url_is_refused():
     with (
-        pytest.raises(ValueError, match=r"use --data\.verify sizes"),
+        pytest.raises(ValueError, match=r"give --data\.cache-dir, .* use --data\.verify sizes"),
         opened("http://127.0.0.1/x", "auto", verify="full"),
     ):
         pass
@@ -267,8 +267,8 @@ def test_a_url_streams_what_the_folder_does(tiny_shards, name):
             assert torch.equal(there.indices, here.indices)
 
 
-@pytest.mark.parametrize(("past_header", "message"), [(0, "ends after 1 of"), (600, "broke off after 1 of")])
-def test_a_shard_that_ends_early_on_the_server_raises_naming_it(tiny_shards, tmp_path, past_header, message):
+@pytest.mark.parametrize("past_header", [0, 600])
+def test_a_shard_that_is_shorter_on_the_server_raises_naming_it(tiny_shards, tmp_path, past_header):
     folder = shutil.copytree(tiny_shards, tmp_path / "short")
     shard_set = ShardSet.open(folder)
     shard = shard_set.manifest.splits["train"].shards[0]
@@ -278,7 +278,9 @@ def test_a_shard_that_ends_early_on_the_server_raises_naming_it(tiny_shards, tmp
     with (
         served(folder) as url,
         opened(url, "stream") as reader,
-        pytest.raises(ValueError, match=f"{shard.name} {message}"),
+        pytest.raises(
+            ValueError, match=rf"{shard.name} in {url}.*sample 0 .*has {second_header + past_header:,} bytes"
+        ),
     ):
         list(reader.eval_batches(8, 0, 1))
 
@@ -292,10 +294,10 @@ def test_a_url_without_a_shard_set_is_reported(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("location", ["pipe:cat manifest.json", "PIPE:ls", "s3://bucket/shards", "pipe://x"])
+@pytest.mark.parametrize("location", ["pipe:cat {}", "PIPE:ls"])
 @pytest.mark.parametrize("kind", ["auto", "stream", "indexed"])
 def test_schemes_that_would_run_a_command_are_refused(location, kind):
-    with pytest.raises(ValueError, match="only paths and http"), opened(location, kind):
+    with pytest.raises(ValueError, match=r"would run the shell command .* --data.allow-pipe"), opened(location, kind):
         pass
 
 

@@ -11,8 +11,9 @@ import pytest
 import webdataset
 from PIL import Image
 
+from vaetrain.data.shard_index import pack_index
 from vaetrain.data.shard_writer import ShardWriter
-from vaetrain.data.shards import Encoding, Manifest, Shard, ShardSet, Split, Tool, pack_index
+from vaetrain.data.shards import Encoding, Manifest, Shard, ShardSet, Split, Tool
 from vaetrain.files import sha256_of_file
 
 SHA = "0123456789abcdef" * 4

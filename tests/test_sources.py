@@ -11,9 +11,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from vaetrain.data.idx import read_idx
+from vaetrain.data.originals import Source
 from vaetrain.data.picture import UNREADABLE, Recipe, decode_picture, with_channels
 from vaetrain.data.shards import Crop, Encoding
-from vaetrain.data.sources import Source, open_source
+from vaetrain.data.sources import open_source
 
 
 def write_image(file: Path, colour: tuple[int, int, int] = (200, 100, 50)) -> None:
@@ -65,7 +66,7 @@ def test_folder_zip_and_tars_of_it_are_the_same_originals(folder: Path, tmp_path
         listing = source.listing()
         assert layout(source) == PETS
         assert [Path(name).name for name in listing.ignored] == ["readme.txt"]
-        staged = source.staged(tmp_path / "staged.tar")
+        staged = source.staged(tmp_path / "staged.tar", listing.items)
         for item in listing.items:
             picture, extra = staged.open(item)
             expected = Image.open(folder / item.source)
@@ -111,7 +112,7 @@ def test_ambiguous_and_empty_sources_are_refused(folder: Path, tmp_path: Path) -
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         open_source(str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("no archive")
-    with pytest.raises(ValueError, match=r"notes\.txt is no folder, zip or tar"):
+    with pytest.raises(ValueError, match=r"notes\.txt is no source of images"):
         open_source(str(tmp_path / "notes.txt"))
 
 
@@ -125,7 +126,7 @@ def test_truncated_archives_are_refused(folder: Path, tmp_path: Path, suffix: st
         pack_tar(folder, file, "w:gz" if suffix == ".tar.gz" else "w")
     content = file.read_bytes().rstrip(b"\0")  # a tar this small is mostly padding
     file.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(ValueError, match=r"pets\.(zip|tar|tar\.gz) is (damaged|no folder)"):
+    with pytest.raises(ValueError, match=r"pets\.(zip|tar|tar\.gz) is (damaged|no source)"):
         open_source(str(file)).listing()
 
 
@@ -136,7 +137,7 @@ def test_a_compressed_tar_without_its_end_is_refused(folder: Path, tmp_path: Pat
     source = open_source(str(tmp_path / "pets.tar.gz"))
     assert len(source.listing().items) == 3
     with pytest.raises(ValueError, match=r"staged\.tar is damaged"):
-        source.staged(tmp_path / "staged.tar")
+        source.staged(tmp_path / "staged.tar", source.listing().items)
 
 
 def test_linked_folders_are_read_and_loops_end(folder: Path, tmp_path: Path) -> None:
@@ -345,3 +346,16 @@ def test_truncated_files_of_every_format_are_refused(image_format: str) -> None:
 def test_files_that_are_no_images_say_so_without_an_address_in_memory() -> None:
     with pytest.raises(ValueError, match="it is none of JPEG, PNG"):
         decode_picture(b"not an image")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"pets/dog cannot be listed: Permission denied; make it readable"):
+        open_source(str(folder)).listing()

@@ -5,13 +5,11 @@ import tarfile
 
 import pytest
 import torch
-from inception_weights import write_random_inception_weights
 from launching import run, succeed
 
 import vaetrain
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.export import export
-from vaetrain.metrics.config import FidConfig
 from vaetrain.run import RunDirectory
 from vaetrain.sample import SampleConfig, sample
 
@@ -52,7 +50,7 @@ def test_another_seed_draws_others_and_a_sample_set_is_not_overwritten(train_tin
         sample(SampleConfig(run_dir, tmp_path / "a", num_images=3), accelerator)
 
 
-def test_scores(train_tiny, accelerator, tmp_path):
+def test_scores(train_tiny, accelerator):
     run_dir = train_tiny()
     scores = evaluate(EvaluateConfig(run_dir), accelerator)
     last = RunDirectory(run_dir).metrics()[-1]
@@ -61,17 +59,6 @@ def test_scores(train_tiny, accelerator, tmp_path):
     assert scores["eval/fid"] is None
     assert "--fid.weights" in scores["eval/fid_reason"]
     assert json.loads((run_dir / "evaluation.json").read_text()) == scores
-
-    weights = tmp_path / "inception.pth"
-    write_random_inception_weights(weights, seed=0)
-    fid = FidConfig(num_images=12, weights=weights)
-    scores = evaluate(EvaluateConfig(run_dir, out=tmp_path / "fid.json", fid=fid), accelerator)
-    assert scores["eval/fid"] > 0
-    assert scores["fid_protocol"]["num_real"] == scores["fid_protocol"]["num_generated"] == 12
-    assert not scores["fid_protocol"]["weights_are_published"]
-
-    with pytest.raises(ValueError, match="the train split has 100 images"):
-        evaluate(EvaluateConfig(run_dir, fid=FidConfig(num_images=101, weights=weights)), accelerator)
 
 
 def test_a_deterministic_autoencoder_has_no_elbo(train_tiny, accelerator):

@@ -24,6 +24,9 @@ class BenchConfig:
     num_originals: int = 300
     """Faces drawn for it."""
 
+    repeat_originals: int = 4
+    """Times that each is sharded."""
+
     json: Path | None = None
     """Also write the medians and ratios to this file."""
 
@@ -57,7 +60,10 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -77,12 +83,14 @@ from vaetrain.data.faces import draw_face
 from vaetrain.data.order import BatchLayout
 from vaetrain.data.reader import Reader, open_reader
 from vaetrain.data.selection import Selection
-from vaetrain.data.shard_plan import ShardingConfig
+from vaetrain.data.shard_index import SplitIndex, pack_index
 from vaetrain.data.sharding import make_shards
-from vaetrain.data.shards import INDEX_NAME, Manifest, ShardSet, SplitIndex, pack_index
+from vaetrain.data.sharding_config import ShardingConfig
+from vaetrain.data.shards import INDEX_NAME, Manifest, ShardSet
 from vaetrain.machine import num_cores
 
 READERS: tuple[Literal["indexed", "stream", "resident"], ...] = ("indexed", "stream", "resident")
+MAKE_SHARDS = Path(__file__).with_name("make_shards.py")
 # Of these the stream opens several shards, and its shuffle buffer fills.
 BATCHES_FOR_MEMORY = 40
 Measure = Callable[[], float]
@@ -155,7 +163,7 @@ def peers(config: BenchConfig, selection: Selection, folder: Path) -> dict[str, 
 
 
 def sharding(config: BenchConfig, folder: Path) -> dict[str, Measure]:
-    """tools/make_shards.py on one and on two processes, and the work itself, by hand in a loop."""
+    """tools/make_shards.py, its start included, on one and on two processes, and the work itself, by hand in a loop."""
     if config.originals is None:
         originals = folder / "originals" / "face"
         originals.mkdir(parents=True)
@@ -164,6 +172,12 @@ def sharding(config: BenchConfig, folder: Path) -> dict[str, Measure]:
     else:
         originals = Path(config.originals)
     files = sorted(file for file in originals.rglob("*.jpg"))
+    # Each several times, under other names: a run of seconds would measure how fast Python starts.
+    repeated = folder / "repeated_originals" / "images"
+    repeated.mkdir(parents=True)
+    for number, file in enumerate(files * config.repeat_originals):
+        shutil.copy(file, repeated / f"{number:06d}.jpg")
+    files = sorted(repeated.iterdir())
     runs = iter(range(1000))
 
     def by_hand() -> float:
@@ -178,10 +192,10 @@ def sharding(config: BenchConfig, folder: Path) -> dict[str, Measure]:
 
     def with_processes(workers: int) -> Measure:
         def measure() -> float:
-            out = folder / f"sharded{next(runs)}"
+            command = [sys.executable, MAKE_SHARDS, repeated.parent, folder / f"sharded{next(runs)}"]
+            command += ["--size", "128", "--workers", str(workers)]
             start = time.perf_counter()
-            with contextlib.redirect_stderr(io.StringIO()):
-                make_shards(ShardingConfig(str(originals), out, size=128, images_per_shard=100, workers=workers))
+            subprocess.run(command, check=True, capture_output=True)
             return len(files) / (time.perf_counter() - start)
 
         return measure

@@ -52,8 +52,8 @@ from PIL import Image
 from vaetrain import distributed
 from vaetrain.config import Config, LogConfig, TrainConfig
 from vaetrain.data.config import DataConfig
-from vaetrain.data.shard_plan import ShardingConfig
 from vaetrain.data.sharding import make_shards
+from vaetrain.data.sharding_config import ShardingConfig
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo

@@ -6,13 +6,13 @@ python tools/verify_shards.py datasets/photos128 --plan 8 4 --global-batch-size 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from tyro.conf import Positional
 
 from vaetrain.command_line import parse, user_errors
 from vaetrain.data.config import DataConfig, ReaderName
 from vaetrain.data.forecast import Forecast
+from vaetrain.data.remote import RemoteShards
 from vaetrain.data.shards import ShardSet
 
 
@@ -20,8 +20,8 @@ from vaetrain.data.shards import ShardSet
 class VerifyConfig:
     """Verify a shard set."""
 
-    dir: Positional[Path]
-    """Folder of the shard set, or its manifest.json."""
+    dir: Positional[str]
+    """Folder of the shard set, or its manifest.json; or a URL of either, whose manifest and index alone are read."""
 
     full: bool = False
     """Also take every file's SHA-256 and decode every image, in place of comparing sizes."""
@@ -30,7 +30,7 @@ class VerifyConfig:
     """NUM_PROCESSES NUM_WORKERS: also say what training on so many processes, each with so many decoding workers, would
     read, and the memory it needs. The options below are training's and count for the plan alone."""
 
-    val: Path | None = None
+    val: str | None = None
     """--data.val: shard set whose `val` split is scored; None: the same."""
 
     classes: tuple[str, ...] = ()
@@ -41,6 +41,9 @@ class VerifyConfig:
 
     resident_gib: float = 4.0
     """--data.resident-gib: auto picks resident up to this size of a decoded split (GiB)."""
+
+    allow_pipe: bool = False
+    """--data.allow-pipe: accept pipe:COMMAND in place of a URL."""
 
     global_batch_size: int = 64
     """--train.global-batch-size: images per optimizer step over all processes."""
@@ -53,7 +56,10 @@ def main() -> None:
     """Print the facts and the plan, then OK, or the list of problems with exit 1."""
     config = parse(VerifyConfig, __doc__, flags=True)
     with user_errors():
-        shard_set = ShardSet.open(config.dir)
+        remote = RemoteShards.of(data_config(config, 0), config.dir)
+        if remote and config.full:
+            raise ValueError(f"--full reads local shards, and {config.dir} is a URL; copy them to a folder first")
+        shard_set = remote.shard_set() if remote else ShardSet.open(config.dir)
         manifest = shard_set.manifest
         print(
             f"{manifest.image_size}×{manifest.image_size}, {manifest.channels} channel(s), {manifest.encoding.format}"
@@ -66,20 +72,27 @@ def main() -> None:
         print(f"fingerprint {manifest.fingerprint}")
         if config.plan:
             print(forecast(config, *config.plan).describe())
+        if remote:
+            print("OK: manifest and index; shards behind a URL are checked as they are read")
+            return
         shard_set.verify(config.full)
         print(
             "OK: every file and every image" if config.full else "OK: every file has its size (--full reads them too)"
         )
 
 
+def data_config(config: VerifyConfig, num_workers: int) -> DataConfig:
+    """What training would be given."""
+    return DataConfig(
+        train=config.dir, val=config.val, classes=config.classes, reader=config.reader, num_workers=num_workers,
+        resident_gib=config.resident_gib, allow_pipe=config.allow_pipe,
+    )  # fmt: skip
+
+
 def forecast(config: VerifyConfig, num_processes: int, num_workers: int) -> Forecast:
     """What training would read."""
-    data = DataConfig(
-        train=str(config.dir), val=str(config.val) if config.val else None, classes=config.classes, reader=config.reader,
-        num_workers=num_workers, resident_gib=config.resident_gib,
-    )  # fmt: skip
     return Forecast.of(
-        data, num_processes=num_processes, global_batch_size=config.global_batch_size,
+        data_config(config, num_workers), num_processes=num_processes, global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
     )  # fmt: skip
 

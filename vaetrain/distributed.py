@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
@@ -84,11 +85,11 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
     accelerator.end_training()
 
 
-def control_group() -> dist.ProcessGroup | None:
+def control_group(timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup | None:
     """A gloo group of all processes, for small CPU tensors that no device has to wait for; None when alone. A collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup), "every process is a member"
     return group
 
@@ -180,8 +181,34 @@ def max_over_processes(accelerator: Accelerator, values: Sequence[float]) -> lis
     return accelerator.gather(mine).amax(dim=0).tolist()
 
 
+def gather_integers(accelerator: Accelerator, integers: Sequence[int]) -> list[list[int]]:
+    """The integers of each process, as many from all, in order of rank; a collective."""
+    mine = torch.tensor([list(integers)], dtype=torch.int64, device=accelerator.device)
+    return accelerator.gather(mine).tolist()
+
+
 def device_name(device: torch.device) -> str:
     """The accelerator's product name, or "cpu" with the number of threads PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def gather_by_index(
+    accelerator: Accelerator, indices: Int64[Tensor, " b"], values: Shaped[Tensor, "b ..."]
+) -> Shaped[Tensor, "n ..."]:
+    """The rows of all processes in the order of their (different) indices, on every process's CPU; a collective.
+
+    A process may have none. Bits are moved, never computed with: the result is exact.
+    """
+    if accelerator.num_processes > 1:
+        longest = int(max_over_processes(accelerator, [len(indices)])[0])
+        # Every process sends equally many rows; -1 marks the padding.
+        padded_indices = torch.full((longest,), -1, dtype=torch.int64)
+        padded_indices[: len(indices)] = indices
+        padded = torch.zeros((longest, *values.shape[1:]), dtype=values.dtype)
+        padded[: len(values)] = values
+        indices = accelerator.gather(padded_indices.to(accelerator.device)).cpu()
+        values = accelerator.gather(padded.to(accelerator.device)).cpu()
+        values, indices = values[indices >= 0], indices[indices >= 0]
+    return values.cpu()[indices.cpu().argsort()]

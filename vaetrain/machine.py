@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 
 def num_cores() -> int:
     """Processor cores this process may use: a batch system may have given it fewer than there are."""
     # macOS cannot tell which cores a process may use.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Memory that may still be taken, in bytes: what the machine has left, at most the limit of its control group.
+
+    None where the system does not say (not Linux).
+    """
+    try:
+        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        group = re.search(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    if available is None:
+        return None
+    bounds = [int(available[1]) * 1024]
+    if group:
+        # The limit of a batch job is on one of the groups around its processes'.
+        folder = Path("/sys/fs/cgroup") / group[1]
+        limits = [place / "memory.max" for place in (folder, *folder.parents)]
+        bounds += [int(text) for file in limits if file.is_file() and (text := file.read_text().strip()) != "max"]
+    return min(bounds)

@@ -26,7 +26,7 @@ from types import FrameType
 import torch
 from torch import distributed as dist
 
-from vaetrain.distributed import control_group, launcher
+from vaetrain.distributed import TIMEOUT_S, control_group, launcher
 
 EXIT_STOPPED = 75
 """Exit code of a training process that saved and stopped because it was told to."""
@@ -37,14 +37,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Whether the processes were told to stop, asked once a step and answered the same on all of them."""
 
-    def __init__(self) -> None:
-        """A collective."""
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        """A collective. Whoever waits for an answer longer than `timeout_s` raises RuntimeError."""
         self.reason: str | None = None
         """Why this process should stop: a signal it was sent, or that it is an orphan."""
         self.agreed = False
         """All processes know, and stop before their next step."""
         self._launcher = launcher()
-        self._group = control_group()
+        self._group = control_group(timeout_s)
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
     def agree(self) -> bool:

@@ -1,26 +1,28 @@
 """Draw new images from a trained VAE into a sample set, on any number of processes.
 
-accelerate launch [--config_file launch/F.yaml] vaetrain/sample.py --run RUN --num-images 2000 --out DIR
+accelerate launch [--config_file launch/F.yaml] vaetrain/sample.py --run RUN --num-images 2000 --out DIR [--prior gmm]
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from vaetrain.command_line import parse, plain, user_errors
+from vaetrain.priors.config import PriorFitConfig, PriorName
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """A sample set: image i of it depends on the run, the seed, the temperature and i alone."""
+    """A sample set: image i of it depends on the run, the prior, the seed, the temperature and i alone. A killed command,
+    started again with as many processes, goes on where it stopped."""
 
     run: Path
     """Run directory of the trained model."""
 
     out: Path
-    """Folder for shards and manifest; must not hold a sample set yet."""
+    """Folder for shards and manifest; must not hold another sample set."""
 
     num_images: int = 2000
     """Images to draw."""
@@ -28,11 +30,14 @@ class SampleConfig:
     seed: int = 0
     """Names the set: another seed, other images."""
 
-    prior: Literal["standard"] = "standard"
-    """Where latents come from: the standard normal the model was trained against."""
+    prior: PriorName = "standard"
+    """Where latents come from. standard: N(0, I), which the model was trained against. The others are fitted to the codes
+    of the training images, once per checkpoint, and kept in RUN/priors. gaussian: full covariance. gmm: Gaussian mixture.
+    flow: RealNVP. mean-code: the mean of a few training images' codes. random-code: each latent dimension uniform between
+    its lowest and highest training code."""
 
     temperature: float = 1.0
-    """Standard deviation of the latents; below 1 safer and more alike."""
+    """Factor on the latents' noise (standard: their standard deviation); below 1 safer and more alike."""
 
     checkpoint: Literal["best", "last"] = "best"
     """Checkpoint with the best validation score, or the newest. EMA weights either way."""
@@ -43,6 +48,11 @@ class SampleConfig:
     images_per_shard: int = 1000
     """Images in one tar file."""
 
+    data: str | None = None
+    """Shard set to fit the prior to: the one the run was trained on, if it has moved. None: where the run found it."""
+
+    fit: PriorFitConfig = field(default_factory=PriorFitConfig)
+
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
         for name in ("num_images", "batch_size", "images_per_shard"):
@@ -50,24 +60,31 @@ class SampleConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"--temperature is {self.temperature}; it must not be negative")
+        if self.prior in ("mean-code", "random-code") and self.temperature != 1:
+            raise ValueError(
+                f"--temperature is {self.temperature}; --prior {self.prior} has no noise to scale, leave it at 1"
+            )
 
 
 if __name__ == "__main__":
     CONFIG = parse(SampleConfig, __doc__)  # before the imports below, which take seconds
 
-import io
+from dataclasses import replace
+from functools import partial
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from jaxtyping import UInt8
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from vaetrain import distributed
+from vaetrain.data.encode import png
+from vaetrain.data.reader import open_reader
 from vaetrain.data.shard_writer import ShardWriter
-from vaetrain.export import load_run
-from vaetrain.run import provenance, write_json
+from vaetrain.export import TrainedModel, load_run
+from vaetrain.priors.fit import fitted_priors
+from vaetrain.priors.saved import SavedPrior, weights_sha256
+from vaetrain.run import RunDirectory, provenance
+from vaetrain.sample_set import Share, refuse_other_content, write_manifest, write_request
 from vaetrain.sampling import generate
 
 
@@ -76,32 +93,59 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
 
     Every process calls this and writes shards of its own, rank-RRRR-NNNNNN.tar; the manifest is written last.
     """
-    if (config.out / "manifest.json").exists():
+    if (config.out / "manifest.json").exists():  # before a prior is fitted for nothing
         raise FileExistsError(f"{config.out} already holds a sample set; choose another --out")
     trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
-    config.out.mkdir(parents=True, exist_ok=True)
+    saved = fitted_prior(config, trained, accelerator)
+    what = {
+        "run": str(config.run),
+        "checkpoint": str(trained.checkpoint),
+        "checkpoint_sha256": weights_sha256(config.run, trained),
+        "prior": config.prior,
+        "prior_sha256": saved.sha256 if saved else None,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "count": config.num_images,
+        "pixels": "decoder mean, rounded to the nearest of 256 levels, halves to the even one",
+        "batch_size": config.batch_size,
+    }
+    layout = {"images_per_shard": config.images_per_shard, "num_processes": accelerator.num_processes}
+    request = {**what, **layout, "device": accelerator.device.type}
+    refuse_other_content(config.out, request)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    with ShardWriter(config.out, f"rank-{accelerator.process_index:04d}", config.images_per_shard) as writer:
+    if accelerator.is_main_process:
+        write_request(config.out, request)
+    accelerator.wait_for_everyone()
+    share = Share(
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.num_images,
+        config.batch_size,
+        config.images_per_shard,
+    )
+    whole = share.whole_shards(config.out)
+    num_whole = sum(shard.num_images for shard in whole)
+    with ShardWriter(config.out, share.prefix, config.images_per_shard, first_shard=len(whole)) as writer:
         blocks = generate(
-            trained.vae, accelerator, config.num_images,
-            seed=config.seed, temperature=config.temperature, batch_size=config.batch_size,
+            trained.vae, accelerator, config.num_images, seed=config.seed, temperature=config.temperature,
+            batch_size=config.batch_size, prior=saved.prior if saved else None, first_block=num_whole // config.batch_size,
         )  # fmt: skip
-        with tqdm(total=config.num_images, unit="img", disable=None if accelerator.is_main_process else True) as bar:
+        with tqdm(
+            total=len(share.indices()), initial=num_whole, unit="img", disable=None if share.rank == 0 else True
+        ) as bar:
+            to_skip = num_whole % config.batch_size  # a shard may end within a block
             for indices, images in blocks:
-                for index, image in zip(indices, images.cpu(), strict=True):
+                for index, image in zip(indices[to_skip:], images[to_skip:].cpu(), strict=True):
                     writer.write(f"{index:08d}", png(image), "png", {"index": index, "seed": config.seed})
-                bar.update(len(indices) * accelerator.num_processes)
-    shards = gather_object([plain(shard) for shard in writer.shards])
+                bar.update(len(indices) - to_skip)
+                to_skip = 0
+    shards = gather_object([plain(shard) for shard in [*whole, *writer.shards]])
     if accelerator.is_main_process:
         manifest = {
             "format_version": 1,
             "kind": "sample set",
-            "run": str(config.run),
-            "checkpoint": str(trained.checkpoint),
-            "prior": config.prior,
-            "temperature": config.temperature,
-            "seed": config.seed,
-            "count": config.num_images,
+            **what,
+            "prior_facts": plain(saved.facts) if saved else None,
             "shards": shards,
             "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
             "provenance": provenance(
@@ -110,16 +154,23 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
                 dataset_fingerprint=trained.dataset["train"]["fingerprint"],
             ),
         }
-        write_json(config.out / "manifest.json", manifest)
+        write_manifest(config.out, manifest)
         print(f"{config.num_images:,} samples in {len(shards)} shard(s) written to {config.out}")
 
 
-def png(image: UInt8[Tensor, "c h w"]) -> bytes:
-    """Encode one image without loss."""
-    pixels = image.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
+def fitted_prior(config: SampleConfig, trained: TrainedModel, accelerator: Accelerator) -> SavedPrior | None:
+    """The prior that was asked for, fitted now if it has not been; None for the standard normal, which needs no fit."""
+    if config.prior == "standard":
+        return None
+    data = RunDirectory.open(config.run).config().data
+    if config.data is not None:
+        data = replace(data, train=config.data, val=None)
+    open_split = partial(
+        open_reader, replace(data, allow_pipe=False), device=accelerator.device,
+        processes_per_node=distributed.processes_per_node(), rank=accelerator.process_index,
+        num_processes=accelerator.num_processes, gather=partial(distributed.gather_integers, accelerator),
+    )  # fmt: skip
+    return fitted_priors(config.run, trained, [config.prior], accelerator, open_split, config.fit)[config.prior]
 
 
 def main(config: SampleConfig) -> None:

@@ -1,4 +1,4 @@
-"""New images, shared out among processes, and sample sets: their shards and manifest."""
+"""New images, shared out among processes block by block."""
 
 from __future__ import annotations
 
@@ -9,19 +9,53 @@ from accelerate import Accelerator
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vaetrain import distributed
 from vaetrain.model.autoencoder import VAE
+from vaetrain.model.prior import Prior, StandardNormal
 
 
 @torch.no_grad()
 def generate(
-    vae: VAE, accelerator: Accelerator, num_images: int, *, seed: int, temperature: float, batch_size: int
+    vae: VAE,
+    accelerator: Accelerator,
+    num_images: int,
+    *,
+    seed: int,
+    temperature: float,
+    batch_size: int,
+    prior: Prior | None = None,
+    first_block: int = 0,
 ) -> Iterator[tuple[range, UInt8[Tensor, "b c h w"]]]:
-    """This process's blocks of the sample set (seed, temperature): their image numbers and uint8 pixels.
+    """This process's blocks of the sample set (prior, seed, temperature): their image numbers and uint8 pixels.
 
-    Block j holds images j·batch_size …; process r makes the blocks j ≡ r. Every block is decoded whole, the last one too,
-    so that an image's bits depend neither on the number of images nor on that of processes.
+    Decoder means at latents from `prior` (default: the standard normal), rounded to the nearest of 256 levels. Block j
+    holds images j·batch_size …; process r makes the blocks j ≡ r, from its own block number `first_block` on. Every block
+    is drawn and decoded whole, the last one too, so that an image's bits depend neither on the number of images nor on
+    that of processes. (On `batch_size` they may: a matrix product of another shape may round differently.)
     """
-    for start in range(accelerator.process_index * batch_size, num_images, accelerator.num_processes * batch_size):
-        images = vae.sample(batch_size, seed=seed, start=start, temperature=temperature)
+    prior = prior or StandardNormal(vae.config.latent_shape)
+    device = next(vae.parameters()).device
+    stride = accelerator.num_processes * batch_size
+    for start in range(accelerator.process_index * batch_size + first_block * stride, num_images, stride):
+        z = prior.sample(seed, range(start, start + batch_size), temperature)
+        images = vae.decode(z.to(device))
         indices = range(start, min(start + batch_size, num_images))
         yield indices, vae.likelihood.to_uint8(images[: len(indices)])
+
+
+def gather_samples(
+    vae: VAE, accelerator: Accelerator, num_images: int, *, seed: int, batch_size: int, prior: Prior | None = None
+) -> UInt8[Tensor, "n c h w"]:
+    """The first images of a sample set at temperature 1, on every process's CPU; a collective.
+
+    For pictures and for comparisons of a few thousand images: every process holds all of them.
+    """
+    side = vae.config.image_size
+    images = [torch.empty(0, vae.config.in_channels, side, side, dtype=torch.uint8)]
+    indices: list[int] = []
+    for numbers, block in generate(
+        vae, accelerator, num_images, seed=seed, temperature=1.0, batch_size=batch_size, prior=prior
+    ):
+        indices += numbers
+        images.append(block.cpu())
+    return distributed.gather_by_index(accelerator, torch.tensor(indices, dtype=torch.int64), torch.cat(images))

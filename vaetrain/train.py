@@ -68,7 +68,7 @@ def train_with(
     layout = BatchLayout.of(config.train.global_batch_size, config.train.micro_batch_size, rank, num_processes)
     open_split = partial(
         open_reader, config.data, device=device, processes_per_node=distributed.processes_per_node(), rank=rank,
-        num_processes=num_processes,
+        num_processes=num_processes, gather=partial(distributed.gather_integers, accelerator),
     )  # fmt: skip
     train_reader, val_reader = open_split("train"), open_split("val")
     for reader in (train_reader, val_reader):
@@ -229,12 +229,13 @@ def nan_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
 def main(config: Config) -> None:
     """Join the other processes and train; exits with EXIT_STOPPED when told to stop."""
     timeout_s, pulse = config.train.timeout_s, Pulse()
+    longest_wait_s = timeout_s + FIRST_STEP_S  # in a collective; the watchdog, who knows who is missing, speaks before
     with user_errors():
         accelerator = distributed.start(
             config.train.precision, log_with=config.log.trackers, project_dir=config.run_dir,
-            timeout_s=timeout_s + FIRST_STEP_S,
+            timeout_s=longest_wait_s,
         )  # fmt: skip
-        stop = StopRequest()
+        stop = StopRequest(longest_wait_s)
         watchdog = Watchdog(
             pulse, rank=accelerator.process_index, num_processes=accelerator.num_processes,
             store=distributed.shared_store(), folder=config.run_dir, timeout_s=timeout_s,

@@ -44,8 +44,7 @@ SECONDS_FOR_A_BETTER_REASON = 5.0
 SECONDS_TO_ANSWER = 10.0
 """A process whose thread has not been heard for so long is stopped or lost, should nobody make progress."""
 FIRST_STEP_S = 1800.0
-"""Patience with the first step of a compiled model, in seconds; and, beyond `--train.timeout-s`, of collectives, so that
-the watchdog, who can say who is missing, speaks before they fail."""
+"""Patience with the first step of a compiled model, in seconds."""
 
 SECONDS_TO_BE_HEARD = 3.0
 """How long the process that speaks waits, before it leaves, for the others to see it; rank 0 may keep the store."""
@@ -213,7 +212,7 @@ class Watchdog:
         for dead in self._dead():
             self._end(
                 f"{dead.name} of {self.num_processes} processes died without a word, last heard of {dead.position}: "
-                "it was killed, by a signal or, if memory ran out, by the kernel (dmesg tells)",
+                "it was killed, by a signal or, if memory ran out, by the kernel (dmesg tells), or has said why above",
                 stacks=False,
             )
         first = self.pulse.place.step == self._first_step

@@ -71,4 +71,5 @@ _unused_buffers: defaultdict[tuple[int, ...], deque[UInt8[np.ndarray, "b h w c"]
 def make_batch(selection: Selection, pixels: UInt8[np.ndarray, "b h w c"], positions: Int64[np.ndarray, " b"]) -> Batch:
     """Decoded images with their labels and indices."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return Batch(images, torch.from_numpy(selection.index.label[positions]), torch.from_numpy(positions))
+    labels = torch.from_numpy(selection.index.label[positions].astype(np.int64))
+    return Batch(images, labels, torch.from_numpy(positions))

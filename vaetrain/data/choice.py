@@ -9,17 +9,27 @@ from vaetrain.data.selection import Selection
 from vaetrain.data.shards import MANIFEST_NAME
 
 
-def remote_folder(location: str) -> str | None:
-    """The folder of a shard set named by a URL, with its trailing slash, and None for a path.
+def remote_folder(location: str, *, allow_pipe: bool = False) -> str | None:
+    """The folder of a shard set named by a URL, with its trailing slash, or pipe:COMMAND as it is; None for a path.
 
-    Raises ValueError for a scheme that is not read, such as webdataset's `pipe:`, which runs a command.
+    Raises ValueError for a pipe: that was not allowed, or that does not say where a file's name goes.
     """
-    scheme = location.partition(":")[0].lower() if ":" in location else ""
-    if scheme in ("http", "https"):
-        return location.removesuffix(MANIFEST_NAME).rstrip("/") + "/"
-    if "://" in location or scheme == "pipe":
-        raise ValueError(f"{location}: only paths and http(s) URLs are read, not {scheme}:")
-    return None
+    if location.partition(":")[0].lower() == "pipe":
+        command = location.partition(":")[2]
+        if not allow_pipe:
+            raise ValueError(
+                f"{location} would run the shell command `{command}` on this machine for every file of the shard set; "
+                "add --data.allow-pipe True if that is what you want (evaluate.py: --allow-pipe True, verify_shards.py: "
+                "--allow-pipe)"
+            )
+        if "{}" not in command:
+            raise ValueError(
+                f"{location}: write {{}} in the command where the file's name goes, as in pipe:cat /data/{{}}"
+            )
+        return location
+    if "://" not in location:
+        return None
+    return location.removesuffix(MANIFEST_NAME).rstrip("/") + "/"
 
 
 def choose_reader(
@@ -30,7 +40,7 @@ def choose_reader(
     if config.reader != "auto":
         return config.reader, reason
     if remote:
-        return "stream", reason
+        return "stream", f"{reason}, the shards are behind a URL"
     fits = selection.decoded_bytes <= config.resident_gib * 2**30
     size = f"{selection.decoded_bytes / 2**30:.2f} GiB decoded"
     reason += f", {size}, {'within' if fits else 'over'} --data.resident-gib {config.resident_gib:g}"

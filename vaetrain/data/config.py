@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 ReaderName = Literal["auto", "indexed", "stream", "resident"]
@@ -16,7 +17,8 @@ class DataConfig:
     """The shard sets of a run, the classes kept, and the reader that brings their images to the device."""
 
     train: str
-    """Shard set whose `train` split is learned from: a folder, its manifest.json, or an http(s) URL of either."""
+    """Shard set whose `train` split is learned from: a folder, its manifest.json, or a URL of either: https://,
+    or what fsspec knows, such as s3://, gs:// and hf:// with the packages s3fs, gcsfs and huggingface_hub."""
 
     val: str | None = None
     """Shard set whose `val` split is scored; None: the same as `train`."""
@@ -32,12 +34,27 @@ class DataConfig:
     """Decoding worker processes per training process (0: decode in the training process). None: chosen from the cores."""
 
     resident_gib: float = 4.0
-    """auto picks resident when a split, decoded to uint8, is no larger than this (GiB, in every process)."""
+    """auto picks resident when a split, decoded to uint8, is no larger than this (GiB on every node, whose processes share
+    it; a copy in the memory of each GPU where that has room)."""
+
+    timeout_s: float = 120.0
+    """A reader that makes no progress at one image for so long (seconds) ends the run, as when storage no longer answers. A
+    decoding worker that dies is noticed at once, whatever this says."""
 
     verify: Literal["sizes", "full"] = "sizes"
     """What is checked before training. sizes: that all files are there and have their sizes. full: also the SHA-256 of
     every shard and that every image decodes, shared among the processes; for local shards, as `verify_shards.py --full`.
-    Shards behind a URL are checked as they are read, whatever this says, so `full` is refused for them."""
+    Shards behind a URL are checked as they are read: each image's tar header and, into a cache, each shard's SHA-256.
+    There `full` needs a cache and takes the SHA-256 again whenever a shard is opened from it."""
+
+    cache_dir: Path | None = None
+    """Folder on this node in which shards read through a URL are kept, for all its processes and later runs; None: none."""
+
+    cache_gib: float = 20.0
+    """Size of that folder at most (GiB): the shards that were not used for longest make room."""
+
+    allow_pipe: bool = False
+    """Accept pipe:COMMAND in place of a URL: COMMAND runs in a shell for every file, whose name stands for {} in it."""
 
     horizontal_flip: bool = True
     """Mirror each training image left to right with probability 1/2, on the device."""
@@ -57,5 +74,9 @@ class DataConfig:
             raise ValueError(
                 f"--data.num-workers is {self.num_workers}; give 0 or more, or None to choose from the cores"
             )
+        if self.timeout_s <= 0:
+            raise ValueError(f"--data.timeout-s is {self.timeout_s:g}; give a positive number of seconds")
         if self.resident_gib < 0:
             raise ValueError(f"--data.resident-gib is {self.resident_gib}; a size is not negative (0: never resident)")
+        if not self.cache_gib > 0:
+            raise ValueError(f"--data.cache-gib is {self.cache_gib}; give the largest size the cache may have, in GiB")

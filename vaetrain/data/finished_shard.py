@@ -7,21 +7,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaetrain.data.shard_plan import ShardTask
+from vaetrain.data.shard_task import Rejected, ShardTask
 from vaetrain.data.shards import Shard
 from vaetrain.files import replace_file, sha256_of_file
 from vaetrain.strict_json import from_json
 
 PARTIAL_NAME = ".partial"
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """An original that could not be read."""
-
-    source: str
-    split: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +28,8 @@ class FinishedShard:
     label: tuple[int, ...]
     rejected: tuple[Rejected, ...]
     """Originals that are not in it."""
+    likeness: str
+    """What each of its images looks like: an array of LIKENESS in base64."""
 
     def write(self, task: ShardTask, aside: Path) -> None:
         """Leave the note of `task`, by way of a file in the folder `aside`, which is this process's own."""

@@ -12,12 +12,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from vaetrain.data.choice import choose_reader
+from vaetrain.data.choice import choose_reader, remote_folder
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER, DataConfig
 from vaetrain.data.order import BatchLayout, epoch_order, eval_starts
+from vaetrain.data.remote import RemoteShards
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import ShardSet
-from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
+from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, few_shards_warning, train_piece
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class SplitForecast:
     """For the stream, per process and worker, the shards it opens in the first epoch (or in a validation); else empty."""
 
     memory_bytes: int
-    """Of each process with its workers, over what the libraries take: decoded split, index, batches and buffers."""
+    """Of each process with its workers, over what the libraries take: index, batches and buffers."""
+
+    node_memory_bytes: int
+    """Of each node besides, shared by its processes: the decoded split of the resident reader. On a GPU that has room for it, the
+    split moves there, into the memory of each."""
 
     @property
     def shards_opened(self) -> int:
@@ -92,7 +97,7 @@ class Forecast:
         micro_batch_size: int | None,
         seed: int = 0,
     ) -> Forecast:
-        """Read the manifests and indices of local shard sets; `config.num_workers` must be set.
+        """Read the manifests and indices of the shard sets, local or behind URLs; `config.num_workers` must be set.
 
         Raises what a run would: FileNotFoundError without a shard set, ValueError for sizes that do not divide, for a
         class that is not there, and when the split is smaller than a global batch.
@@ -104,11 +109,12 @@ class Forecast:
             BatchLayout.of(global_batch_size, micro_batch_size, rank, num_processes) for rank in range(num_processes)
         ]
         layout = layouts[0]
-        train = Selection.of(ShardSet.open(config.train), "train", config.classes)
-        val_set = ShardSet.open(config.location("val"))
+        train_set, train_source = _open(config, "train")
+        train = Selection.of(train_set, "train", config.classes, source=train_source)
+        val_set, val_source = _open(config, "val") if config.val else (train_set, train_source)
         # A set given for validation must have the split; the training set need not, for this purpose.
         has_val = config.val is not None or "val" in val_set.manifest.splits
-        val = Selection.of(val_set, "val", config.classes) if has_val else None
+        val = Selection.of(val_set, "val", config.classes, source=val_source) if has_val else None
         images_per_epoch = layout.images_per_epoch(train.num_images)
         return cls(
             num_processes=num_processes,
@@ -136,13 +142,10 @@ class Forecast:
                 "there is no val split, and training needs one: make it with tools/make_shards.py --val-count, or name "
                 "another shard set with --data.val"
             )
-        readers, train = self.num_processes * max(1, self.num_workers), self.train
-        if train.reader == "stream" and train.num_shards < readers:
-            found.append(
-                f"{train.num_shards:,} shards for {self.num_processes} × {max(1, self.num_workers)} stream workers: every "
-                f"image still comes once, but shards are opened {train.shards_opened:,} times an epoch and read in part; "
-                f"make more shards (tools/make_shards.py --images-per-shard), or use fewer workers"
-            )
+        train = self.train
+        if train.reader == "stream":
+            few = few_shards_warning(train.num_shards, self.num_processes, self.num_workers, train.shards_opened)
+            found += [few] if few else []
         return found
 
     def describe(self) -> str:
@@ -159,7 +162,7 @@ class Forecast:
                 f"  an epoch: {self.steps_per_epoch:,} steps, {self.images_per_epoch:,} of {train.num_images:,} images, "
                 f"{self.images_per_rank:,} in each process, {self.images_dropped:,} dropped (others in every epoch)"
             ),
-            f"  memory of each process: {_mebibytes(train.memory_bytes)}",
+            f"  memory: {_memory(train)}",
         ]
         if self.val:
             lines += [
@@ -168,9 +171,22 @@ class Forecast:
                     f"  a pass: {self.val.num_images:,} images, none dropped, "
                     f"{_span(list(self.val.batches_per_rank))} batches in each process"
                 ),
-                f"  memory of each process: {_mebibytes(self.val.memory_bytes)}",
+                f"  memory: {_memory(self.val)}",
             ]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def _open(config: DataConfig, split: Literal["train", "val"]) -> tuple[ShardSet, str | None]:
+    """The shard set of a split, and its URL if it has one."""
+    remote = RemoteShards.of(config, config.location(split))
+    return (remote.shard_set(), remote.folder) if remote else (ShardSet.open(config.location(split)), None)
+
+
+def _choose(config: DataConfig, selection: Selection) -> tuple[Literal["indexed", "resident", "stream"], str]:
+    folder = remote_folder(
+        config.location("train" if selection.split == "train" else "val"), allow_pipe=config.allow_pipe
+    )
+    return choose_reader(config, selection, remote=folder is not None)
 
 
 def _forecast_train(config: DataConfig, selection: Selection, layouts: list[BatchLayout], seed: int) -> SplitForecast:
@@ -191,7 +207,7 @@ def _forecast_val(config: DataConfig, selection: Selection, layout: BatchLayout)
         [eval_piece(num_images, size, rank * num_parts + part, num_processes * num_parts) for part in range(num_parts)]
         for rank in range(num_processes)
     ]
-    if choose_reader(config, selection, remote=False)[0] == "stream":
+    if _choose(config, selection)[0] == "stream":
         batches = tuple(sum(math.ceil(len(piece) / size) for piece in pieces[rank]) for rank in range(num_processes))
     else:
         batches = tuple(len(eval_starts(num_images, size, rank, num_processes)) for rank in range(num_processes))
@@ -207,17 +223,15 @@ def _forecast_split(
     pieces: list[list[range]],
     num_shuffled: int,
 ) -> SplitForecast:
-    reader, reason = choose_reader(config, selection, remote=False)
+    reader, reason = _choose(config, selection)
     num_workers = config.num_workers or 0
     batch_bytes = batch_size * math.prod(selection.image_shape)
     shards_per_worker: tuple[tuple[int, ...], ...] = ()
     if reader == "resident":
-        memory = selection.decoded_bytes + selection.index_bytes + batch_bytes
+        memory = selection.index_bytes + batch_bytes
     else:
-        # Each worker has its own copy of the index; one more batch is with the training process.
-        memory = (1 + num_workers) * selection.index_bytes + (
-            1 + num_workers * PREFETCH_BATCHES_PER_WORKER
-        ) * batch_bytes
+        # Workers share the index; one more batch is with the training process.
+        memory = selection.index_bytes + (1 + num_workers * PREFETCH_BATCHES_PER_WORKER) * batch_bytes
     if reader == "stream":
         shards_per_worker = tuple(
             tuple(sum(1 for _ in selection.in_shards(shard_order, piece.start, piece.stop)) for piece in of_process)
@@ -226,8 +240,9 @@ def _forecast_split(
         held = max(min(num_shuffled, len(piece)) for of_process in pieces for piece in of_process)
         memory += max(1, num_workers) * math.ceil(held * selection.index.num_bytes.mean())
     return SplitForecast(
-        selection.num_images, selection.num_shards, reader, reason, batches_per_rank, shards_per_worker, memory
-    )
+        selection.num_images, selection.num_shards, reader, reason, batches_per_rank, shards_per_worker, memory,
+        selection.decoded_bytes if reader == "resident" else 0,
+    )  # fmt: skip
 
 
 def _reading(split: SplitForecast) -> str:
@@ -245,6 +260,11 @@ def _reading(split: SplitForecast) -> str:
 def _span(numbers: list[int]) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _memory(split: SplitForecast) -> str:
+    text = f"{_mebibytes(split.memory_bytes)} in each process"
+    return f"{_mebibytes(split.node_memory_bytes)} on each node, {text}" if split.node_memory_bytes else text
 
 
 def _mebibytes(num_bytes: int) -> str:

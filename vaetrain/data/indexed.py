@@ -30,9 +30,11 @@ class _Images(Dataset[Outcome]):
 
 
 class IndexedReader:
-    """Reads and decodes each batch when it is due; memory is the index (36 bytes an image) and the batches in flight."""
+    """Reads and decodes each batch when it is due; memory is the index (24 bytes an image) and the batches in flight."""
 
-    def __init__(self, selection: Selection, *, num_workers: int, device: torch.device, reason: str) -> None:
+    def __init__(
+        self, selection: Selection, *, num_workers: int, device: torch.device, reason: str, timeout_s: float
+    ) -> None:
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
         self.description = (
@@ -41,7 +43,7 @@ class IndexedReader:
         )
         self._selection = selection
         self._images = _Images(selection)
-        self._workers = WorkerPool(num_workers, device)
+        self._workers = WorkerPool(num_workers, device, selection.where, timeout_s)
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
         """Endless micro-batches of this process from the global position `images_seen` on."""
@@ -57,7 +59,7 @@ class IndexedReader:
 
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
-        return load_batch(self._selection, np.arange(min(num_images, self.num_images)))
+        return self._workers.here(lambda: load_batch(self._selection, np.arange(min(num_images, self.num_images))))
 
     def close(self) -> None:
         """End the worker processes."""

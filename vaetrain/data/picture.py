@@ -9,7 +9,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vaetrain.data.shards import Encoding
 
@@ -42,22 +42,27 @@ class Recipe:
 
     def apply(self, picture: Image.Image) -> bytes:
         """The encoded image; raises ValueError for a picture that the recipe does not cover."""
+        return self.encode(self.prepare(picture))
+
+    def prepare(self, picture: Image.Image) -> Image.Image:
+        """The pixels to encode, and nothing else of the picture; raises ValueError for one that the recipe does not cover.
+
+        Each of Pillow's own steps would copy a picture even where there is nothing to do, a quarter of the time of 512→128.
+        """
         picture = with_channels(_upright(picture), self.channels)
         width, height = picture.size
-        if self.encoding.crop == "pad":
-            if max(width, height) ** 2 > MAX_PIXELS:
-                raise ValueError(f"it is {width}×{height}, which padding would make more than {MAX_PIXELS:,} pixels")
-            picture = ImageOps.pad(picture, (max(width, height),) * 2, color=0)
-        elif self.encoding.crop == "center":
-            side = min(width, height)
-            left, top = (width - side) // 2, (height - side) // 2
-            picture = picture.crop((left, top, left + side, top + side))
-        elif width != height:
-            raise ValueError(f"it is {width}×{height}, not square; choose --crop center or --crop pad")
+        if width != height:
+            picture = self._square(picture)
         if picture.width != self.size:
             picture = picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        elif isinstance(picture, ImageFile.ImageFile):
+            picture = picture.copy()
         # Pillow copies comments, colour profiles and EXIF (where was this cat photographed?) unless they are gone.
         picture.info = {}
+        return picture
+
+    def encode(self, picture: Image.Image) -> bytes:
+        """The file of a prepared picture."""
         encoded = io.BytesIO()
         match self.encoding.format:
             case "jpg":
@@ -67,6 +72,18 @@ class Recipe:
             case "png":
                 picture.save(encoded, "PNG")
         return encoded.getvalue()
+
+    def _square(self, picture: Image.Image) -> Image.Image:
+        width, height = picture.size
+        if self.encoding.crop == "none":
+            raise ValueError(f"it is {width}×{height}, not square; choose --crop center or --crop pad")
+        if self.encoding.crop == "center":
+            side = min(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+            return picture.crop((left, top, left + side, top + side))
+        if max(width, height) ** 2 > MAX_PIXELS:
+            raise ValueError(f"it is {width}×{height}, which padding would make more than {MAX_PIXELS:,} pixels")
+        return ImageOps.pad(picture, (max(width, height),) * 2, color=0)
 
 
 def decode_picture(content: bytes) -> Image.Image:
@@ -89,7 +106,8 @@ def decode_picture(content: bytes) -> Image.Image:
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
+        is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(picture) if is_turned else picture
     except STUMBLES as error:
         raise ValueError(f"its EXIF data are damaged: {error!r}") from error
 
@@ -109,4 +127,5 @@ def with_channels(picture: Image.Image, channels: int) -> Image.Image:
         picture = Image.alpha_composite(white, picture)
     if picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
-    return picture.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)

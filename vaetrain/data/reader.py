@@ -8,14 +8,17 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 
 from vaetrain.data.batch import Batch
-from vaetrain.data.choice import choose_reader, remote_folder
+from vaetrain.data.choice import choose_reader
 from vaetrain.data.config import DataConfig
 from vaetrain.data.indexed import IndexedReader
+from vaetrain.data.node_share import Gather
 from vaetrain.data.order import BatchLayout
+from vaetrain.data.remote import RemoteShards
 from vaetrain.data.resident import ResidentReader
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import Manifest, ShardSet
-from vaetrain.data.stream import StreamReader, fetch_selection
+from vaetrain.data.stream import StreamReader
+from vaetrain.data.stream_order import few_shards_warning
 from vaetrain.data.workers import choose_num_workers
 from vaetrain.machine import num_cores
 
@@ -33,7 +36,7 @@ class Reader(Protocol):
     """Images of the split after the class filter."""
 
     description: str
-    """One line: which reader, why, how many images, what it occupies."""
+    """One line: which reader, why, how many images, what it occupies; and one with a warning, where there is cause."""
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
         """Endless micro-batches of this process, from the global position `images_seen` on.
@@ -64,40 +67,41 @@ def open_reader(
     processes_per_node: int = 1,
     rank: int = 0,
     num_processes: int = 1,
+    gather: Gather | None = None,
 ) -> Reader:
     """The reader that `config` asks for or, with `auto`, the fastest that can read this split.
 
     `processes_per_node` training processes share the cores; of `num_processes`, each verifies its share of the shards when
-    `--data.verify full` asks for it. Raises FileNotFoundError when there is no shard set and
+    `--data.verify full` asks for it. Several processes that share a machine keep resident images once, if they are given a
+    way to agree on it: `gather` makes this a collective. Raises FileNotFoundError when there is no shard set and
     ValueError when it lacks the split or a class, or cannot be read the way the configuration asks for.
     """
     location = config.location(split)
     num_workers = config.num_workers
     if num_workers is None:
         num_workers = choose_num_workers(device, processes_per_node)
-    url = remote_folder(location)
-    if url:
-        if config.reader in ("indexed", "resident"):
-            raise ValueError(
-                f"--data.reader {config.reader} needs local shards, and {location} is a URL; "
-                "download them or use --data.reader stream"
-            )
-        if config.verify == "full":
-            raise ValueError(
-                f"--data.verify full reads every shard before training, and {location} is a URL; "
-                "download the shards or use --data.verify sizes"
-            )
-        selection = fetch_selection(url, split, config.classes)
+    remote = RemoteShards.of(config, location)
+    if remote:
+        selection = Selection.of(remote.shard_set(), split, config.classes, source=remote.folder)
+        remote.prepare(selection.shard_set.manifest.splits[split])
     else:
         shard_set = ShardSet.open(location)
         shard_set.verify()
         selection = Selection.of(shard_set, split, config.classes)
         if config.verify == "full":
             shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
-    name, reason = choose_reader(config, selection, remote=url is not None)
+    name, reason = choose_reader(config, selection, remote=remote is not None)
     if name == "stream":
-        return StreamReader(selection, url=url, num_workers=num_workers, device=device, reason=reason)
+        reader = StreamReader(
+            selection, remote=remote, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s
+        )
+        warning = few_shards_warning(selection.num_shards, num_processes, num_workers, num_openings=None)
+        if warning and split == "train":
+            reader.description += f"\nwarning: {warning}"
+        return reader
     if name == "resident":
-        num_threads = max(1, num_cores() // processes_per_node)
-        return ResidentReader(selection, num_threads=num_threads, device=device, reason=reason)
-    return IndexedReader(selection, num_workers=num_workers, device=device, reason=reason)
+        return ResidentReader(
+            selection, num_threads=max(1, num_cores() // processes_per_node), device=device, reason=reason,
+            timeout_s=config.timeout_s, rank=rank, gather=gather,
+        )  # fmt: skip
+    return IndexedReader(selection, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 
 from vaetrain.data.batch import Batch, decode_image
+from vaetrain.data.node_share import Gather, NodeShare
 from vaetrain.data.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.selection import Selection
+from vaetrain.data.whereabouts import Whereabouts, end_process, rest, stuck_message, watched
+from vaetrain.machine import available_memory
 
 # Of the device memory free before the model is built; the rest is for weights and activations.
 DEVICE_MEMORY_SHARE = 0.25
@@ -19,24 +23,50 @@ IMAGES_PER_TASK = 64
 
 
 class ResidentReader:
-    """Every process keeps the whole decoded split: num_images × channels × height × width bytes, times the processes.
+    """The whole decoded split in memory: num_images × channels × height × width bytes, once for the processes of a node.
 
-    On a CUDA device the split lies in device memory when it takes at most a quarter of what is free, otherwise in host
-    memory, from where each batch is gathered into a pinned buffer.
+    Each of them decodes a part of it. On a CUDA device the split then moves to the memory of each device where it takes at most
+    a quarter of what is free; otherwise each batch is gathered from host memory into a pinned buffer.
     """
 
-    def __init__(self, selection: Selection, *, num_threads: int, device: torch.device, reason: str) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        *,
+        num_threads: int,
+        device: torch.device,
+        reason: str,
+        timeout_s: float,
+        rank: int = 0,
+        gather: Gather | None = None,
+    ) -> None:
+        """Decode. With `gather` a collective; raises ValueError in all processes when one of them finds a damaged image.
+
+        Raises ValueError, too, when there is not so much memory.
+        """
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
-        pixels = torch.from_numpy(_decode_all(selection, num_threads))
+        available = available_memory()
+        if available is not None and selection.decoded_bytes > available:
+            raise ValueError(
+                f"{selection.source}: the {selection.split} split takes {selection.decoded_bytes / 2**30:.2f} GiB decoded and "
+                f"{available / 2**30:.2f} GiB of memory are available; use --data.reader indexed"
+            )
+        share = NodeShare.agree(selection.decoded_bytes, rank, gather)
+        decoded = share.memory_array((selection.num_images, *selection.image_shape))
+        with share.together():
+            _decode_part(selection, decoded, share.part, share.num_parts, num_threads, timeout_s)
+        pixels = torch.from_numpy(decoded)
+        where = share.description
         if device.type == "cuda" and pixels.nbytes <= DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
             pixels = pixels.to(device)
+            where = "in the memory of each device"
         self._pixels = pixels
         self._pin = device.type == "cuda"
-        self._labels = torch.from_numpy(selection.index.label)
+        self._labels = torch.from_numpy(selection.index.label.astype(np.int64))
         self.description = (
             f"resident on {pixels.device} ({reason}): {self.num_images:,} images from {selection.source}, "
-            f"{pixels.nbytes / 2**20:,.1f} MiB in each process"
+            f"{pixels.nbytes / 2**20:,.1f} MiB {where}"
         )
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
@@ -66,15 +96,30 @@ class ResidentReader:
         return Batch(out.permute(0, 3, 1, 2), self._labels[indices], indices)
 
 
-def _decode_all(selection: Selection, num_threads: int) -> UInt8[np.ndarray, "n h w c"]:
-    pixels = np.empty((selection.num_images, *selection.image_shape), dtype=np.uint8)
+def _decode_part(
+    selection: Selection,
+    out: UInt8[np.ndarray, "n h w c"],
+    part: int,
+    num_parts: int,
+    num_threads: int,
+    timeout_s: float,
+) -> None:
+    """Decode every num_parts-th stretch of images into its place."""
+    whereabouts, numbers = Whereabouts(num_threads), count()
 
     def decode_from(start: int) -> None:
         for position in range(start, min(start + IMAGES_PER_TASK, selection.num_images)):
-            decode_image(selection, selection.read(position), position, out=pixels[position])
+            decode_image(selection, selection.read(position), position, out=out[position])
+        rest()
 
+    def end(reader: int) -> None:
+        end_process(stuck_message(whereabouts, reader, selection.where, timeout_s))
+
+    starts = range(part * IMAGES_PER_TASK, selection.num_images, num_parts * IMAGES_PER_TASK)
     # Threads, since JPEGs are decoded without the GIL.
-    with ThreadPoolExecutor(num_threads) as threads:
-        for _ in threads.map(decode_from, range(0, selection.num_images, IMAGES_PER_TASK)):
+    with (
+        watched(whereabouts, timeout_s, end),
+        ThreadPoolExecutor(num_threads, initializer=lambda: whereabouts.begin(next(numbers))) as threads,
+    ):
+        for _ in threads.map(decode_from, starts):
             pass
-    return pixels

@@ -6,15 +6,20 @@ import io
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int32, Int64
 
-from vaetrain.data.shards import Shard, ShardSet, SplitIndex
+from vaetrain.data.shard_index import SplitIndex
+from vaetrain.data.shards import Shard, ShardSet
+from vaetrain.data.shared_memory import SharedMemory
+from vaetrain.data.whereabouts import note_reading
 
+# Columns of an ImageTable, the widest first so that all are aligned.
+COLUMN_BYTES = {"offset": 8, "shard": 4, "num_bytes": 4, "label": 4, "within_shard": 4}
 # Random access over thousands of shards must stay below the usual limit of 1,024 open files.
 MAX_OPEN_SHARDS = 256
 
@@ -25,17 +30,67 @@ def _open_shard(folder: Path, name: str) -> io.FileIO:
     return io.FileIO(folder / name)
 
 
+class ImageTable:
+    """One row for each image kept, in memory that worker processes share: 24 bytes an image, once for a training process."""
+
+    shard: Int32[np.ndarray, " n"]
+    """Position in the split's shards; ascending."""
+    offset: Int64[np.ndarray, " n"]
+    """First byte of the encoded image in its shard."""
+    num_bytes: Int32[np.ndarray, " n"]
+    """Length of the encoded image."""
+    label: Int32[np.ndarray, " n"]
+    """Position in the manifest's classes."""
+    within_shard: Int32[np.ndarray, " n"]
+    """Position among all samples of the shard."""
+
+    def __init__(self, index: SplitIndex, shards: tuple[Shard, ...], keep: Bool[np.ndarray, " all"] | None) -> None:
+        """Take the rows that `keep` says, or all, from the index of a split."""
+        first_of_shard = np.cumsum([0, *(shard.num_images for shard in shards)])
+        num_images = len(index.label) if keep is None else int(np.count_nonzero(keep))
+        self._map_columns(SharedMemory(max(1, num_images * self.bytes_per_image())), num_images)
+        chosen = slice(None) if keep is None else keep
+        for name in ("shard", "offset", "num_bytes", "label"):
+            getattr(self, name)[:] = getattr(index, name)[chosen]
+        self.within_shard[:] = np.arange(len(index.label))[chosen] - first_of_shard[self.shard]
+
+    def _map_columns(self, memory: SharedMemory, num_images: int) -> None:
+        self._memory, self._num_images = memory, num_images
+        start = 0
+        for name, size in COLUMN_BYTES.items():
+            setattr(self, name, memory.array((num_images,), f"i{size}", start))
+            start += num_images * size
+
+    def __len__(self) -> int:
+        """Images."""
+        return self._num_images
+
+    def __getstate__(self) -> tuple[SharedMemory, int]:
+        """The shared memory, not what is in it."""
+        return self._memory, self._num_images
+
+    def __setstate__(self, state: tuple[SharedMemory, int]) -> None:
+        """Map the same memory."""
+        self._map_columns(*state)
+
+    @staticmethod
+    def bytes_per_image() -> int:
+        """Size of a row."""
+        return sum(COLUMN_BYTES.values())
+
+
 @dataclass(frozen=True)
 class Selection:
-    """A split reduced to the wanted classes; image i of it is row i of `index`, in shard order."""
+    """A split reduced to the wanted classes; image i of it is row i of `index`, in shard order.
+
+    Pickled to worker processes, it shares the memory of its index with them.
+    """
 
     source: str
     """Folder or URL of the shard set, for messages."""
     shard_set: ShardSet
     split: str
-    index: SplitIndex
-    within_shard: Int64[np.ndarray, " n"]
-    """Position of each image among all samples of its shard."""
+    index: ImageTable
 
     @classmethod
     def of(cls, shard_set: ShardSet, split: str, classes: tuple[str, ...] = (), source: str | None = None) -> Selection:
@@ -53,20 +108,22 @@ class Selection:
         if unknown := [name for name in classes if name not in manifest.classes]:
             raise ValueError(f"--data.classes {' '.join(unknown)}: {source} has {' '.join(manifest.classes)}")
         index = shard_set.index(split)
-        first_of_shard = np.cumsum([0, *(shard.num_images for shard in manifest.splits[split].shards)])
-        within_shard = np.arange(len(index.label)) - first_of_shard[index.shard]
-        if classes:
-            keep = np.isin(index.label, [manifest.classes.index(name) for name in classes])
-            index = SplitIndex(index.shard[keep], index.offset[keep], index.num_bytes[keep], index.label[keep])
-            within_shard = within_shard[keep]
-        if len(index.label) == 0:
+        keep = np.isin(index.label, [manifest.classes.index(name) for name in classes]) if classes else None
+        table = ImageTable(index, manifest.splits[split].shards, keep)
+        if len(table) == 0:
             raise ValueError(f"{source}: no image of the {split} split is of --data.classes {' '.join(classes)}")
-        return cls(source, shard_set, split, index, within_shard)
+        # Without the index that the opened set holds in memory.
+        return cls(source, ShardSet(shard_set.folder, manifest), split, table)
 
     @property
     def num_images(self) -> int:
         """Images kept."""
-        return len(self.index.label)
+        return len(self.index)
+
+    @property
+    def within_shard(self) -> Int32[np.ndarray, " n"]:
+        """Position of each image among all samples of its shard."""
+        return self.index.within_shard
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -81,9 +138,8 @@ class Selection:
 
     @property
     def index_bytes(self) -> int:
-        """Memory that the index takes in every process that reads, in bytes."""
-        columns = (getattr(self.index, field.name) for field in fields(SplitIndex))
-        return sum(column.nbytes for column in columns) + self.within_shard.nbytes
+        """Memory that the index takes in a training process together with its workers, in bytes."""
+        return self.num_images * ImageTable.bytes_per_image()
 
     @property
     def num_shards(self) -> int:
@@ -93,33 +149,45 @@ class Selection:
     def in_shards(
         self, shards: Int64[np.ndarray, " shards"], start: int, stop: int
     ) -> Iterator[tuple[int, Int64[np.ndarray, " b"]]]:
-        """Images start..stop of the kept images of `shards` laid end to end: each shard that has some, and which."""
+        """Images start..stop of the kept images of `shards` laid end to end: each shard that has some, and which.
+
+        Meant to be read as they come: each shard is noted in whereabouts.py when its turn comes.
+        """
         if start >= stop:
             return
         edges = np.searchsorted(self.index.shard, np.arange(self.num_shards + 1))
         firsts, counts = edges[shards], np.diff(edges)[shards]
         befores = np.cumsum(counts) - counts
-        for at in np.flatnonzero((befores < stop) & (befores + counts > start)).tolist():
+        for at in np.flatnonzero((counts > 0) & (befores < stop) & (befores + counts > start)).tolist():
             shard, first, before, count = int(shards[at]), int(firsts[at]), int(befores[at]), int(counts[at])
-            yield shard, np.arange(first + max(start - before, 0), first + min(stop - before, count))
+            wanted = np.arange(first + max(start - before, 0), first + min(stop - before, count))
+            note_reading(int(wanted[0]), int(wanted[-1]))
+            yield shard, wanted
 
     def shard_of(self, position: int) -> Shard:
         """The shard that holds an image."""
         return self.shard_set.manifest.splits[self.split].shards[int(self.index.shard[position])]
 
-    def where(self, position: int) -> str:
-        """Shard, sample and byte offset of an image, for messages."""
+    def where(self, position: int, last: int | None = None) -> str:
+        """Shard, sample and byte offset of an image, for messages; shard and samples up to `last` of the same shard."""
+        shard = f"{self.shard_of(position).name} in {self.source}"
+        if last is not None and last > position:
+            return f"{shard}, samples {self.within_shard[position]} to {self.within_shard[last]}"
         return (
-            f"{self.shard_of(position).name} in {self.source}, sample {self.within_shard[position]} "
+            f"{shard}, sample {self.within_shard[position]} "
             f"({self.index.num_bytes[position]} bytes at byte {self.index.offset[position]})"
         )
 
     def read(self, position: int) -> bytes:
-        """The encoded bytes of an image from a local shard; raises ValueError when the shard ends before them."""
+        """The encoded bytes of an image from a local shard; raises ValueError when the shard cannot be read there."""
         # pread rather than a memory map: a shard cut short on a network file system is an error here, not SIGBUS.
+        note_reading(position, position)
         num_bytes = int(self.index.num_bytes[position])
-        file = _open_shard(self.shard_set.folder, self.shard_of(position).name)
-        encoded = os.pread(file.fileno(), num_bytes, int(self.index.offset[position]))
+        try:
+            file = _open_shard(self.shard_set.folder, self.shard_of(position).name)
+            encoded = os.pread(file.fileno(), num_bytes, int(self.index.offset[position]))
+        except OSError as error:
+            raise ValueError(f"{self.where(position)}: {error}; is the storage still there?") from error
         if len(encoded) < num_bytes:
             raise ValueError(f"{self.where(position)}: the shard ends before this image; run tools/verify_shards.py")
         return encoded

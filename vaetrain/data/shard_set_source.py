@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from vaetrain.data.originals import DirectSource, Item, Listing, Sample
 from vaetrain.data.picture import Recipe, decode_picture
 from vaetrain.data.shards import MANIFEST_NAME, TAR_BLOCK, ImageFormat, Manifest, ShardSet
-from vaetrain.data.sources import Item, Listing, Source
 
 # Shuffled reading over thousands of shards must stay below the usual limit of 1,024 open files.
 MAX_OPEN_SHARDS = 256
@@ -31,7 +31,7 @@ def is_shard_set(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class ShardSetSource(Source):
+class ShardSetSource(DirectSource):
     """The images of a shard set, which is checked (not each byte of it) when it is listed."""
 
     path: Path
@@ -72,15 +72,16 @@ class ShardSetSource(Source):
         """The picture, and all that its record says but the class, which may have another label now."""
         return decode_picture(self._image(item)), self._record(item)
 
-    def encoded(self, item: Item, recipe: Recipe) -> tuple[bytes, dict[str, Any]]:
+    def sample(self, item: Item, recipe: Recipe) -> Sample:
         """The image after `recipe`: if it is as asked for already, its own bytes, since encoding again would cost quality."""
         picture, record = self.open(item)
         manifest = _manifest(self.path, self.fingerprint)
         wanted = replace(recipe.encoding, crop=manifest.encoding.crop)  # they are square, so no crop would change them
         same_recipe = recipe == Recipe(manifest.image_size, manifest.channels, recipe.encoding)
         if same_recipe and wanted == manifest.encoding and picture.size == (recipe.size, recipe.size):
-            return self._image(item), record
-        return recipe.apply(picture), record
+            return Sample(self._image(item), recipe.prepare(picture), record)
+        prepared = recipe.prepare(picture)
+        return Sample(recipe.encode(prepared), prepared, record)
 
     def _image(self, item: Item) -> bytes:
         return self._read(item, 0, item.num_bytes)

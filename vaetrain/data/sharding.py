@@ -1,8 +1,9 @@
 """From originals to a shard set: `make_shards`, in parallel, resumable, and with the same bytes however it was run.
 
-A plan fixes which original becomes which sample of which shard. Worker processes write whole shards. Each finished shard
-leaves a note in OUT/.partial, so that a rerun of the same plan skips it; index and manifest come last. The shards may be
-shared out among tasks that run at the same time on many machines; whoever finds all of them there completes the set.
+A plan fixes which original becomes which sample of which shard. Worker processes make pieces of shards, a few dozen samples
+each, which this process puts together. Each finished shard leaves a note in OUT/.partial, so that a rerun of the same plan
+skips it; index and manifest come last. The shards may be shared out among tasks that run at the same time on many machines;
+whoever finds all of them there completes the set.
 """
 
 from __future__ import annotations
@@ -10,48 +11,39 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import sys
-import threading
-import time
+from base64 import b64decode, b64encode
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
-from vaetrain.data.finished_shard import PARTIAL_NAME, FinishedShard, Rejected
-from vaetrain.data.picture import UNREADABLE
-from vaetrain.data.shard_plan import Plan, ShardingConfig, ShardTask
+from vaetrain.data.duplicates import DUPLICATES_NAME, duplicate_groups, duplicates_jsonl, num_groups_in
+from vaetrain.data.finished_shard import PARTIAL_NAME, FinishedShard
+from vaetrain.data.likeness import LIKENESS
+from vaetrain.data.originals import Pictures, Source
+from vaetrain.data.progress import Progress
+from vaetrain.data.shard_index import SplitIndex, pack_index
+from vaetrain.data.shard_plan import Plan
+from vaetrain.data.shard_task import Piece, Rejected, ShardTask, make_piece
 from vaetrain.data.shard_writer import ShardWriter
-from vaetrain.data.shards import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    Manifest,
-    ShardSet,
-    Split,
-    SplitIndex,
-    Tool,
-    pack_index,
-)
+from vaetrain.data.sharding_config import ShardingConfig
+from vaetrain.data.shards import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, Manifest, ShardSet, Split, Tool
+from vaetrain.data.worker_pool import map_in_order
 from vaetrain.files import replace_file
 from vaetrain.machine import num_cores
 
 REJECTED_NAME = "rejected.jsonl"
-SECONDS_BETWEEN_LINES = 10
 # Arguments that change nothing in the result, so that it does not record them.
 HOW_IT_IS_RUN = ("out", "workers", "task", "num_tasks", "merge")
 
@@ -79,13 +71,13 @@ def make_share(config: ShardingConfig) -> Manifest | None:
 
 
 def _make(config: ShardingConfig) -> Manifest | None:
-    plan = Plan.of(config)
     out, partial = config.out, config.out / PARTIAL_NAME
     # In this order, because another task may be making the first file or the last: .partial comes before all others and
     # goes when the manifest is there.
     is_in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if is_in_use and not partial.is_dir() and not (out / MANIFEST_NAME).exists():
         raise FileExistsError(f"{out} is not empty and holds no shard set; name a new folder, or empty this one")
+    plan = Plan.of(config)
     if (out / MANIFEST_NAME).exists():
         return _already_complete(out, plan)
     if config.merge and not partial.is_dir():
@@ -126,19 +118,15 @@ def _claim(partial: Path, aside: Path, plan: Plan, config: ShardingConfig) -> No
 def _make_share(plan: Plan, config: ShardingConfig, aside: Path) -> Manifest | None:
     if plan.ignored:
         print(f"ignored {len(plan.ignored):,} file(s) that are no images, such as {plan.ignored[0]}", file=sys.stderr)
-    if config.merge:
-        share = []
-        tasks = list(plan.tasks(config.out, aside, config.images_per_shard))
-    else:
-        tasks = list(plan.staged(aside).tasks(config.out, aside, config.images_per_shard))
-        share = tasks[config.task :: config.num_tasks]
-    notes = _write_shards(share, config.workers or num_cores())
+    tasks = list(plan.tasks(config.out, aside, config.images_per_shard))
+    share = [] if config.merge else tasks[config.task :: config.num_tasks]
+    notes = _write_shards(share, aside, config.workers or num_cores())
     for task in tasks:
         if task.name not in notes and (note := FinishedShard.of(task, full=False)) is not None:
             notes[task.name] = note
     missing = [task.name for task in tasks if task.name not in notes]
     if not missing:
-        return _complete({task.name: notes[task.name] for task in tasks}, plan, config, aside)
+        return _complete(tasks, {task.name: notes[task.name] for task in tasks}, plan, config, aside)
     if config.merge:
         raise ValueError(
             f"{config.out} lacks {len(missing):,} of {len(tasks):,} shards, first {missing[0]}; run the tasks that failed "
@@ -148,10 +136,13 @@ def _make_share(plan: Plan, config: ShardingConfig, aside: Path) -> Manifest | N
     return None
 
 
-def _complete(notes: dict[str, FinishedShard], plan: Plan, config: ShardingConfig, aside: Path) -> Manifest:
+def _complete(
+    tasks: list[ShardTask], notes: dict[str, FinishedShard], plan: Plan, config: ShardingConfig, aside: Path
+) -> Manifest:
     # Several tasks may be here at once, with the same notes: each writes the same bytes, in a folder of its own first.
     out, partial = config.out, config.out / PARTIAL_NAME
     _report_rejected([original for note in notes.values() for original in note.rejected], config, aside)
+    _report_duplicates(tasks, notes, config, aside)
     finished = {name: note for name, note in notes.items() if note.shard is not None}
     for file in out.iterdir():  # left by an unfinished run of another plan
         if re.fullmatch(r"(train|val|test)-\d{6}\.tar", file.name) and file.stem not in finished:
@@ -168,7 +159,9 @@ def _discard(folder: Path) -> None:
     renamed = folder.with_name(f"{PARTIAL_NAME}-{secrets.token_hex(8)}")
     with suppress(FileNotFoundError):
         folder.rename(renamed)
-        shutil.rmtree(renamed)
+    while renamed.exists():
+        with suppress(FileNotFoundError):  # another task is removing its own folder inside this one
+            shutil.rmtree(renamed)
 
 
 def closing_line(out: Path, manifest: Manifest) -> str:
@@ -177,8 +170,9 @@ def closing_line(out: Path, manifest: Manifest) -> str:
     numbers = f"{', '.join(others)} and {last}" if others else last
     counts = sum((Counter(split.class_counts) for split in manifest.splits.values()), Counter())
     classes = ", ".join(f"{name} {counts[name]:,}" for name in manifest.classes)
-    num_rejected = len((out / REJECTED_NAME).read_text().splitlines()) if (out / REJECTED_NAME).exists() else 0
-    return f"{numbers} images ({classes}), {num_rejected:,} rejected, written to {out}"
+    num_rejected = len((out / REJECTED_NAME).read_bytes().splitlines()) if (out / REJECTED_NAME).exists() else 0
+    report = f"{num_rejected:,} rejected, {num_groups_in(out):,} groups of duplicates"
+    return f"{numbers} images ({classes}), {report}, written to {out}"
 
 
 def _already_complete(out: Path, plan: Plan) -> Manifest:
@@ -194,72 +188,43 @@ def _already_complete(out: Path, plan: Plan) -> Manifest:
     return shard_set.manifest
 
 
-def _write_shards(tasks: list[ShardTask], num_workers: int) -> dict[str, FinishedShard]:
+def _write_shards(tasks: list[ShardTask], aside: Path, num_workers: int) -> dict[str, FinishedShard]:
     found = ((task.name, FinishedShard.of(task, full=True)) for task in tasks)
     notes = {name: note for name, note in found if note is not None and not note.rejected}  # those are looked at again
     to_do = [task for task in tasks if task.name not in notes]
+    pictures = _stage(to_do, aside)
+    parts = [list(task.pieces(pictures[task.source])) for task in to_do]
     num_images, num_to_do = (sum(len(task.items) for task in some) for some in (tasks, to_do))
-    with _Progress(num_images, done=num_images - num_to_do) as progress:
-        for task, note in _run(to_do, min(num_workers, len(to_do))):
-            notes[task.name] = note
-            progress.update(len(task.items))
+    pieces = map_in_order(make_piece, chain.from_iterable(parts), min(num_workers, sum(map(len, parts))))
+    with closing(pieces), Progress(num_images, done=num_images - num_to_do) as progress:
+        for task, own in zip(to_do, parts, strict=True):
+            notes[task.name] = write_shard(task, progress.counting(islice(pieces, len(own))))
     return notes
 
 
-def _run(tasks: list[ShardTask], num_workers: int) -> Iterator[tuple[ShardTask, FinishedShard]]:
-    if num_workers <= 1:
-        for task in tasks:
-            yield task, write_shard(task)
-        return
-    # Spawned, not forked: a fork would share the sources' open files and their positions.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker) as pool:
-        futures = {pool.submit(write_shard, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise ValueError(
-                "a worker process was killed (out of memory?); run the same command again to go on, with fewer --workers"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and decides
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()  # returns only when the parent has been killed; workers would wait for tasks for ever
-    os._exit(1)
-
-
-def write_shard(task: ShardTask) -> FinishedShard:
-    """Write a shard (none if not one original can be read) and its note."""
-    rejected = []
-    image_format = task.recipe.encoding.format
+def write_shard(task: ShardTask, pieces: Iterable[Piece]) -> FinishedShard:
+    """Write a shard (none if not one of its originals can be read) and its note."""
+    rejected: list[Rejected] = []
+    likeness = []
     with ShardWriter(task.out, task.split, len(task.items), first_shard=task.number, aside=task.aside) as writer:
-        for position, item in enumerate(task.items, start=task.first):
-            try:
-                image, extra = task.source.encoded(item, task.recipe)
-            except UNREADABLE as error:
-                rejected.append(Rejected(item.source, task.split, str(error) or type(error).__name__))
-                continue
-            except Exception as error:
-                error.add_note(f"while reading {item.source}")
-                raise
-            record = {"label": item.label, "class": task.classes[item.label], "source": item.source, **extra}
-            writer.write(f"{position:08d}", image, image_format, record)
+        for piece in pieces:
+            writer.append(piece.samples, piece.rows)
+            rejected += piece.rejected
+            likeness.append(piece.likeness)
     index = writer.index()
     offset, num_bytes, label = (tuple(column.tolist()) for column in (index.offset, index.num_bytes, index.label))
     shard = writer.shards[0] if writer.shards else None
-    note = FinishedShard(task.plan, shard, offset, num_bytes, label, tuple(rejected))
+    looks = b64encode(b"".join(likeness)).decode()
+    note = FinishedShard(task.plan, shard, offset, num_bytes, label, tuple(rejected), looks)
     note.write(task, task.aside)
     return note
+
+
+def _stage(tasks: list[ShardTask], aside: Path) -> dict[Source, Pictures]:
+    """What opens the items of these tasks, per source; a compressed tar or Parquet is unpacked into `aside`."""
+    sources = dict.fromkeys(task.source for task in tasks)
+    items = {source: [item for task in tasks if task.source == source for item in task.items] for source in sources}
+    return {source: source.staged(aside / f"source-{n}.tar", items[source]) for n, source in enumerate(sources)}
 
 
 def _report_rejected(rejected: list[Rejected], config: ShardingConfig, aside: Path) -> None:
@@ -268,12 +233,36 @@ def _report_rejected(rejected: list[Rejected], config: ShardingConfig, aside: Pa
         file.unlink(missing_ok=True)
         return
     lines = (json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in rejected)
-    replace_file(aside / REJECTED_NAME, "".join(lines).encode())
+    replace_file(aside / REJECTED_NAME, "".join(lines).encode(errors="backslashreplace"))
     (aside / REJECTED_NAME).replace(file)
     if len(rejected) > config.max_rejected:
         raise ValueError(
             f"{len(rejected):,} image(s) cannot be read, first {rejected[0].source}: {rejected[0].reason}. All are listed in "
             f"{file}. Mend or remove them and run again, or allow them to be left out with --max-rejected {len(rejected)}"
+        )
+
+
+def _report_duplicates(
+    tasks: list[ShardTask], notes: dict[str, FinishedShard], config: ShardingConfig, aside: Path
+) -> None:
+    likeness, images = [np.zeros(0, LIKENESS)], []
+    for task in tasks:
+        note = notes[task.name]
+        rejected = {original.source for original in note.rejected}
+        images += [(task.split, item.source) for item in task.items if item.source not in rejected]
+        likeness.append(np.frombuffer(b64decode(note.likeness), LIKENESS))
+    groups = list(duplicate_groups(np.concatenate(likeness), images, config.near_duplicates))
+    file = config.out / DUPLICATES_NAME
+    if not groups:
+        file.unlink(missing_ok=True)
+        return
+    replace_file(aside / DUPLICATES_NAME, duplicates_jsonl(groups))
+    (aside / DUPLICATES_NAME).replace(file)
+    if straddling := [group for group in groups if len(group.splits) > 1]:
+        remedy = "" if config.val_count is None else "; --group-duplicates keeps them together"
+        print(
+            f"{len(straddling):,} group(s) of duplicates are in more than one split, listed in {file}{remedy}",
+            file=sys.stderr,
         )
 
 
@@ -310,27 +299,3 @@ def _describe(finished: dict[str, FinishedShard], plan: Plan, config: ShardingCo
         index_sha256=hashlib.sha256(index).hexdigest(),
         tool=Tool({"vaetrain": version("vaetrain"), "pillow": PIL.__version__}, arguments, plan.digest),
     )
-
-
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.bar = tqdm(total=total, initial=done, unit="img", disable=not sys.stderr.isatty())
-        self.total, self.done, self.first = total, done, done
-        self.start = self.last_line = time.perf_counter()
-
-    def update(self, num_images: int) -> None:
-        self.done += num_images
-        self.bar.update(num_images)
-        now = time.perf_counter()
-        if self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            rate = (self.done - self.first) / (now - self.start)
-            print(f"{self.done:,} of {self.total:,} images, {rate:,.0f} images/s", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int32, Int64
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
+from vaetrain.data.shard_index import SplitIndex, unpack_index
 from vaetrain.files import replace_file, sha256_of_file
 from vaetrain.strict_json import from_json, sha256_of_json
 
@@ -34,9 +33,9 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.safetensors"
 TAR_BLOCK = 512
+MAX_IMAGE_BYTES = 2**31 - 1
 # What Pillow raises for damaged JPEG, PNG and WebP files; a SyntaxError for a broken PNG chunk.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-INDEX_TYPES = {"shard": np.int32, "offset": np.int64, "num_bytes": np.int64, "label": np.int64}
 
 ImageFormat = Literal["jpg", "png", "webp"]
 Crop = Literal["center", "pad", "none"]
@@ -97,6 +96,24 @@ class Split:
     def num_bytes(self) -> int:
         """Size of all shards."""
         return sum(shard.num_bytes for shard in self.shards)
+
+    def check(self, index: SplitIndex, name: str) -> None:
+        """Raise ValueError, about the `name` split, when an index is not of these shards and classes."""
+        if len(index.label) != self.num_images:
+            raise ValueError(f"the {name} split has {self.num_images} images, its index another number")
+        in_shards = np.bincount(index.shard, minlength=len(self.shards)).tolist()
+        if in_shards != [shard.num_images for shard in self.shards]:
+            raise ValueError(f"the {name} split's shards hold other numbers of images")
+        if np.any(index.shard[1:] < index.shard[:-1]):
+            raise ValueError(f"the {name} split's images are not in the order of its shards")
+        in_classes = np.bincount(index.label, minlength=len(self.class_counts)).tolist()
+        if in_classes != list(self.class_counts.values()):
+            raise ValueError(f"the {name} split's classes hold other numbers of images")
+        sizes = np.array([shard.num_bytes for shard in self.shards])[index.shard]
+        fits = (index.offset >= TAR_BLOCK) & (index.num_bytes >= 1) & (index.num_bytes <= sizes - index.offset)
+        fits &= index.num_bytes <= MAX_IMAGE_BYTES
+        if not np.all(fits):
+            raise ValueError(f"the {name} split has an image that lies outside its shard")
 
 
 @dataclass(frozen=True)
@@ -215,7 +232,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into `folder`, atomically."""
-        replace_file(folder / MANIFEST_NAME, (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
+        content = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        # A file name in the arguments may be no Unicode; a lone surrogate's backslashreplace is its escape in JSON.
+        replace_file(folder / MANIFEST_NAME, content.encode(errors="backslashreplace"))
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain mappings, lists, strings and numbers."""
@@ -229,23 +248,6 @@ class Manifest:
             for name, split in self.splits.items()
         }
         return content | {"classes": list(self.classes), "splits": splits}
-
-
-@dataclass(frozen=True)
-class SplitIndex:
-    """Where each image of a split lies, in shard order."""
-
-    shard: Int32[np.ndarray, " n"]
-    """Position in `Split.shards`."""
-
-    offset: Int64[np.ndarray, " n"]
-    """First byte of the encoded image in its tar."""
-
-    num_bytes: Int64[np.ndarray, " n"]
-    """Length of the encoded image."""
-
-    label: Int64[np.ndarray, " n"]
-    """Position in `Manifest.classes`."""
 
 
 class ShardSet:
@@ -286,9 +288,12 @@ class ShardSet:
         if hashlib.sha256(content).hexdigest() != self.manifest.index_sha256:
             raise ValueError(f"{path} is not the index that the manifest vouches for (its SHA-256 differs); {remedy}")
         try:
-            return unpack_index(content, self.manifest)
+            indices = unpack_index(content, self.manifest.splits)
+            for name, split in self.manifest.splits.items():
+                split.check(indices[name], name)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no valid index: {error}; {remedy}") from error
+        return indices
 
     def verify(self, full: bool = False, *, split: str | None = None, part: int = 0, num_parts: int = 1) -> None:
         """Raise ValueError listing every shard that is missing or of the wrong size, and a damaged index.
@@ -341,43 +346,6 @@ class ShardSet:
                             f"{shard.name}: the image at byte {index.offset[image]} is {found}, not {expected}"
                         )
         return problems
-
-
-def pack_index(indices: dict[str, SplitIndex]) -> bytes:
-    """The content of index.safetensors: tensors `SPLIT.shard`, `SPLIT.offset`, `SPLIT.num_bytes` and `SPLIT.label`."""
-    return save(
-        {
-            f"{split}.{field.name}": getattr(index, field.name)
-            for split, index in indices.items()
-            for field in dataclasses.fields(SplitIndex)
-        }
-    )
-
-
-def unpack_index(content: bytes, manifest: Manifest) -> dict[str, SplitIndex]:
-    """The index of each split of `manifest`; raises ValueError, KeyError or SafetensorError when it is not of this data."""
-    tensors = load(content)
-    indices = {}
-    for name, split in manifest.splits.items():
-        columns = {field: tensors[f"{name}.{field}"] for field in INDEX_TYPES}
-        for field, column in columns.items():
-            if column.dtype != INDEX_TYPES[field] or column.ndim != 1:
-                raise ValueError(f"{name}.{field} is {column.dtype} of shape {column.shape}")
-        index = SplitIndex(**columns)
-        if any(len(getattr(index, field.name)) != split.num_images for field in dataclasses.fields(SplitIndex)):
-            raise ValueError(f"the {name} split has {split.num_images} images, its index another number")
-        in_shards = np.bincount(index.shard, minlength=len(split.shards)).tolist()
-        if in_shards != [shard.num_images for shard in split.shards]:
-            raise ValueError(f"the {name} split's shards hold other numbers of images")
-        in_classes = np.bincount(index.label, minlength=len(manifest.classes)).tolist()
-        if in_classes != list(split.class_counts.values()):
-            raise ValueError(f"the {name} split's classes hold other numbers of images")
-        sizes = np.array([shard.num_bytes for shard in split.shards])[index.shard]
-        fits = (index.offset >= TAR_BLOCK) & (index.num_bytes >= 1) & (index.num_bytes <= sizes - index.offset)
-        if not np.all(fits):
-            raise ValueError(f"the {name} split has an image that lies outside its shard")
-        indices[name] = index
-    return indices
 
 
 def _check_sha256(what: str, value: str) -> None:

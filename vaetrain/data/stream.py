@@ -3,45 +3,39 @@
 stream_order.py says who reads what. Every process has the same number of batches, each image comes at most once an epoch, and
 the order is fixed as long as the numbers of processes and workers are. Within its piece a worker shuffles through a buffer.
 
-Resuming reads over the images of the current epoch that were seen already without decoding them: up to one piece of
-reading before the first batch.
+A shard is read from the first image that is wanted to the last, at the places that the index gives, and not taken apart as a
+tar; the header before each image shows that the shard is the one that was indexed. Resuming reads of the current epoch only
+what was not trained on.
 """
 
 from __future__ import annotations
 
 import random
-import tempfile
-import urllib.request
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
-from io import BufferedIOBase
+from io import BufferedReader, FileIO
 from itertools import count, islice
-from pathlib import Path
-from tarfile import TarError
-from typing import cast
-from urllib.parse import quote
+from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
-from webdataset.tariterators import tar_file_expander
 
-from vaetrain.data.batch import Batch, decode_image, make_batch
-from vaetrain.data.choice import remote_folder
+from vaetrain.data.batch import Batch, batch_buffer, decode_image, make_batch
 from vaetrain.data.order import BatchLayout, epoch_order
+from vaetrain.data.remote import READ_BYTES, RemoteShards
 from vaetrain.data.selection import Selection
-from vaetrain.data.shards import INDEX_NAME, MANIFEST_NAME, ShardSet
+from vaetrain.data.shards import TAR_BLOCK, Shard
 from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
+from vaetrain.data.whereabouts import note_reading
 from vaetrain.data.workers import Outcome, WorkerPool
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-TIMEOUT_SECONDS = 60
+REMEDY = "copy the shard again from where it came, and check it with tools/verify_shards.py"
 
-Sample = tuple[int, bytes]
+T = TypeVar("T")
+Sample = tuple[int, bytearray]
 """Position in the selection, encoded image."""
 
 
@@ -50,48 +44,54 @@ class Stream:
     """Sequential access to a selection; picklable, its shards are opened anew in every worker."""
 
     selection: Selection
-    url: str | None
-    """URL of the folder that the shards lie in, with its trailing slash; None: local."""
+    remote: RemoteShards | None
+    """Where the shards are when they are not in the selection's folder."""
 
-    def images(self, shards: Int64[np.ndarray, " shards"], start: int, stop: int) -> Iterator[Sample]:
-        """Images start..stop of the kept images of `shards` laid end to end."""
-        for shard, wanted in self.selection.in_shards(shards, start, stop):
-            yield from self._read(shard, wanted)
+    def images(
+        self,
+        shards: Int64[np.ndarray, " shards"],
+        start: int,
+        stop: int,
+        unwanted: Bool[np.ndarray, " n"] | None = None,
+    ) -> Iterator[Sample]:
+        """Images start..stop of the kept images of `shards` laid end to end; those `unwanted` are empty and not read."""
+        first = 0
+        for shard, positions in self.selection.in_shards(shards, start, stop):
+            skip = np.zeros(len(positions), dtype=bool) if unwanted is None else unwanted[first:][: len(positions)]
+            first += len(positions)
+            yield from self._read(shard, positions, skip)
 
-    def _read(self, shard_number: int, wanted: Int64[np.ndarray, " b"]) -> Iterator[Sample]:
-        selection = self.selection
+    def _read(
+        self, shard_number: int, positions: Int64[np.ndarray, " b"], skip: Bool[np.ndarray, " b"]
+    ) -> Iterator[Sample]:
+        selection, wanted = self.selection, positions[~skip]
+        if not len(wanted):
+            yield from ((position, bytearray()) for position in positions.tolist())
+            return
         shard = selection.shard_set.manifest.splits[selection.split].shards[shard_number]
-        location = f"{self.url}{quote(shard.name)}" if self.url else str(selection.shard_set.path(shard))
-        position_of = dict(zip(selection.within_shard[wanted].tolist(), wanted.tolist(), strict=True))
-        found = 0
+        offsets, sizes = (column[positions].tolist() for column in (selection.index.offset, selection.index.num_bytes))
+        position = int(wanted[0])
+        start, last = int(selection.index.offset[position]) - TAR_BLOCK, int(wanted[-1])
         try:
-            with closing(_open(location)) as stream:
-                # Not webdataset's own opener, which starts curl, nor its decoders, which unpickle.
-                files = tar_file_expander([{"url": location, "stream": stream}], select_files=_is_image, eof_value=None)
-                for file in files:
-                    position = position_of.pop(found, None)
-                    found += 1
-                    if position is None:
-                        continue
-                    if len(file["data"]) != selection.index.num_bytes[position]:
-                        raise ValueError(
-                            f"{location} is not what its manifest describes: {selection.where(position)} differs"
-                        )
-                    yield position, file["data"]
-                    if not position_of:
-                        return
-        except (OSError, HTTPException, TarError) as error:
-            # webdataset appends the open file and the location to a TarError's arguments.
-            cause = error.args[0] if isinstance(error, TarError) else error
-            raise ValueError(f"{location} broke off after {found} of {shard.num_images} images: {cause}") from error
-        # A tar cut between two members reads like a whole one.
-        raise ValueError(f"{location} ends after {found} of {shard.num_images} images; run tools/verify_shards.py")
+            with self._open(shard, start, int(selection.index.offset[last] + selection.index.num_bytes[last])) as file:
+                for position, offset, size, skipped in zip(
+                    positions.tolist(), offsets, sizes, skip.tolist(), strict=True
+                ):
+                    note_reading(position, last)
+                    yield position, bytearray() if skipped else _image_at(file, offset, size)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{selection.where(position)}: {error}; {REMEDY}") from error
+
+    def _open(self, shard: Shard, start: int, stop: int) -> BufferedReader:
+        if self.remote:
+            return self.remote.open(shard, start, stop)
+        return BufferedReader(FileIO(self.selection.shard_set.path(shard)), READ_BYTES)
 
     def batch(self, samples: list[Sample]) -> Batch:
         """Decode samples; raises ValueError naming the one that is damaged."""
-        pixels = np.empty((len(samples), *self.selection.image_shape), dtype=np.uint8)
+        pixels = batch_buffer((len(samples), *self.selection.image_shape))
         for (position, encoded), image in zip(samples, pixels, strict=True):
-            decode_image(self.selection, bytearray(encoded), position, out=image)
+            decode_image(self.selection, encoded, position, out=image)
         return make_batch(self.selection, pixels, np.array([position for position, _ in samples], dtype=np.int64))
 
 
@@ -116,12 +116,14 @@ class _TrainBatches(IterableDataset[Outcome]):
         for epoch in count(start // self.layout.micro_batches_per_epoch(selection.num_images)):
             piece = train_piece(selection.num_images, self.seed, epoch, self.layout, number, num_workers)
             order = epoch_order(selection.num_shards, self.seed, epoch)
-            samples = self.stream.images(order, piece.images.start, piece.images.stop)
-            # Several pieces of one epoch may lie in one shard; each shuffles differently.
-            rng = random.Random(f"{self.seed} {epoch} {piece.images.start}")
-            samples = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(samples)
             seen = sum(batch < start for batch in piece.batches)
-            samples = islice(samples, seen * micro_batch_size, None)
+            # Several pieces of one epoch may lie in one shard; each shuffles differently.
+            shuffle_seed = f"{self.seed} {epoch} {piece.images.start}"
+            trained = np.zeros(len(piece.images), dtype=bool)
+            for image in islice(_shuffled(range(len(trained)), shuffle_seed), seen * micro_batch_size):
+                trained[image] = True
+            samples = self.stream.images(order, piece.images.start, piece.images.stop, unwanted=trained)
+            samples = islice(_shuffled(samples, shuffle_seed), seen * micro_batch_size, None)
             for _ in piece.batches[seen:]:
                 yield self.stream.batch(list(islice(samples, micro_batch_size)))
 
@@ -152,16 +154,24 @@ class StreamReader:
     """Batches from shards read in sequence; memory is a shuffle buffer of encoded images per worker."""
 
     def __init__(
-        self, selection: Selection, *, url: str | None, num_workers: int, device: torch.device, reason: str
+        self,
+        selection: Selection,
+        *,
+        remote: RemoteShards | None,
+        num_workers: int,
+        device: torch.device,
+        reason: str,
+        timeout_s: float,
     ) -> None:
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
         self.description = (
-            f"stream ({reason}): {self.num_images:,} images read in sequence from {selection.source}, "
+            f"stream ({reason}): {self.num_images:,} images read in sequence from "
+            f"{remote.description if remote else selection.source}, "
             f"{num_workers} decoding worker(s)"
         )
-        self._stream = Stream(selection, url)
-        self._workers = WorkerPool(num_workers, device)
+        self._stream = Stream(selection, remote)
+        self._workers = WorkerPool(num_workers, device, selection.where, timeout_s)
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
         """Endless micro-batches of this process from the global position `images_seen` on.
@@ -183,33 +193,33 @@ class StreamReader:
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
         shards = np.arange(self._stream.selection.num_shards)
-        return self._stream.batch(list(self._stream.images(shards, 0, min(num_images, self.num_images))))
+        stop = min(num_images, self.num_images)
+        return self._workers.here(lambda: self._stream.batch(list(self._stream.images(shards, 0, stop))))
 
     def close(self) -> None:
         """End the worker processes."""
         self._workers.close()
 
 
-def fetch_selection(url: str, split: str, classes: tuple[str, ...]) -> Selection:
-    """The wanted images of the shard set in a remote folder, from its manifest and index; FileNotFoundError without them."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in (MANIFEST_NAME, INDEX_NAME):
-            try:
-                with closing(_open(url + name)) as remote:
-                    (Path(folder) / name).write_bytes(remote.read())
-            except (OSError, HTTPException) as error:
-                raise FileNotFoundError(f"no shard set at {url}: {name}: {error}") from error
-        return Selection.of(ShardSet.open(folder), split, classes, source=url)
+def _image_at(file: BufferedReader, offset: int, num_bytes: int) -> bytearray:
+    """The encoded image at a byte of a tar; raises ValueError when the header before it is not of such a file."""
+    file.seek(offset - TAR_BLOCK)
+    header, encoded = file.read(TAR_BLOCK), bytearray(num_bytes)
+    num_read = file.readinto(encoded)
+    if num_read < num_bytes:
+        raise ValueError(f"the shard ends at byte {offset + num_read:,}")
+    # Bytes 124 to 135 are the size in octal, 257 to 261 the format, 148 to 155 the sum of all bytes in octal, taken with
+    # blanks in their own place.
+    if header[124:136] != b"%011o\0" % num_bytes or header[257:262] != b"ustar":
+        raise ValueError("this is not where the image begins: the shard is another one than its manifest describes")
+    if header[148:156] != b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" ")):
+        raise ValueError("the image's tar header is damaged")
+    return encoded
 
 
-def _open(location: str) -> BufferedIOBase:
-    if remote_folder(location):
-        return cast(HTTPResponse, urllib.request.urlopen(location, timeout=TIMEOUT_SECONDS))
-    return open(location, "rb")
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def _shuffled(items: Iterable[T], seed: str) -> Iterator[T]:
+    """Items in an order that depends on the seed and on how many there are, each at most a buffer's length early."""
+    return shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(seed))(iter(items))
 
 
 def _until_error(batches: Iterator[Batch]) -> Iterator[Outcome]:

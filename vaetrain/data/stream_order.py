@@ -49,3 +49,19 @@ def eval_piece(num_images: int, batch_size: int, part: int, num_parts: int) -> r
     num_batches = -(-num_images // batch_size)
     start, stop = (num_batches * edge // num_parts * batch_size for edge in (part, part + 1))
     return range(start, min(stop, num_images))
+
+
+def few_shards_warning(num_shards: int, num_processes: int, num_workers: int, num_openings: int | None) -> str | None:
+    """What to tell the user when there are fewer shards than workers; None when there are enough.
+
+    `num_openings` counts those of an epoch over all workers; None: a bound, each cut between two pieces opening one shard more.
+    """
+    num_parts = num_processes * max(1, num_workers)
+    if num_shards >= num_parts:
+        return None
+    opened = f"{num_openings:,}" if num_openings is not None else f"up to {num_shards + num_parts - 1:,}"
+    return (
+        f"{num_shards:,} shards for {num_processes} × {max(1, num_workers)} stream workers: every image still comes once, but "
+        f"shards are opened {opened} times an epoch and read in part; make more shards (tools/make_shards.py "
+        f"--images-per-shard), or use fewer workers"
+    )

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from functools import partial
 from multiprocessing.context import BaseContext
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -14,11 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from vaetrain.data.batch import Batch
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER
+from vaetrain.data.whereabouts import Where, Whereabouts, end_process, rest, stuck_message, watched
 from vaetrain.machine import num_cores
 
 # One worker decodes about 7,000 images of 128 pixels a second; more than eight have not been needed by one device.
 MAX_WORKERS = 8
+# Whether the workers live; a death is reported this late at most.
+LOOK_EVERY_S = 5.0
 
+T = TypeVar("T")
 Outcome = Batch | ValueError
 """What a worker hands over: a batch, or why there is none. An error raised in a worker would reach the user with the
 worker's traceback in its message."""
@@ -33,25 +42,37 @@ def choose_num_workers(device: torch.device, processes_per_node: int) -> int:
 
 
 class WorkerPool:
-    """The decoding processes of one reader: batches in order for any number of them, 0 being this process itself."""
+    """The decoding processes of one reader: batches in order for any number of them, 0 being this process itself.
 
-    def __init__(self, num_workers: int, device: torch.device) -> None:
+    No pass hangs: a worker that dies, and one that makes no progress for `timeout_s` and is killed, end it with a ValueError
+    that says where they were, by `where`. A hang that cannot be ended so ends this process (see `end_process`).
+    """
+
+    def __init__(self, num_workers: int, device: torch.device, where: Where, timeout_s: float) -> None:
         self.num_workers = num_workers
         self._device = device
-        self._repeated: dict[Hashable, DataLoader[Outcome]] = {}
+        self._where = where
+        self._timeout_s = timeout_s
+        self._repeated: dict[Hashable, _Crew] = {}
         self._passes: WeakSet[Generator[Batch, None, None]] = WeakSet()
 
     def once(self, dataset: Dataset[Outcome], indices: Iterable[Any] | None = None) -> Iterator[Batch]:
         """Start reading a dataset. A mapping one reads `indices` with `__getitems__`; an iterable one has none."""
-        return self._start(self._loader(dataset, indices, persistent=False))
+        return self._start(self._crew(dataset, indices, persistent=False))
 
     def repeated(
         self, key: Hashable, dataset: Callable[[], Dataset[Outcome]], indices: Callable[[], Iterable[Any] | None]
     ) -> Iterator[Batch]:
         """The same for a pass that comes again under the same `key`: its workers stay alive between passes."""
-        if key not in self._repeated:
-            self._repeated[key] = self._loader(dataset(), indices(), persistent=self.num_workers > 0)
-        return self._start(self._repeated[key])
+        # Workers in the middle of a pass that was given up are not asked for another.
+        crew = self._repeated.pop(key, None) or self._crew(dataset(), indices(), persistent=self.num_workers > 0)
+        return self._start(crew, at_end=lambda: self._repeated.update({key: crew}))
+
+    def here(self, read: Callable[[], Batch]) -> Batch:
+        """Read a batch in this process, watched."""
+        whereabouts = Whereabouts(1)
+        with watched(whereabouts, self._timeout_s, self._ending(whereabouts)), whereabouts.reader(0):
+            return read()
 
     def close(self) -> None:
         """End all workers; passes still running end as well."""
@@ -59,32 +80,150 @@ class WorkerPool:
             running.close()
         self._repeated.clear()
 
-    def _start(self, loader: DataLoader[Outcome]) -> Iterator[Batch]:
+    def _start(self, crew: _Crew, at_end: Callable[[], None] = lambda: None) -> Iterator[Batch]:
         # Workers start now rather than at the first batch, so that they read while the model is built.
-        batches = _raising(iter(loader))
+        outcomes = self._unless_dead(crew, crew.outcomes)
+        if isinstance(outcomes, ValueError):
+            raise outcomes
+        read = self._read_here if self.num_workers == 0 else self._receive
+        batches = _raising(read(outcomes, crew), at_end)
         self._passes.add(batches)
         return batches
 
-    def _loader(
-        self, dataset: Dataset[Outcome], indices: Iterable[Any] | None, persistent: bool
-    ) -> DataLoader[Outcome]:
-        return DataLoader(
+    def _read_here(self, outcomes: Iterator[Outcome], crew: _Crew) -> Iterator[Outcome]:
+        with watched(crew.whereabouts, self._timeout_s, self._ending(crew.whereabouts)):
+            while True:
+                with crew.whereabouts.reader(0):
+                    outcome = next(outcomes, None)
+                if outcome is None:
+                    return
+                yield outcome
+
+    def _receive(self, outcomes: Iterator[Outcome], crew: _Crew) -> Iterator[Outcome]:
+        # The watching thread must not be what keeps the crew, and with it the worker processes.
+        whereabouts, stuck_readers, end = crew.whereabouts, crew.stuck_readers, self._ending(crew.whereabouts)
+
+        def give_up(reader: int) -> None:
+            stuck_readers.append(reader)
+            if not _kill(whereabouts.pid_of(reader)):
+                end(reader)
+
+        def receive() -> Outcome | None:
+            return next(outcomes, None)
+
+        with watched(whereabouts, self._timeout_s, give_up):
+            while True:
+                # Batches of other workers may last for a while yet; to ask after the workers takes longer than a batch.
+                failure = self._death(crew) if time.monotonic() >= crew.next_look else None
+                outcome: Outcome | None = failure or self._unless_dead(crew, receive)
+                if outcome is None:
+                    return
+                yield outcome
+
+    def _ending(self, whereabouts: Whereabouts) -> Callable[[int], None]:
+        """What ends this process over a reader that hangs."""
+        where, timeout_s = self._where, self._timeout_s
+        return lambda reader: end_process(stuck_message(whereabouts, reader, where, timeout_s))
+
+    def _unless_dead(self, crew: _Crew, step: Callable[[], T]) -> T | ValueError:
+        """What DataLoader answers, or why a worker is dead."""
+        try:
+            return step()
+        except (RuntimeError, OSError, EOFError):
+            # DataLoader's word for a death, and what happens when a batch is fetched from a worker that died meanwhile.
+            if failure := self._death(crew, wait_s=1.0):
+                return failure
+            raise
+
+    def _death(self, crew: _Crew, wait_s: float = 0.0) -> ValueError | None:
+        """Why a worker is dead that should not be; None when there is no such worker."""
+        if crew.stuck_readers:
+            return ValueError(stuck_message(crew.whereabouts, crew.stuck_readers[0], self._where, self._timeout_s))
+        dead = crew.dead(wait_s)
+        if dead is None:
+            return None
+        assert dead.pid is not None
+        reader = crew.whereabouts.reader_of(dead.pid)
+        return ValueError(
+            f"a decoding worker (process {dead.pid}) {_how_it_ended(dead.exitcode)}; it was at "
+            f"{crew.whereabouts.describe(reader, self._where)}. {_remedy(dead.exitcode, self.num_workers)}"
+        )
+
+    def _crew(self, dataset: Dataset[Outcome], indices: Iterable[Any] | None, persistent: bool) -> _Crew:
+        whereabouts = Whereabouts(max(1, self.num_workers))
+        loader: DataLoader[Outcome] = DataLoader(
             dataset,
             batch_size=None if indices is None else 1,
             batch_sampler=indices,
-            collate_fn=_unchanged,
-            worker_init_fn=_outlive_a_stop_signal,
+            collate_fn=_at_rest,
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH_BATCHES_PER_WORKER if self.num_workers else None,
             persistent_workers=persistent,
             pin_memory=self._device.type == "cuda",
+            worker_init_fn=partial(_begin, whereabouts),
             multiprocessing_context=_worker_context() if self.num_workers else None,
             # Otherwise each pass draws a seed from the global generator, and noise would depend on how data is read.
             generator=torch.Generator(),
         )
+        return _Crew(loader, whereabouts)
 
 
-def _raising(outcomes: Iterator[Outcome]) -> Generator[Batch, None, None]:
+class _Crew:
+    """The workers of one DataLoader, and where they are."""
+
+    def __init__(self, loader: DataLoader[Outcome], whereabouts: Whereabouts) -> None:
+        self.whereabouts = whereabouts
+        self._loader = loader
+        self.next_look = 0.0
+        self.stuck_readers: list[int] = []
+        self._processes: list[BaseProcess] = []
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Start the workers, or a further pass of those that wait for one."""
+        others = set(multiprocessing.active_children())
+        outcomes = iter(self._loader)
+        self._processes += [process for process in multiprocessing.active_children() if process not in others]
+        return outcomes
+
+    def dead(self, wait_s: float) -> BaseProcess | None:
+        """A worker that ended otherwise than in order, looked for again until `wait_s` have passed."""
+        self.next_look = time.monotonic() + LOOK_EVERY_S
+        if wait_s:
+            multiprocessing.connection.wait([process.sentinel for process in self._processes], wait_s)
+        return next((process for process in self._processes if process.exitcode), None)
+
+
+def _kill(pid: int) -> bool:
+    """End a process that does not answer; False when the system cannot do that within ten seconds."""
+    for _ in range(100):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it is gone
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _how_it_ended(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"was killed by {signal.Signals(-exitcode).name}"
+    return f"ended with exit status {exitcode}"
+
+
+def _remedy(exitcode: int | None, num_workers: int) -> str:
+    if exitcode == -signal.SIGKILL:
+        return (
+            "The system does that when memory runs out: lower --data.num-workers (now "
+            f"{num_workers}) or --train.micro-batch-size, or give the job more memory"
+        )
+    if exitcode == -signal.SIGBUS:
+        return (
+            "Batches are handed over in /dev/shm, which may be full: give the container more (docker run --shm-size 8g)"
+        )
+    return "Run tools/verify_shards.py --full on the shard set"
+
+
+def _raising(outcomes: Iterator[Outcome], at_end: Callable[[], None]) -> Generator[Batch, None, None]:
     for outcome in outcomes:
         if not isinstance(outcome, ValueError):
             yield outcome
@@ -94,19 +233,23 @@ def _raising(outcomes: Iterator[Outcome]) -> Generator[Batch, None, None]:
         finally:
             # The error keeps this frame, and the frame must keep neither the error nor the iterator: found by the cycle
             # collector, DataLoader's iterator waits ten seconds for workers it can no longer tell to end.
-            del outcome, outcomes
+            del outcome, outcomes, at_end
+    at_end()
 
 
-def _unchanged(batch: Any) -> Any:
-    # A dataset here returns whole batches; the default would stack them once more.
-    return batch
-
-
-def _outlive_a_stop_signal(worker: int) -> None:
-    # Launchers and Slurm send SIGTERM and SIGUSR1 to all processes. The training process needs its workers until all
-    # ranks have stopped at the same step; what ends them is the pass being closed, or a minute.
+def _begin(whereabouts: Whereabouts, worker: int) -> None:
+    # Launchers and Slurm send SIGTERM and SIGUSR1 to all processes of a training. It needs its workers until all ranks
+    # have stopped at the same step; what ends them is the pass being closed, or a minute.
     for signal_number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signal_number, lambda *_: signal.alarm(60))
+    whereabouts.begin(worker)
+
+
+def _at_rest(batch: Any) -> Any:
+    # What DataLoader calls on each batch where it was made. A dataset here returns whole batches; the default would stack
+    # them once more.
+    rest()
+    return batch
 
 
 def _worker_context() -> BaseContext:

@@ -1,34 +1,138 @@
-"""What the Fréchet inception distance is computed from, without importing torch."""
+"""Which generated and real images FID and its kin compare, and through which network, without importing torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from vaetrain.metrics.likelihood_config import LikelihoodConfig
+from vaetrain.metrics.lpips_config import LpipsConfig
+from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
+
+ProtocolName = Literal["lecture-2k", "standard", "per-class", "custom"]
+
+LECTURE_NUM_IMAGES = 2000
+"""Images on each side behind the lecture's FID of 269.98."""
+
+MIN_NUM_IMAGES = 10
+"""The inception score cuts the samples into ten parts, and none may be empty."""
 
 
 @dataclass(frozen=True)
 class FidConfig:
-    """FID of generated images against real ones of the train split, through torch-fidelity's Inception v3."""
+    """FID, KID, inception score, precision and recall of generated images, through torch-fidelity."""
 
-    num_images: int = 2000
-    """Images on each side: so many are generated, and as many real ones drawn from the train split. FID falls as this
-    grows, so only scores at the same count compare; the lecture's 269.98 is at 2,000."""
+    protocol: ProtocolName | None = None
+    """lecture-2k: 2,000 samples against 2,000 random images of the train split. standard: as many samples as the train
+    split has images, at least 10,000, against the whole of it. per-class: standard, and the same samples against each
+    class alone (the model has no classes to draw from: this says which ones its samples resemble). custom: --fid.num-images
+    on both sides. None: custom when --fid.num-images is given, otherwise lecture-2k."""
+
+    num_images: int | None = None
+    """Images on each side under `custom`: so many are generated, and as many real ones drawn from the train split. FID
+    falls as this grows, so only scores at the same count compare."""
+
+    extractor: str = "inception-v3-compat"
+    """Network whose features are compared: torch-fidelity's inception-v3-compat (the one FID is defined on), vgg16 or clip-*
+    by name, or FILE.pt: a TorchScript module from uint8 (b, 3, h, w) to float32 (b, d). TorchScript is code and runs when
+    it is loaded: name only files that you trust."""
 
     weights: Path | None = None
-    """File with the Inception weights that torch-fidelity publishes (.pth, or the same tensors as .safetensors).
-    Nothing is ever downloaded: without the file no FID is computed."""
+    """File with the weights of an extractor given by name; for Inception the one torch-fidelity publishes (.pth, or the
+    same tensors as .safetensors). Nothing is ever downloaded: without the file no FID is computed."""
 
     batch_size: int = 64
-    """Images per forward pass through Inception, per process; memory and speed only, not the score."""
+    """Images per forward pass through the extractor, per process; memory and speed only, not the score."""
 
     seed: int = 0
     """Seed that picks the real images."""
 
+    cache_dir: Path | None = None
+    """Folder for the features of real images, so that a second evaluation does not extract them again (8 KB an image).
+    None: vaetrain/reference in $XDG_CACHE_HOME, or in ~/.cache."""
+
     def __post_init__(self) -> None:
-        """Refuse counts from which no distance can be computed."""
-        if self.num_images < 2:
-            raise ValueError(f"--fid.num-images is {self.num_images}; a covariance needs at least 2")
+        """Refuse counts from which no score can be computed, and a count that contradicts the protocol."""
+        if self.num_images is not None and self.num_images < MIN_NUM_IMAGES:
+            raise ValueError(f"--fid.num-images is {self.num_images}; the scores need at least {MIN_NUM_IMAGES}")
+        if self.num_images is not None and self.protocol not in (None, "custom"):
+            raise ValueError(
+                f"--fid.num-images is {self.num_images} but --fid.protocol {self.protocol} says itself how many images "
+                "it compares; leave out one of the two, or choose --fid.protocol custom"
+            )
+        if self.num_images is None and self.protocol == "custom":
+            raise ValueError("--fid.protocol custom needs --fid.num-images")
         if self.batch_size < 1:
             raise ValueError(f"--fid.batch-size is {self.batch_size}; it must be at least 1")
         if self.seed < 0:
             raise ValueError(f"--fid.seed is {self.seed}; it must not be negative")
+
+
+ScoreName = Literal["elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is scored, and how."""
+
+    run: Path
+    """Run directory of the trained model."""
+
+    out: Path | None = None
+    """JSON file for the scores; None: RUN/evaluation.json."""
+
+    checkpoint: Literal["best", "last"] = "best"
+    """Checkpoint with the best validation score, or the newest. EMA weights either way."""
+
+    data: str | None = None
+    """Shard set to score against (both splits); None: where the run found its own."""
+
+    allow_pipe: bool = False
+    """Accept pipe:COMMAND for it, which runs COMMAND in a shell; never because the run, which may be another's, did."""
+
+    batch_size: int = 64
+    """Images per forward pass and process."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; fp32 gives the numbers to publish."""
+
+    seed: int = 0
+    """Of the latent noise in the ELBO, and of the samples scored by FID."""
+
+    scores: tuple[ScoreName, ...] = ("elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents")
+    """elbo: ELBO and reconstruction of the val split. fid: samples against the train split, by FID, KID, inception score,
+    precision and recall. rfid: the val split's reconstructions against its images. likelihood: importance-weighted bound on
+    log p(x), mutual information, marginal KL, active units, gap between the splits (docs/likelihood_scores.md). lpips: LPIPS
+    of reconstructions. nearest: how close samples are to training images. latents: pictures of the latent space."""
+
+    priors: tuple[PriorName | Literal["all"], ...] = ("standard",)
+    """Priors that samples are drawn from, fitted to the run's checkpoint where they have not been; `eval/fid` is of the first,
+    the others' scores stand under `priors`, and figures/priors.png shows all side by side."""
+
+    keep_samples: Path | None = None
+    """Folder to keep the scored samples in, as the sample set that sample.py writes; None: they are not kept."""
+
+    num_pictures: int = 500
+    """Samples compared with their nearest training images, and validation images shown in pictures of the latent space."""
+
+    fid: FidConfig = field(default_factory=FidConfig)
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    lpips: LpipsConfig = field(default_factory=LpipsConfig)
+    fit: PriorFitConfig = field(default_factory=PriorFitConfig)
+
+    @property
+    def chosen_priors(self) -> tuple[PriorName, ...]:
+        """The priors by name."""
+        return PRIOR_NAMES if "all" in self.priors else tuple(name for name in PRIOR_NAMES if name in self.priors)
+
+    def __post_init__(self) -> None:
+        """Refuse to score nothing, and to keep samples that are not drawn."""
+        if not self.scores:
+            raise ValueError("--scores names none; leave it out for all of them")
+        if self.keep_samples is not None and "fid" not in self.scores:
+            raise ValueError(f"--keep-samples {self.keep_samples}: only --scores fid draws samples")
+        if not self.priors:
+            raise ValueError("--priors names none; leave it out for the standard normal")
+        if self.num_pictures < 2:
+            raise ValueError(f"--num-pictures is {self.num_pictures}; give at least 2")

@@ -1,0 +1,223 @@
+"""Little files of every kind, through the whole command."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from test_make_shards import decoded, make, records
+
+from vaetrain.data import progress
+from vaetrain.data.picture import Recipe, decode_picture
+from vaetrain.data.shards import Encoding
+
+SIDE = 16
+
+
+def ramp() -> np.ndarray:
+    """A picture that tells all orientations and channels apart, smooth enough for JPEG."""
+    y, x = np.mgrid[:SIDE, :SIDE] * 15
+    return np.stack([x, y, (x + y) // 2], axis=2).astype(np.uint8)
+
+
+def sharded(folder: Path, out: Path, **options: object) -> dict[str, np.ndarray]:
+    """The pixels that the files of a folder became."""
+    make(folder, out, **{"size": SIDE, "format": "png"} | options)
+    sources = [record["source"] for record in records(out, "train")]
+    return {source: np.asarray(picture) for source, picture in zip(sources, decoded(out), strict=True)}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_all_orientations_of_a_camera(tmp_path: Path, suffix: str) -> None:
+    upright = Image.fromarray(ramp())
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    (tmp_path / "pets").mkdir()
+    for orientation in range(1, 9):
+        stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = (
+            {"lossless": True} if suffix == ".webp" else {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}
+        )
+        stored.save(tmp_path / "pets" / f"{orientation}{suffix}", exif=exif, **options)
+    found = sharded(tmp_path / "pets", tmp_path / "out")
+    assert len(found) == 8
+    for name, pixels in found.items():
+        assert np.abs(pixels.astype(int) - ramp()).max() <= (6 if suffix == ".jpg" else 0), name
+
+
+def test_every_kind_of_pixel(tmp_path: Path) -> None:
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    colour = Image.fromarray(ramp())
+    gray = colour.convert("L")
+    left_half = Image.fromarray(np.repeat([[255] * (SIDE // 2) + [0] * (SIDE // 2)], SIDE, axis=0).astype(np.uint8))
+    wide = np.asarray(gray).astype(np.uint16) * 257
+    expected = {}
+
+    def add(name: str, picture: Image.Image, pixels: Image.Image, **options: object) -> None:
+        picture.save(folder / name, **options)
+        expected[name] = np.asarray(pixels.convert("RGB")).astype(int)
+
+    add("rgb.bmp", colour, colour)
+    add("gray.png", gray, gray)
+    add("gray.jpg", gray, gray, quality=100)
+    add("gray.pgm", gray, gray)
+    add("bit.png", gray.convert("1"), gray.convert("1"))
+    add("bit.tif", gray.convert("1"), gray.convert("1"))
+    add("palette.png", colour.quantize(64), colour.quantize(64))
+    add("palette.gif", gray.quantize(256), gray.quantize(256))
+    cmyk = colour.convert("CMYK")
+    add("cmyk.tif", cmyk, cmyk)
+    add("cmyk.jpg", cmyk, cmyk, quality=100, subsampling=0)
+    add("wide.png", Image.fromarray(wide), gray)
+    add("wide.tif", Image.fromarray(wide), gray)
+    add("wide-big-endian.tif", Image.frombytes("I;16B", gray.size, wide.astype(">u2").tobytes()), gray)
+    white = Image.new("RGB", gray.size, "white")
+    over_white = Image.composite(colour, white, left_half)
+    colour_alpha, gray_alpha = colour.copy(), gray.convert("LA")
+    colour_alpha.putalpha(left_half)
+    gray_alpha.putalpha(left_half)
+    add("rgba.png", colour_alpha, over_white)
+    add("rgba.webp", colour_alpha, over_white, lossless=True)
+    add("rgba.tif", colour_alpha, over_white)
+    add("la.png", gray_alpha, Image.composite(gray.convert("RGB"), white, left_half))
+    see_through = Image.fromarray(np.asarray(left_half) // 255, mode=None)
+    see_through.putpalette([255, 0, 0, 0, 0, 255])
+    add(
+        "palette-transparent.png",
+        see_through,
+        Image.composite(Image.new("RGB", gray.size, "blue"), white, left_half),
+        transparency=0,
+    )
+    add(
+        "palette-transparent.gif",
+        see_through,
+        Image.composite(Image.new("RGB", gray.size, "blue"), white, left_half),
+        transparency=0,
+    )
+
+    found = sharded(folder, tmp_path / "out")
+    assert found.keys() == expected.keys()
+    lossy = {"cmyk.jpg": 9, "gray.jpg": 2}
+    for name, pixels in found.items():
+        assert np.abs(pixels - expected[name]).max() <= lossy.get(name, 0), name
+    as_gray = sharded(folder, tmp_path / "gray", gray=True)
+    assert {pixels.shape for pixels in as_gray.values()} == {(SIDE, SIDE)}
+    assert np.array_equal(as_gray["wide.png"], np.asarray(gray))
+
+
+def test_everything_that_is_no_image_is_listed_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    Image.fromarray(ramp()).save(folder / "good.png")
+    whole = {}
+    for suffix in ("jpg", "png"):
+        encoded = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(encoded, "JPEG" if suffix == "jpg" else "PNG")
+        whole[suffix] = encoded.getvalue()
+    (folder / "truncated.jpg").write_bytes(whole["jpg"][: len(whole["jpg"]) // 2])
+    (folder / "truncated.png").write_bytes(whole["png"][:-500])
+    corrupt = bytearray(whole["png"])
+    corrupt[1000:1010] = bytes(10)
+    (folder / "corrupt.png").write_bytes(corrupt)
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("<html>404 Not Found</html>")
+    (folder / "archive.png").write_bytes(b"PK\x03\x04" + bytes(100))
+    (folder / "postscript.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(folder / "float.tif")
+    (folder / "broken-link.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "notes.txt").write_text("no image by name")
+    names = sorted(file.name for file in folder.iterdir() if file.suffix != ".txt" and file.name != "good.png")
+    with pytest.raises(ValueError, match=rf"{len(names)} image\(s\) cannot be read.*--max-rejected {len(names)}"):
+        make(folder, tmp_path / "out", size=SIDE, max_rejected=len(names) - 1)
+    make(folder, tmp_path / "out", size=SIDE, max_rejected=len(names))
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    reasons = {rejected["source"]: rejected["reason"] for rejected in map(json.loads, lines)}
+    assert sorted(reasons) == names
+    assert all(reasons.values())
+    none_of_them = "it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM"
+    for name in ("text.jpg", "archive.png", "postscript.jpg"):
+        assert reasons[name] == none_of_them
+    assert reasons["empty.jpg"] == "it is empty"
+    assert reasons["bomb.png"].startswith("it has more than 89,478,485 pixels")
+    assert "floating-point" in reasons["float.tif"]
+    assert "truncated" in reasons["truncated.jpg"]
+    assert "ignored 1 file(s) that are no images, such as notes.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(SIDE, 3 * SIDE), (3 * SIDE, SIDE), (SIDE, SIDE)])
+def test_crop_and_pad(tmp_path: Path, shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    (tmp_path / "pets").mkdir()
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "pets" / "0.png")
+    top, left = ((side - SIDE) // 2 for side in shape)
+    (central,) = sharded(tmp_path / "pets", tmp_path / "center").values()
+    assert np.array_equal(central, pixels[top : top + SIDE, left : left + SIDE])
+    (padded,) = sharded(tmp_path / "pets", tmp_path / "pad", size=max(shape), crop="pad").values()
+    assert np.array_equal(padded, np.asarray(ImageOps.pad(picture, (max(shape),) * 2)))
+    assert padded.sum(dtype=np.int64) == pixels.sum(dtype=np.int64)  # all of it, and black
+    if shape[0] != shape[1]:
+        with pytest.raises(ValueError, match=r"not square; choose --crop center or --crop pad"):
+            make(tmp_path / "pets", tmp_path / "none", crop="none")
+
+
+@pytest.mark.parametrize("image_format", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("size", [16, 9])
+def test_prepared_pictures_are_as_pillow_makes_them_by_hand(image_format: str, size: int) -> None:
+    """Steps that would only copy are left out: the bytes must be those of the plain way."""
+    content = io.BytesIO()
+    Image.fromarray(ramp()).save(content, "JPEG", comment=b"SECRET")
+    recipe = Recipe(size, 3, Encoding(image_format, None if image_format == "png" else 90, None))
+    by_hand = Image.open(io.BytesIO(content.getvalue())).convert("RGB").crop((0, 0, SIDE, SIDE))
+    if size != SIDE:
+        by_hand = by_hand.resize((size, size), Image.Resampling.LANCZOS)
+    by_hand.info = {}
+    encoded = io.BytesIO()
+    options = {"jpg": {"quality": 90, "subsampling": 0}, "png": {}, "webp": {"quality": 90}}[image_format]
+    by_hand.save(encoded, {"jpg": "JPEG"}.get(image_format, image_format), **options)
+    picture = decode_picture(content.getvalue())
+    assert recipe.apply(picture) == encoded.getvalue()
+    assert picture.info["comment"] == b"SECRET"  # the original is left as it was
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    make("faces", tmp_path / "out", num_images=70, images_per_shard=40, val_count=10, group_duplicates=True)
+    lines = [line.rpartition(", ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "looking for duplicates: 32 of 70 images",
+        "looking for duplicates: 64 of 70 images",
+        "looking for duplicates: 70 of 70 images",
+        "32 of 70 images",
+        "40 of 70 images",
+        "60 of 70 images",
+        "70 of 70 images",
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    make("faces", tmp_path / "out", num_images=9, images_per_shard=4)
+    assert "100%|" in capsys.readouterr().err

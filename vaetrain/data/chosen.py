@@ -1,0 +1,96 @@
+"""Chosen images of a split: found in its index, read alone, and described so that anyone finds them."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from vaetrain.data.config import DataConfig
+from vaetrain.data.indexed import IndexedReader
+from vaetrain.data.reader import Reader
+from vaetrain.data.remote import RemoteShards
+from vaetrain.data.selection import ImageTable, Selection
+from vaetrain.data.shard_index import INDEX_TYPES, SplitIndex
+from vaetrain.data.shards import TAR_BLOCK, ShardSet
+from vaetrain.data.stream import StreamReader
+from vaetrain.data.workers import choose_num_workers
+
+
+@dataclass(frozen=True)
+class ChosenImages:
+    """Some images of a split, in shard order."""
+
+    selection: Selection
+    remote: RemoteShards | None
+    """Where the shards are when they are not local."""
+    config: DataConfig
+
+    @classmethod
+    def all_of(cls, config: DataConfig, split: Literal["train", "val"]) -> ChosenImages:
+        """All images of a split that `config` keeps; raises FileNotFoundError or ValueError as `open_reader` does."""
+        location = config.location(split)
+        remote = RemoteShards.of(config, location)
+        if remote:
+            return cls(Selection.of(remote.shard_set(), split, config.classes, source=remote.folder), remote, config)
+        shard_set = ShardSet.open(location)
+        shard_set.verify()
+        return cls(Selection.of(shard_set, split, config.classes), None, config)
+
+    def at(self, positions: Int64[np.ndarray, " n"]) -> ChosenImages:
+        """The images at `positions`, which ascend; image i of the result is image positions[i] of these."""
+        assert np.all(np.diff(positions) > 0), "a selection is in shard order"
+        selection = self.selection
+        columns = {name: getattr(selection.index, name)[positions].astype(kind) for name, kind in INDEX_TYPES.items()}
+        assert columns.keys() == {field.name for field in fields(SplitIndex)}
+        table = ImageTable(SplitIndex(**columns), selection.shard_set.manifest.splits[selection.split].shards, None)
+        table.within_shard[:] = selection.index.within_shard[positions]  # no table of a part can know it
+        return replace(self, selection=replace(selection, index=table))
+
+    def open_reader(self, device: torch.device, processes_per_node: int) -> Reader:
+        """A reader of these images and no others: by offset from local shards, from front to back behind a URL."""
+        num_workers = self.config.num_workers
+        if num_workers is None:
+            num_workers = choose_num_workers(device, processes_per_node)
+        selection, reason, timeout_s = self.selection, "chosen images", self.config.timeout_s
+        if self.remote is None:
+            return IndexedReader(selection, num_workers=num_workers, device=device, reason=reason, timeout_s=timeout_s)
+        self.remote.prepare(selection.shard_set.manifest.splits[selection.split])
+        return StreamReader(
+            selection, remote=self.remote, num_workers=num_workers, device=device, reason=reason, timeout_s=timeout_s
+        )
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Where each image lies, and of which class and original it is: all one needs to take it out of its shard.
+
+        The original's name, `source`, is read from the shard, and absent for shards behind a URL.
+        """
+        selection, index = self.selection, self.selection.index
+        images = []
+        for position in range(selection.num_images):
+            record: dict[str, Any] = {
+                "shard": selection.shard_of(position).name,
+                "offset": int(index.offset[position]),
+                "num_bytes": int(index.num_bytes[position]),
+                "class": selection.shard_set.manifest.classes[int(index.label[position])],
+            }
+            if self.remote is None:
+                record["source"] = _source(selection, position)
+            images.append(record)
+        return images
+
+
+def _source(selection: Selection, position: int) -> str:
+    # A sample's JSON follows its image: one header block, then the text.
+    index = selection.index
+    header = int(index.offset[position]) + -(-int(index.num_bytes[position]) // TAR_BLOCK) * TAR_BLOCK
+    with selection.shard_set.path(selection.shard_of(position)).open("rb") as file:
+        file.seek(header)
+        member = tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "utf-8", "strict")
+        source: str = json.loads(file.read(member.size))["source"]
+    return source

@@ -1,0 +1,110 @@
+"""Originals: what a source lists, and what opens them one by one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from vaetrain.data.picture import Recipe
+from vaetrain.data.shards import ImageFormat
+
+
+class Item(NamedTuple):
+    """One original."""
+
+    source: str
+    """Its name, as the shards record it. Bytes of a file name that are no UTF-8 are lone surrogates in it, as in all of
+    Python (PEP 383), and escapes in JSON (`\\udce9`); os.fsencode turns it back into the name on disk."""
+
+    label: int
+    """Position in the listing's classes."""
+
+    split: str | None
+    """The split it belongs to, in a source that has splits."""
+
+    member: str | int
+    """How its source finds it: a path inside, a byte offset, or a number."""
+
+    num_bytes: int
+    """Size of the original, or 0 where that is not known before it is opened."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All originals of a source, sorted by name."""
+
+    classes: tuple[str, ...]
+    """Class names, sorted."""
+
+    items: tuple[Item, ...]
+    """The originals."""
+
+    has_class_folders: bool = True
+    """False: nothing tells classes apart, and their one class is named after the source."""
+
+    ignored: tuple[str, ...] = ()
+    """Files whose names say that they are no images."""
+
+
+class Sample(NamedTuple):
+    """One original after the recipe."""
+
+    image: bytes
+    """The encoded image."""
+
+    picture: Image.Image
+    """Its pixels before they were encoded."""
+
+    extra: dict[str, Any]
+    """What its record says besides label, class and source."""
+
+
+class Pictures(ABC):
+    """Originals that any process opens by item, in any order.
+
+    It holds a path and no open file, so that it travels to worker processes; what each process opens stays open in caches.
+    """
+
+    @abstractmethod
+    def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+        """The picture, and what else its record should say; raises one of UNREADABLE when it is damaged."""
+
+    def sample(self, item: Item, recipe: Recipe) -> Sample:
+        """The original after `recipe`; raises as `open` and Recipe.prepare do."""
+        picture, extra = self.open(item)
+        prepared = recipe.prepare(picture)
+        return Sample(recipe.encode(prepared), prepared, extra)
+
+
+class Source(ABC):
+    """Where originals come from: lists them, once, in the process that plans."""
+
+    channels: int = 3
+    """What is made of them unless told: 3 for RGB, 1 for grayscale."""
+    format: ImageFormat = "jpg"
+    """File format that is made of them unless told."""
+    fingerprint: str = ""
+    """Of the originals' content, where that is known without reading them."""
+    may_resplit: bool = False
+    """Whether --val-count overrides splits of its own."""
+
+    @abstractmethod
+    def listing(self) -> Listing:
+        """All originals; raises ValueError when there are none or when they are not laid out as the source demands."""
+
+    @abstractmethod
+    def staged(self, file: Path, items: Sequence[Item]) -> Pictures:
+        """What opens `items` of this source; `file`, and one of that name with another suffix, may be written for it."""
+
+
+class DirectSource(Source, Pictures):
+    """A source whose originals are opened where they lie."""
+
+    def staged(self, file: Path, items: Sequence[Item]) -> Pictures:
+        """Itself."""
+        return self

@@ -1,0 +1,113 @@
+"""The work on one shard, and the pieces of it that worker processes do. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from vaetrain.data.likeness import glance, likenesses
+from vaetrain.data.originals import Item, Pictures, Source
+from vaetrain.data.picture import UNREADABLE, Recipe
+from vaetrain.data.shard_writer import Row, pack_sample
+from vaetrain.data.shards import TAR_BLOCK
+
+# Small enough that all workers end at about the same time, large enough that handing them out takes none.
+IMAGES_PER_PIECE = 32
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An original that could not be read."""
+
+    source: str
+    split: str
+    reason: str
+
+
+class PieceTask(NamedTuple):
+    """Everything a worker needs to make some samples."""
+
+    split: str
+    first: int
+    """Position of the first image in the split."""
+    items: tuple[Item, ...]
+    pictures: Pictures
+    recipe: Recipe
+    classes: tuple[str, ...]
+
+    def cut(self) -> Iterator[PieceTask]:
+        """The same in pieces of IMAGES_PER_PIECE."""
+        for start in range(0, len(self.items), IMAGES_PER_PIECE):
+            yield self._replace(first=self.first + start, items=self.items[start : start + IMAGES_PER_PIECE])
+
+
+class Piece(NamedTuple):
+    """Samples that follow each other in a shard."""
+
+    samples: bytes
+    """As tar members, end to end."""
+    rows: tuple[Row, ...]
+    """Where the image of each lies in them, and its label."""
+    rejected: tuple[Rejected, ...]
+    """Originals that are not among them."""
+    likeness: bytes
+    """Array of LIKENESS, of the samples."""
+
+    @property
+    def num_originals(self) -> int:
+        """Those that became samples, and those that did not."""
+        return len(self.rows) + len(self.rejected)
+
+
+class ShardTask(NamedTuple):
+    """One shard to write."""
+
+    plan: str
+    """Digest of the plan it belongs to."""
+    out: Path
+    aside: Path
+    """Folder for unfinished files, on the same disk as `out`, that no other run writes to."""
+    split: str
+    number: int
+    """The shard's number in its split."""
+    first: int
+    """Position of its first image in the split."""
+    items: tuple[Item, ...]
+    source: Source
+    recipe: Recipe
+    classes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The shard's name without .tar."""
+        return f"{self.split}-{self.number:06d}"
+
+    def pieces(self, pictures: Pictures) -> Iterator[PieceTask]:
+        """Its parts, in order; `pictures` opens its items."""
+        return PieceTask(self.split, self.first, self.items, pictures, self.recipe, self.classes).cut()
+
+
+def make_piece(task: PieceTask) -> Piece:
+    """Read, resize and encode the originals of a piece."""
+    samples, rows, rejected, glimpses = bytearray(), [], [], []
+    for position, item in enumerate(task.items, start=task.first):
+        try:
+            image, picture, extra = task.pictures.sample(item, task.recipe)
+        except UNREADABLE as error:
+            rejected.append(Rejected(item.source, task.split, str(error) or type(error).__name__))
+            continue
+        except Exception as error:
+            error.add_note(f"while reading {item.source}")
+            raise
+        record = {"label": item.label, "class": task.classes[item.label], "source": item.source, **extra}
+        rows.append(Row(len(samples) + TAR_BLOCK, len(image), item.label))
+        samples += pack_sample(f"{position:08d}", image, task.recipe.encoding.format, record)
+        glimpses.append(glance(image, picture))
+    return Piece(bytes(samples), tuple(rows), tuple(rejected), likenesses(glimpses).tobytes())
+
+
+def look(task: PieceTask) -> Piece:
+    """A piece without its samples, for what it says about them."""
+    return make_piece(task)._replace(samples=b"")

@@ -1,0 +1,138 @@
+"""The arguments of tools/make_shards.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from vaetrain.data.originals import Source
+from vaetrain.data.picture import Recipe
+from vaetrain.data.shards import Crop, Encoding, ImageFormat
+
+FACES = "faces"
+NEAR_DUPLICATES = 0.99
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """Make a shard set of square images."""
+
+    src: Positional[str]
+    """A folder, zip or tar of images, with a folder per class, and perhaps train/ and val/ or test/ above those; a Parquet
+    file with a column of images, or a folder of them (train-*.parquet, test-*.parquet, as on the Hugging Face hub); a
+    folder of MNIST's four idx files; another shard set, whose records travel along, and whose images stay as they are, byte for
+    byte, unless size, channels, format or quality change; or the word `faces`: the built-in drawn animal faces."""
+
+    out: Positional[Path]
+    """Folder for the shards and their manifest.json."""
+
+    size: int
+    """Height and width of the images, in pixels."""
+
+    val_count: int | None = None
+    """Take the last so many images of a seeded shuffle for validation; for a SRC without a split of its own,
+    or a shard set, whose own split is given up for it."""
+
+    val_src: str | None = None
+    """Take the images of this folder, zip or tar for validation; its classes must be among those of SRC."""
+
+    group_duplicates: bool = False
+    """Keep exact and near duplicates on the same side of --val-count; reads all images once more before that, in each of
+    --num-tasks too. Such groups are listed in OUT/duplicates.jsonl in any case. A SRC with splits of its own keeps them: what
+    straddles is only reported."""
+
+    near_duplicates: float = NEAR_DUPLICATES
+    """Correlation of two images' 16×16 gray thumbnails from which on they may be near duplicates, below 1. 0.95 finds more
+    among photographs (another crop of the same one), and too many where all images resemble each other, as in MNIST."""
+
+    image_column: str | None = None
+    """Column of the images in Parquet files; None: the one that can be of images."""
+
+    label_column: str | None = None
+    """Column of the classes in Parquet files, integers or strings; `none`: there are no classes. None: the one that the files
+    say is of classes, or that is called label."""
+
+    gray: bool = False
+    """One channel in place of three (MNIST's idx files and grayscale shard sets always have one)."""
+
+    images_per_shard: int = 1000
+    """Images in a shard file (the last one of a split may have fewer)."""
+
+    workers: int | None = None
+    """Processes that read and encode; None: one per core. The result does not depend on it."""
+
+    format: ImageFormat | None = None
+    """File format of the images. None: png (lossless) for MNIST's idx files, that of a SRC shard set, jpg with full
+    colour resolution otherwise."""
+
+    quality: int = 95
+    """Quality of jpg and webp, 1 to 100."""
+
+    crop: Crop = "center"
+    """Images that are not square: keep the central square, pad with black bars, or reject them (none)."""
+
+    seed: int = 0
+    """Decides the order of the images, with it the choice of --val-count, and which faces are drawn."""
+
+    num_images: int | None = None
+    """How many faces to draw (only for SRC faces); None: 3000."""
+
+    max_rejected: int = 0
+    """Images that may be left out because they cannot be read; with more, no manifest is written."""
+
+    task: int | None = None
+    """Make only the share of this task, from 0, of `--num-tasks` (for a Slurm array: $SLURM_ARRAY_TASK_ID), all with the same
+    other arguments and the same OUT. The last one to finish completes the shard set, as does --merge."""
+
+    num_tasks: int | None = None
+    """Tasks that share the work."""
+
+    merge: bool = False
+    """Only complete the shard set whose shards the tasks have made."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be made."""
+        for name in ("size", "images_per_shard", "val_count", "workers", "num_images", "num_tasks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"--quality is {self.quality}; it must be between 1 and 100")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed is {self.seed}; it must be between 0 and {2**32 - 1}")
+        if not 0 < self.near_duplicates < 1:
+            raise ValueError(f"--near-duplicates is {self.near_duplicates}; it must be between 0 and 1, such as 0.99")
+        if self.group_duplicates and self.val_count is None:
+            raise ValueError("--group-duplicates is about what --val-count deals out; give that too, or leave this out")
+        if self.max_rejected < 0:
+            raise ValueError(f"--max-rejected is {self.max_rejected}; it must not be negative")
+        if self.val_count is not None and self.val_src is not None:
+            raise ValueError("--val-count and --val-src both say what to validate on; give one of them")
+        if self.num_images is not None and self.src != FACES:
+            raise ValueError(f"--num-images says how many faces to draw, but SRC is {self.src}; leave it out")
+
+        if (self.task is None) != (self.num_tasks is None):
+            raise ValueError("--task I and --num-tasks N belong together: give both, or neither")
+        if self.task is not None and self.num_tasks is not None and not 0 <= self.task < self.num_tasks:
+            raise ValueError(
+                f"--task is {self.task}; with --num-tasks {self.num_tasks} it is 0 to {self.num_tasks - 1}"
+            )
+        if self.merge and self.task is not None:
+            raise ValueError("--merge completes what all tasks have made; leave out --task and --num-tasks")
+
+    def recipe(self, source: Source) -> Recipe:
+        """What is done to each image of `source`; raises ValueError for grayscale WebP, which there is not."""
+        channels = 1 if self.gray else source.channels
+        image_format = self.format or source.format
+        if channels == 1 and image_format == "webp":
+            raise ValueError("WebP has no grayscale; choose --format png or jpg")
+        match image_format:
+            case "jpg":
+                encoding = Encoding("jpg", self.quality, "4:4:4" if channels == 3 else None, crop=self.crop)
+            case "webp":
+                encoding = Encoding("webp", self.quality, "4:2:0", crop=self.crop)
+            case "png":
+                encoding = Encoding("png", None, None, crop=self.crop)
+        return Recipe(self.size, channels, encoding)

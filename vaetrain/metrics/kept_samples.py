@@ -1,0 +1,70 @@
+"""The generated images behind a score, kept as a sample set while their features are extracted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from vaetrain.command_line import plain
+from vaetrain.data.encode import png
+from vaetrain.data.shard_writer import ShardWriter
+from vaetrain.metrics.features import NumberedImages
+from vaetrain.run import write_json
+
+
+def check_free(folder: Path, content: Mapping[str, Any]) -> bool:
+    """Whether `folder` is free for the sample set that `content` describes; False when it already holds that very set.
+
+    Raises FileExistsError when it holds anything else.
+    """
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        found = json.loads(manifest.read_text())
+        if all(found.get(name) == value for name, value in content.items()):
+            return False
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"--keep-samples {folder} holds something else; delete it or name another folder")
+    return True
+
+
+def keep(
+    images: Iterable[NumberedImages],
+    folder: Path,
+    content: Mapping[str, Any],
+    details: Mapping[str, Any],
+    accelerator: Accelerator,
+) -> Iterable[NumberedImages]:
+    """This process's images, each written as a PNG of the sample set on its way. A collective.
+
+    `content` decides the images (seed, prior, …) and goes into the manifest with `details`. The set is written into
+    FOLDER.partial and renamed when it is whole; what an earlier process left there is deleted. Raises FileExistsError, at
+    once, when `folder` holds anything but this very set, which is then left as it is.
+    """
+    [free] = broadcast_object_list([accelerator.is_main_process and check_free(folder, content)])
+    return _writing(images, folder, {**content, **details}, accelerator) if free else images
+
+
+def _writing(
+    images: Iterable[NumberedImages], folder: Path, facts: Mapping[str, Any], accelerator: Accelerator
+) -> Iterator[NumberedImages]:
+    aside = folder.with_name(f"{folder.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    with ShardWriter(aside, f"rank-{accelerator.process_index:04d}") as writer:
+        for indices, block in images:
+            for index, image in zip(indices, block.cpu(), strict=True):
+                writer.write(f"{int(index):08d}", png(image), "png", {"index": int(index), "seed": facts["seed"]})
+            yield indices, block
+    shards = gather_object([plain(shard) for shard in writer.shards])
+    if accelerator.is_main_process:
+        write_json(aside / "manifest.json", {"format_version": 1, "kind": "sample set", **facts, "shards": shards})
+        aside.replace(folder)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,151 @@
+"""LPIPS (Zhang et al. 2018): how far apart two images look, by the features of a network trained on ImageNet.
+
+    d(x, y) = Σ_l mean over positions of w_l · (φ̂_l(x) − φ̂_l(y))²           (Zhang et al. 2018, Eq. 1)
+
+φ̂_l are the features after a ReLU of layer l, scaled to length 1 at every position; w_l ≥ 0 were fitted to human judgements.
+The backbone is torchvision's; both weight files are the user's, read as tensors and nothing else.
+
+torch-fidelity's own LPIPS downloads its weights in its constructor and knows only VGG, torchmetrics' normalises features
+otherwise than the authors' code, and that one has not been released since 2021; the distance itself is the few lines below.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torchvision
+from accelerate import Accelerator
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+
+from vaetrain.data.reader import Reader
+from vaetrain.metrics.estimate import Estimate
+from vaetrain.metrics.lpips_config import LpipsConfig
+from vaetrain.metrics.weights import read_weights
+from vaetrain.model.autoencoder import VAE
+
+HEADS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
+
+
+class Backbone(NamedTuple):
+    """A torchvision classifier as LPIPS uses it."""
+
+    name: str
+    """Its builder in torchvision.models."""
+    ends: tuple[int, ...]
+    """Where in `features` the five layers end, each after a ReLU."""
+    channels: tuple[int, ...]
+    """Channels of the five layers."""
+    url: str
+    """The weights torchvision publishes."""
+    min_size: int
+    """Side in pixels of the smallest image of which the last layer leaves a position."""
+
+
+BACKBONES = {
+    "alex": Backbone(
+        "alexnet", (2, 5, 8, 10, 12), (64, 192, 384, 256, 256),
+        torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url, min_size=31,
+    ),
+    "vgg": Backbone(
+        "vgg16", (4, 9, 16, 23, 30), (64, 128, 256, 512, 512),
+        torchvision.models.VGG16_Weights.IMAGENET1K_V1.url, min_size=16,
+    ),
+}  # fmt: skip
+
+# ImageNet's mean and standard deviation of each channel for pixels in [-1, 1], in the digits of the authors' code.
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+class PerceptualDistance(nn.Module):
+    """LPIPS of pairs of images; float32 whatever surrounds it.
+
+    Attributes: `backbone_sha256` and `heads_sha256` of the files, for a score's record.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, config: LpipsConfig) -> None:
+        """Build the network from the two files.
+
+        Raises FileNotFoundError or ValueError, saying which file to put where, if one is missing, holds anything but
+        tensors, or belongs to another network.
+        """
+        super().__init__()
+        self.backbone = BACKBONES[config.net]
+        remedy = how_to_get_weights(config.net)
+        with torch.device("meta"):  # the classifier that follows the features has 500 MB, and would be initialised
+            features: nn.Sequential = getattr(torchvision.models, self.backbone.name)(weights=None).features
+        state, self.backbone_sha256 = read_weights(config.backbone, "--lpips.backbone", remedy)
+        weights = {
+            name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")
+        }
+        try:
+            features.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{config.backbone} does not hold torchvision's {self.backbone.name}. {remedy}") from error
+        starts = (0, *self.backbone.ends)
+        self.layers = nn.ModuleList(features[start:end] for start, end in zip(starts, self.backbone.ends, strict=False))
+
+        state, self.heads_sha256 = read_weights(config.heads, "--lpips.heads", remedy)
+        shapes = {
+            f"lin{number}.model.1.weight": (1, channels, 1, 1) for number, channels in enumerate(self.backbone.channels)
+        }
+        if {name: tuple(value.shape) for name, value in state.items()} != shapes:
+            raise ValueError(f"{config.heads} does not hold the LPIPS heads of {config.net}. {remedy}")
+        self.heads = nn.ParameterList(state[name].float().view(1, -1, 1, 1) for name in shapes)
+        for name, values in (("shift", SHIFT), ("scale", SCALE)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def forward(self, recon: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"]) -> Float32[Tensor, " b"]:
+        """LPIPS of each pair of [0, 1] images with 3 channels or, repeated to 3, one; at the images' own resolution.
+
+        Raises ValueError for images that the backbone's strides leave nothing of.
+        """
+        if min(x.shape[-2:]) < self.backbone.min_size:
+            raise ValueError(
+                f"LPIPS through {self.backbone.name} needs images of at least {self.backbone.min_size} pixels a side and these "
+                f"are {x.shape[-2]}×{x.shape[-1]}; use --lpips.net vgg from {BACKBONES['vgg'].min_size} pixels on"
+            )
+        distance = torch.zeros(len(x), device=x.device)
+        # A distance is a difference of nearly equal features: neither bf16 nor TF32, which is cuDNN's default.
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"),
+        ):
+            a, b = ((2 * image.float() - 1 - self.shift) / self.scale for image in (recon, x))
+            for layer, head in zip(self.layers, self.heads, strict=True):
+                a, b = layer(a), layer(b)
+                distance = distance + (head * (unit_length(a) - unit_length(b)).square()).sum(1).mean((1, 2))
+        return distance
+
+
+def unit_length(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Scale the features of each position to length 1; all zeros stay so."""
+    return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+
+@torch.no_grad()
+def reconstruction_lpips(
+    vae: VAE, reader: Reader, accelerator: Accelerator, distance: PerceptualDistance, batch_size: int
+) -> Estimate:
+    """Mean LPIPS over every image of the reader's split, between image and decoded posterior mode. A collective."""
+    distances = [torch.empty(0, dtype=torch.float64, device=accelerator.device)]
+    for batch in reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes):
+        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            recon = vae.reconstruct(x)
+        distances.append(distance(vae.likelihood.to_unit(recon), vae.likelihood.to_unit(x)).double())
+    return Estimate.of(torch.cat(distances), accelerator)
+
+
+def how_to_get_weights(net: str) -> str:
+    """The two files that LPIPS needs, and where they go."""
+    return (
+        f"LPIPS through {net} needs two files, anywhere on this machine: {BACKBONES[net].url} as --lpips.backbone FILE "
+        f"and {HEADS_URL}/{net}.pth (the package lpips contains it) as --lpips.heads FILE."
+    )

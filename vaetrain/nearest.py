@@ -1,0 +1,228 @@
+"""Is the model repeating its training images? Each sample's nearest one, in pixels and in features.
+
+A short distance alone says nothing: blurred images are close to everything. So the same search is made for validation images,
+which the model cannot have memorised, and for their reconstructions, which are as blurred as samples are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Float64, Int64, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from vaetrain import distributed
+from vaetrain.data.reader import Reader
+from vaetrain.labelled_grid import save_labelled_grid
+from vaetrain.model.autoencoder import VAE
+
+Features = Callable[[UInt8[Tensor, "b c h w"]], Float[Tensor, "b ..."]]
+"""Images to the numbers whose Euclidean distance is taken; called without gradients, in batches."""
+
+BATCH_SIZE = 64
+
+MAX_DISTANCES = 2**24
+"""Distances computed at a time, 128 MiB in float64: queries are cut into blocks so that their number costs no memory."""
+
+
+def pixels(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    """Levels 0 to 255 as features: squared distances are whole numbers, hence exact in float64."""
+    return images.flatten(1).float()
+
+
+def encoder_features(vae: VAE) -> Features:
+    """The model's own code of an image, its posterior mean, as features."""
+
+    def features(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        x = vae.from_uint8(images).contiguous(memory_format=torch.channels_last)
+        return vae.encode(x).mode().flatten(1)
+
+    return features
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """For each query its nearest training image."""
+
+    distance: Float64[Tensor, " q"]
+    """Euclidean, in units of the features."""
+    index: Int64[Tensor, " q"]
+    """The training image, as a position in the split; of several at the same distance the first."""
+    image: UInt8[Tensor, "shown c h w"]
+    """The nearest images of the first queries."""
+
+
+class NearestSearch:
+    """Exact nearest neighbours of queries among images that pass by in batches, in one space."""
+
+    def __init__(self, features: Features, queries: Float[Tensor, "q d"], shown: UInt8[Tensor, "s c h w"]) -> None:
+        self.features = features
+        self.queries = queries.double()
+        self.norms = self.queries.square().sum(1)
+        self.squared = torch.full_like(self.norms, math.inf)
+        self.index = torch.full_like(self.norms, -1, dtype=torch.int64)
+        self.image = torch.zeros_like(shown)
+
+    def update(self, images: UInt8[Tensor, "b c h w"], indices: Int64[Tensor, " b"]) -> None:
+        """Compare every query with every image of a batch; ‖a − b‖² = ‖a‖² − 2 a·b + ‖b‖² in float64."""
+        passing = self.features(images).flatten(1).double()
+        norms = passing.square().sum(1)
+        block = max(1, MAX_DISTANCES // len(passing))
+        for start in range(0, len(self.queries), block):
+            rows = slice(start, start + block)
+            squared = torch.addmm(norms, self.queries[rows], passing.T, alpha=-2) + self.norms[rows, None]
+            nearest, at = squared.min(1)
+            closer = nearest < self.squared[rows]
+            self.squared[rows] = torch.where(closer, nearest, self.squared[rows])
+            self.index[rows] = torch.where(closer, indices[at], self.index[rows])
+            for query in (closer[: max(0, len(self.image) - start)].nonzero().flatten()).tolist():
+                self.image[start + query] = images[at[query]]
+
+    def finish(self, accelerator: Accelerator) -> Neighbours:
+        """The nearest over all processes; a collective."""
+        squared, index, image = self.squared, self.index, self.image
+        if accelerator.num_processes > 1:
+            everyones_squared = accelerator.gather(squared[None])
+            everyones_index = accelerator.gather(index[None])
+            everyones_image = accelerator.gather(image[None])
+            # Of equal distances the lower index, as a single process finds it.
+            least = everyones_squared.amin(0)
+            candidates = everyones_index.masked_fill(everyones_squared > least, torch.iinfo(torch.int64).max)
+            winner = candidates.argmin(0)
+            squared, index = least, candidates.amin(0)
+            image = everyones_image[winner[: len(image)], torch.arange(len(image), device=winner.device)]
+        return Neighbours(squared.clamp(min=0).sqrt().cpu(), index.cpu(), image.cpu())
+
+
+@torch.no_grad()
+def nearest_images(
+    queries: UInt8[Tensor, "q c h w"],
+    reader: Reader,
+    accelerator: Accelerator,
+    spaces: dict[str, Features],
+    *,
+    num_shown: int = 0,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, Neighbours]:
+    """Each query's exact nearest image of the reader's split in every space, in one pass shared by all processes.
+
+    A collective. All processes give the same queries and get the same answer, whatever their number; memory is bounded by
+    the queries and their features, not by the split.
+    """
+    device = accelerator.device
+    searches = {}
+    for name, features in spaces.items():
+        rows = [features(block.to(device)).flatten(1) for block in queries.split(batch_size)]
+        searches[name] = NearestSearch(features, torch.cat(rows), queries[:num_shown].to(device))
+    for batch in tqdm(
+        reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes),
+        desc="nearest training images",
+        unit="batch",
+        disable=None if accelerator.is_main_process else True,
+    ):
+        for search in searches.values():
+            search.update(batch.images.to(device), batch.indices.to(device))
+    return {name: search.finish(accelerator) for name, search in searches.items()}
+
+
+@torch.no_grad()
+def memorisation(
+    vae: VAE,
+    samples: UInt8[Tensor, "n c h w"],
+    train_reader: Reader,
+    val_reader: Reader,
+    accelerator: Accelerator,
+    file: Path,
+    *,
+    features: Features | None = None,
+    num_shown: int = 16,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Scores of how much closer samples are to training images than held-out images are, and the picture `file`. A collective.
+
+    `samples` are the same on every process (`vaetrain.sampling.gather_samples`) and compared with as many validation
+    images, drawn by `seed`, or all. `features` defaults to the encoder's mean. For the spaces S pixel and feature:
+
+    - eval/nearest_S_distance_ratio: median distance of samples to their nearest training image / that of validation
+      images. Near 0: copies. About 1: as far from the training images as new images are.
+    - eval/nearest_S_distance_ratio_to_recon: the same with reconstructions of the validation images below the line:
+      samples of a VAE are blurred, and blurred images lie closer to everything.
+    - eval/nearest_S_closer_than_val: probability that a random sample lies closer to the training images than a random
+      validation image, ties half. ½ where nothing is copied, 1 for copies: the Mann-Whitney statistic of Meehan, Chaudhuri
+      & Dasgupta 2020 (A non-parametric test to detect data-copying in generative models, Sec. 3), over the whole space.
+    """
+    val, _ = draw_images(val_reader, len(samples), accelerator, seed)
+    recon = [vae.reconstruct(vae.from_uint8(block.to(accelerator.device))) for block in val.split(BATCH_SIZE)]
+    queries = torch.cat([samples, val, *(vae.likelihood.to_uint8(block).cpu() for block in recon)])
+    spaces = {"pixel": pixels, "feature": features or encoder_features(vae)}
+    found = nearest_images(queries, train_reader, accelerator, spaces, num_shown=min(num_shown, len(samples)))
+    scores: dict[str, float] = {}
+    references: dict[str, float] = {}
+    for space, neighbours in found.items():
+        of_samples, of_val, of_recon = neighbours.distance.split([len(samples), len(val), len(val)])
+        references[space] = float(of_val.median())
+        for name, reference in (("distance_ratio", of_val), ("distance_ratio_to_recon", of_recon)):
+            scores[f"eval/nearest_{space}_{name}"] = float(of_samples.median() / reference.median())
+        scores[f"eval/nearest_{space}_closer_than_val"] = probability_of_less(of_samples, of_val)
+    if accelerator.is_main_process:
+        save_nearest(samples, found, references, file)
+    return scores
+
+
+def draw_images(
+    reader: Reader, num_images: int, accelerator: Accelerator, seed: int = 0
+) -> tuple[UInt8[Tensor, "n c h w"], Int64[Tensor, " n"]]:
+    """At most so many images of a split, drawn by the seed without replacement, in shard order, and their labels. A collective.
+
+    Every process gets all of them; they do not depend on the number of processes.
+    """
+    wanted = torch.zeros(reader.num_images, dtype=torch.bool)
+    rng = np.random.default_rng(seed)
+    wanted[torch.from_numpy(rng.choice(reader.num_images, min(num_images, reader.num_images), replace=False))] = True
+    side, channels = reader.manifest.image_size, reader.manifest.channels
+    images = [torch.empty(0, channels, side, side, dtype=torch.uint8)]
+    labels = [torch.empty(0, dtype=torch.int64)]
+    indices = [torch.empty(0, dtype=torch.int64)]
+    for batch in reader.eval_batches(BATCH_SIZE, accelerator.process_index, accelerator.num_processes):
+        chosen = wanted[batch.indices.cpu()]
+        images.append(batch.images.cpu()[chosen])
+        labels.append(batch.labels.cpu()[chosen])
+        indices.append(batch.indices.cpu()[chosen])
+    numbers = torch.cat(indices)
+    return (
+        distributed.gather_by_index(accelerator, numbers, torch.cat(images)),
+        distributed.gather_by_index(accelerator, numbers, torch.cat(labels)),
+    )
+
+
+def probability_of_less(a: Float64[Tensor, " n"], b: Float64[Tensor, " m"]) -> float:
+    """P(a < b) + ½ P(a = b) of two random members."""
+    return float((a[:, None] < b).double().mean() + 0.5 * (a[:, None] == b).double().mean())
+
+
+def save_nearest(
+    samples: UInt8[Tensor, "n c h w"], found: dict[str, Neighbours], references: dict[str, float], file: Path
+) -> None:
+    """The samples with the nearest training images beside them; each distance over the median one of validation images."""
+    shown = len(found["pixel"].image)
+    per_row = min(4, shown)
+    shown -= shown % per_row
+    triples = torch.stack([samples[:shown].cpu(), *(neighbours.image[:shown] for neighbours in found.values())], dim=1)
+    captions = []
+    for number in range(shown):
+        ratios = (float(found[space].distance[number]) / references[space] for space in found)
+        captions += [f"#{number}", *(f"{ratio:.2f}" for ratio in ratios)]
+    per_line = per_row * len(triples[0])
+    save_labelled_grid(
+        triples.reshape(-1, per_line, *samples.shape[1:]), file,
+        title="Samples with their nearest training images, by pixels and by features\n"
+        "(number: distance over the median distance of validation images to their nearest)",
+        column_labels=["sample", *found] * per_row, captions=captions, columns_per_group=len(triples[0]),
+    )  # fmt: skip

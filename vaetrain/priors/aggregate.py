@@ -1,0 +1,130 @@
+"""The aggregate posterior q(z) = mean over training images of q(z|x), gathered in one pass that all processes share.
+
+Every process encodes its share of the chosen images; their posteriors come together in the split's order, and all that is
+fitted is computed from those in one process. So a fit is the same to the bit for any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Float64, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from vaetrain import distributed
+from vaetrain.data.reader import Reader
+from vaetrain.model.autoencoder import VAE
+from vaetrain.model.posterior import DiagonalGaussian
+from vaetrain.priors.config import PriorFitConfig
+from vaetrain.randomness import mixed_seed
+
+MAX_CODE_NUMBERS = 2**27
+"""Latent numbers kept of a split, 512 MiB for means and as much for deviations: of larger latents fewer images."""
+
+BATCH_SIZE = 64
+"""Images read at a time; fixed, because a convolution may round differently in another batch."""
+
+SELECTION, HELD_OUT = 21, 22  # what the randomness is for
+
+
+@dataclass(frozen=True)
+class Posteriors:
+    """q(z|x) of some images: diagonal Gaussians, latents flattened; a point mass has deviation 0."""
+
+    mean: Float[Tensor, "n d"]
+    std: Float[Tensor, "n d"]
+
+    def sample(self, seed: int) -> Float[Tensor, "n d"]:
+        """One latent z ~ q(z|x) per image; the images' order matters."""
+        noise = torch.randn(self.mean.shape, generator=torch.Generator().manual_seed(seed))
+        return self.mean + self.std * noise
+
+    def every_other(self, first: int) -> Posteriors:
+        """Those at `first`, `first` + 2, …"""
+        return Posteriors(self.mean[first::2], self.std[first::2])
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class AggregatePosterior:
+    """What priors are fitted to: posteriors of training images, and of validation images that choose and judge."""
+
+    latent_shape: tuple[int, ...]
+    train: Posteriors
+    val: Posteriors
+
+    def mean(self) -> Float64[Tensor, " d"]:
+        """Mean of q(z)."""
+        return self.train.mean.double().mean(0)
+
+    def covariance_of_means(self) -> Float64[Tensor, "d d"]:
+        """Covariance of the posterior means (n − 1)."""
+        return torch.cov(self.train.mean.double().T).reshape(*2 * self.train.mean.shape[1:])
+
+    def covariance(self) -> Float64[Tensor, "d d"]:
+        """Covariance of q(z): that of the means, and on the diagonal the mean posterior variances."""
+        return self.covariance_of_means() + self.train.std.double().square().mean(0).diag()
+
+    def selection_codes(self, seed: int) -> Float[Tensor, "m d"]:
+        """Latents of every other validation image, by which sizes are chosen and training is stopped."""
+        return self.val.every_other(0).sample(mixed_seed(seed, SELECTION))
+
+    def heldout_codes(self, seed: int) -> Float[Tensor, "m d"]:
+        """Latents of the other half, which no fit has seen: the reported likelihood is theirs."""
+        return self.val.every_other(1).sample(mixed_seed(seed, HELD_OUT))
+
+
+@torch.no_grad()
+def gather_aggregate(
+    vae: VAE, train_reader: Reader, val_reader: Reader, accelerator: Accelerator, config: PriorFitConfig
+) -> AggregatePosterior:
+    """Encode both splits once, in fp32 and unmirrored. A collective; every process gets the whole result.
+
+    Raises ValueError when a split has fewer than two images.
+    """
+    for reader, split in ((train_reader, "train"), (val_reader, "val")):
+        if reader.num_images < 2:
+            raise ValueError(f"the {split} split has {reader.num_images} image(s); fitting a prior takes at least 2")
+    return AggregatePosterior(
+        latent_shape=vae.config.latent_shape,
+        train=encode(vae, train_reader, accelerator, config, what="encoding training images"),
+        val=encode(vae, val_reader, accelerator, config, what="encoding validation images"),
+    )
+
+
+def encode(vae: VAE, reader: Reader, accelerator: Accelerator, config: PriorFitConfig, *, what: str) -> Posteriors:
+    """Posteriors of at most `num_codes` images of a split, drawn by the seed, in the split's order. A collective."""
+    num_dims = math.prod(vae.config.latent_shape)
+    num_kept = min(reader.num_images, config.num_codes, max(2, MAX_CODE_NUMBERS // num_dims))
+    wanted = torch.zeros(reader.num_images, dtype=torch.bool)
+    rng = np.random.default_rng(config.seed)
+    wanted[torch.from_numpy(rng.choice(reader.num_images, num_kept, replace=False))] = True
+    indices = [torch.empty(0, dtype=torch.int64)]
+    moments = [torch.empty(0, 2, num_dims)]
+    num_batches = -(-reader.num_images // (BATCH_SIZE * accelerator.num_processes))
+    quiet = None if accelerator.is_main_process else True
+    batches = reader.eval_batches(BATCH_SIZE, accelerator.process_index, accelerator.num_processes)
+    for batch in tqdm(batches, desc=what, total=num_batches, unit="batch", disable=quiet):
+        chosen = wanted[batch.indices.cpu()]
+        if chosen.any():
+            indices.append(batch.indices.cpu()[chosen])
+            moments.append(posterior_moments(vae, batch.images[chosen.to(batch.images.device)].to(accelerator.device)))
+    everyones = distributed.gather_by_index(accelerator, torch.cat(indices), torch.cat(moments))
+    return Posteriors(everyones[:, 0].contiguous(), everyones[:, 1].contiguous())
+
+
+def posterior_moments(vae: VAE, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 2 d"]:
+    """Mean and standard deviation of q(z|x), flattened, on the CPU; a deterministic autoencoder's deviation is 0."""
+    posterior = vae.encode(vae.from_uint8(images).contiguous(memory_format=torch.channels_last))
+    mean = posterior.mean.flatten(1)
+    if isinstance(posterior, DiagonalGaussian):
+        return torch.stack([mean, (0.5 * posterior.logvar).exp().flatten(1)], dim=1).cpu()
+    return torch.stack([mean, torch.zeros_like(mean)], dim=1).cpu()

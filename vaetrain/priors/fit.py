@@ -1,0 +1,150 @@
+"""Fitting priors to a checkpoint's aggregate posterior: all missing ones in one pass over the training images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+
+from vaetrain.command_line import plain
+from vaetrain.data.reader import Reader
+from vaetrain.export import TrainedModel
+from vaetrain.model.prior import Prior, StandardNormal
+from vaetrain.priors.aggregate import AggregatePosterior, gather_aggregate
+from vaetrain.priors.codes import MeanCode, RandomCode
+from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
+from vaetrain.priors.flow import fit_flow
+from vaetrain.priors.gaussian import GaussianPrior
+from vaetrain.priors.mixture import fit_mixture
+from vaetrain.priors.saved import (
+    FORMAT_VERSION,
+    PriorFacts,
+    SavedPrior,
+    load_prior,
+    prior_file,
+    save_prior,
+    weights_sha256,
+)  # fmt: skip
+from vaetrain.priors.whitening import Whitening
+from vaetrain.randomness import mixed_seed
+
+MAX_COVARIANCE_DIMS = 4096
+"""Latent dimensions up to which gaussian, gmm and flow are fitted: a matrix of 128 MiB, some 20 s for its eigenvectors."""
+
+MAX_MEAN_CODES = 10_000
+"""Codes that mean-code keeps in its file, drawn at random: shards may be in the order of classes."""
+
+MEAN_CODES = 13  # what the randomness is for
+
+
+def priors_for(latent_shape: Sequence[int]) -> tuple[PriorName, ...]:
+    """The priors that latents of this shape allow, in the order of tables."""
+    if math.prod(latent_shape) <= MAX_COVARIANCE_DIMS:
+        return PRIOR_NAMES
+    return tuple(name for name in PRIOR_NAMES if name not in ("gaussian", "gmm", "flow"))
+
+
+def fitted_priors(
+    run: Path,
+    trained: TrainedModel,
+    names: Sequence[PriorName],
+    accelerator: Accelerator,
+    open_split: Callable[[Literal["train", "val"]], Reader],
+    config: PriorFitConfig,
+) -> dict[PriorName, SavedPrior]:
+    """The named priors of a run's checkpoint, from their files; those that have none are fitted and saved. A collective.
+
+    All processes encode, the main one fits, everybody reads the file: the run directory is one that all of them see. Raises
+    ValueError when a file is of something else (see `load_prior`), the images are not those the run was trained on, or
+    the latent is too large for the prior.
+    """
+    if too_large := [name for name in names if name not in priors_for(trained.vae.config.latent_shape)]:
+        raise ValueError(
+            f"{', '.join(too_large)} would need the covariance of {math.prod(trained.vae.config.latent_shape):,} latent "
+            f"dimensions, more than {MAX_COVARIANCE_DIMS:,}; use standard, mean-code or random-code"
+        )
+    files = {name: prior_file(run, trained, name) for name in names}
+    sha256 = weights_sha256(run, trained)
+    missing = [name for name, file in files.items() if not file.is_file()]
+    # Loaded first, to refuse one of something else before a pass over the data and not after it.
+    priors = {name: load_prior(file, trained, sha256, config) for name, file in files.items() if name not in missing}
+    accelerator.wait_for_everyone()  # nobody saves before everybody has looked
+    if missing:
+        with closing(open_split("train")) as train_reader, closing(open_split("val")) as val_reader:
+            fingerprint = trained.dataset["train"]["fingerprint"]
+            if train_reader.manifest.fingerprint != fingerprint:
+                raise ValueError(
+                    f"{run} was trained on the shard set with fingerprint {fingerprint}; the one given has "
+                    f"{train_reader.manifest.fingerprint}, and a prior is fitted to the training images"
+                )
+            aggregate = gather_aggregate(trained.vae, train_reader, val_reader, accelerator, config)
+        for name in missing:
+            if accelerator.is_main_process:
+                print(f"fitting prior {name} to {run / trained.checkpoint}", flush=True)
+                prior, details = fit_prior(name, aggregate, config)
+                facts = PriorFacts(
+                    format_version=FORMAT_VERSION,
+                    prior=name,
+                    checkpoint=str(trained.checkpoint),
+                    checkpoint_sha256=sha256,
+                    dataset_fingerprint=fingerprint,
+                    latent_shape=aggregate.latent_shape,
+                    num_codes=len(aggregate.train),
+                    fit=plain(config),
+                    heldout_nats_per_dim=nats_per_dim(prior, aggregate.heldout_codes(config.seed)),
+                    heldout_num_codes=len(aggregate.val) // 2,
+                    details=details,
+                )
+                save_prior(files[name], prior, facts)
+            accelerator.wait_for_everyone()  # after each one, since nobody waits longer than distributed.TIMEOUT
+            priors[name] = load_prior(files[name], trained, sha256, config)
+    return {name: priors[name] for name in names}
+
+
+def prior_table(priors: dict[PriorName, SavedPrior]) -> list[dict[str, Any]]:
+    """One row for each prior: its name, held-out likelihood (nats per dimension; None without a density), file and hash."""
+    return [
+        {
+            "prior": name,
+            "heldout_nats_per_dim": saved.facts.heldout_nats_per_dim,
+            "heldout_num_codes": saved.facts.heldout_num_codes,
+            "num_codes": saved.facts.num_codes,
+            "details": saved.facts.details,
+            "file": str(saved.file),
+            "sha256": saved.sha256,
+        }
+        for name, saved in priors.items()
+    ]
+
+
+def fit_prior(name: PriorName, aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[Prior, dict[str, Any]]:
+    """Fit one prior in this process, on the CPU; the same aggregate and settings give the same fit. With what was chosen."""
+    shape = aggregate.latent_shape
+    match name:
+        case "standard":
+            return StandardNormal(shape), {}
+        case "mean-code":
+            generator = torch.Generator().manual_seed(mixed_seed(config.seed, MEAN_CODES))
+            rows = torch.randperm(len(aggregate.train), generator=generator)[:MAX_MEAN_CODES]
+            return MeanCode(shape, aggregate.train.mean[rows], config.mean_code_images), {}
+        case "random-code":
+            return RandomCode(shape, aggregate.train.mean.amin(0), aggregate.train.mean.amax(0)), {}
+        case "gaussian":
+            return GaussianPrior(shape, Whitening.of(aggregate)), {}
+        case "gmm":
+            return fit_mixture(aggregate, config)
+        case "flow":
+            return fit_flow(aggregate, config)
+
+
+def nats_per_dim(prior: Prior, codes: Float[Tensor, "n d"]) -> float | None:
+    """Mean log-density of codes in nats per latent dimension, None for a prior without a density."""
+    log_density = prior.log_density(codes)
+    return None if log_density is None else float(log_density.mean()) / codes.shape[1]

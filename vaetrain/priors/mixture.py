@@ -1,0 +1,147 @@
+"""A Gaussian mixture as prior: fitted by scikit-learn's EM, drawn and scored here."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from vaetrain.model.prior import standard_normal_log_density
+from vaetrain.priors.aggregate import AggregatePosterior, Posteriors
+from vaetrain.priors.config import PriorFitConfig
+from vaetrain.priors.gaussian import WhitePrior
+from vaetrain.priors.whitening import Whitening
+from vaetrain.randomness import mixed_seed
+
+MAX_CODES = 20_000
+"""Latents that EM sees; its time is proportional to their number."""
+
+MAX_DRAWS = 8
+"""Latents drawn from one image's posterior, at most, to bring few images up to MAX_CODES."""
+
+COVARIANCES: tuple[Literal["full", "diag"], ...] = ("full", "diag")
+
+REGULARISATION = 1e-3
+"""Added to every variance, in white coordinates, whose own variance is 1."""
+
+MAX_ITERATIONS = 60
+"""Of EM; longer fits gained less than 1e-3 nats per dimension."""
+
+FIT_DRAW = 11  # what the randomness is for
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A Gaussian mixture of k components in r dimensions."""
+
+    weights: Float64[Tensor, " k"]
+    means: Float64[Tensor, "k r"]
+    choleskys: Float64[Tensor, "k r r"]
+
+    def log_density(self, w: Float64[Tensor, "b r"]) -> Float64[Tensor, " b"]:
+        """log Σₖ πₖ N(w; μₖ, Σₖ) in nats."""
+        log_densities = []
+        for mean, cholesky in zip(self.means, self.choleskys, strict=True):  # all at once would take b·k·r numbers
+            white = torch.linalg.solve_triangular(cholesky, (w - mean).T, upper=False).T
+            log_densities.append(standard_normal_log_density(white) - cholesky.diagonal().log().sum())
+        return (torch.stack(log_densities, dim=1) + self.weights.log()).logsumexp(dim=1)
+
+
+class MixturePrior(WhitePrior):
+    """A Gaussian mixture in the leading white coordinates (ex-post density estimation, Ghosh et al. 2020, Sec. 4)."""
+
+    def __init__(self, latent_shape: tuple[int, ...], whitening: Whitening, mixture: Mixture) -> None:
+        super().__init__(latent_shape, whitening)
+        self.mixture = mixture
+
+    def draw(self, noise: Float[Tensor, "b d"], uniform: Float64[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """See `WhitePrior.draw`; the temperature shrinks each component about its mean."""
+        upper_edges = self.mixture.weights.cumsum(0)[:-1].contiguous()
+        component = torch.searchsorted(upper_edges, uniform, right=True)
+        rank = self.mixture.means.shape[1]
+        w = noise.double()
+        # Image by image: a batched product may round differently in another batch, and this costs microseconds.
+        for row, k in zip(w, component.tolist(), strict=True):
+            row[:rank] = self.mixture.means[k] + self.mixture.choleskys[k] @ row[:rank]
+        return w
+
+    def white_log_density(self, w: Float64[Tensor, "b d"]) -> Float64[Tensor, " b"]:
+        """See `WhitePrior.white_log_density`."""
+        rank = self.mixture.means.shape[1]
+        return self.mixture.log_density(w[:, :rank]) + standard_normal_log_density(w[:, rank:])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Prior.tensors`."""
+        mixture = self.mixture
+        own = {
+            "mixture.weights": mixture.weights,
+            "mixture.means": mixture.means,
+            "mixture.choleskys": mixture.choleskys,
+        }
+        return super().tensors() | own
+
+
+def fit_mixture(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[MixturePrior, dict[str, Any]]:
+    """Mixtures of full and of diagonal covariances; the one under which held-out codes are most likely is kept.
+
+    The number of components rises until that likelihood falls. Raises ValueError when all are more than there are codes.
+    """
+    whitening = Whitening.of(aggregate)
+    rank = min(config.leading_dims, aggregate.train.mean.shape[1])
+    codes = whitening.whiten(fit_codes(aggregate, mixed_seed(config.seed, FIT_DRAW)))[:, :rank]
+    selection = aggregate.selection_codes(config.seed)
+    numbers = [components for components in sorted(config.gmm_components) if components <= len(codes)]
+    if not numbers:
+        raise ValueError(
+            f"--fit.gmm-components {config.gmm_components} are all more than the {len(codes)} codes there are; try fewer"
+        )
+    tried: list[dict[str, Any]] = []
+    candidates: list[MixturePrior] = []
+    for covariance in COVARIANCES:
+        best = -math.inf
+        for components in numbers:
+            mixture, facts = expectation_maximisation(codes, components, covariance, mixed_seed(config.seed) % 2**32)
+            prior = MixturePrior(aggregate.latent_shape, whitening, mixture)
+            score = float(prior.log_density(selection).mean()) / selection.shape[1]
+            candidates.append(prior)
+            tried.append({**facts, "selection_nats_per_dim": score})
+            if score < best:
+                break
+            best = score
+    scores = [facts["selection_nats_per_dim"] for facts in tried]
+    chosen = scores.index(max(scores))
+    return candidates[chosen], {"leading_dims": rank, "chosen": tried[chosen], "tried": tried}
+
+
+def expectation_maximisation(
+    codes: Float64[Tensor, "n r"], components: int, covariance: Literal["full", "diag"], seed: int
+) -> tuple[Mixture, dict[str, Any]]:
+    """A mixture of the greatest likelihood that one run of scikit-learn's EM finds, and what it took."""
+    # Imported here because it takes a second or two, and only a fit needs it.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    model = GaussianMixture(
+        components, covariance_type=covariance, reg_covar=REGULARISATION, tol=1e-3, max_iter=MAX_ITERATIONS,
+        init_params="k-means++", random_state=seed,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out likelihood judges where it stopped
+        model.fit(codes.numpy())
+    covariances = torch.from_numpy(model.covariances_)
+    choleskys = torch.linalg.cholesky(covariances) if covariance == "full" else covariances.sqrt().diag_embed()
+    mixture = Mixture(torch.from_numpy(model.weights_), torch.from_numpy(model.means_), choleskys)
+    return mixture, {"covariance": covariance, "components": components, "em_iterations": int(model.n_iter_)}
+
+
+def fit_codes(aggregate: AggregatePosterior, seed: int) -> Float[Tensor, "n d"]:
+    """At most MAX_CODES latents z ~ q(z|x): several of each image when there are few images and z is random."""
+    rows = torch.randperm(len(aggregate.train), generator=torch.Generator().manual_seed(seed))[:MAX_CODES]
+    train = Posteriors(aggregate.train.mean[rows], aggregate.train.std[rows])
+    draws = min(MAX_DRAWS, MAX_CODES // len(train)) if train.std.any() else 1
+    return torch.cat([train.sample(mixed_seed(seed, draw)) for draw in range(draws)])

@@ -1,0 +1,143 @@
+"""Fitted priors as files beside the checkpoint: RUN/priors/CHECKPOINT/NAME.safetensors, with the facts in its metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vaetrain.command_line import plain
+from vaetrain.export import TrainedModel
+from vaetrain.files import replace_file
+from vaetrain.model.prior import Prior, StandardNormal
+from vaetrain.priors.codes import MeanCode, RandomCode
+from vaetrain.priors.config import PriorFitConfig, PriorName
+from vaetrain.priors.flow import FlowPrior, build_flow
+from vaetrain.priors.gaussian import GaussianPrior
+from vaetrain.priors.mixture import Mixture, MixturePrior
+from vaetrain.priors.whitening import Whitening
+from vaetrain.strict_json import from_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PriorFacts:
+    """What a fitted prior is, and of what."""
+
+    format_version: int
+    prior: PriorName
+    checkpoint: str
+    """The checkpoint's folder in the run."""
+    checkpoint_sha256: str
+    """Of the weights that encoded the images."""
+    dataset_fingerprint: str
+    """Of the shard set they come from."""
+    latent_shape: tuple[int, ...]
+    num_codes: int
+    """Training images it was fitted to."""
+    fit: dict[str, Any]
+    """The `PriorFitConfig`."""
+    heldout_nats_per_dim: float | None
+    """Mean log-density of latents z ~ q(z|x) of validation images that took no part in the fit, nats per latent dimension;
+    None for a prior without a density."""
+    heldout_num_codes: int
+    """So many validation images."""
+    details: dict[str, Any]
+    """What the fit tried and chose."""
+
+
+@dataclass(frozen=True)
+class SavedPrior:
+    """A prior, its facts, and the file that holds both."""
+
+    prior: Prior
+    facts: PriorFacts
+    file: Path
+    sha256: str
+
+
+def prior_file(run: Path, trained: TrainedModel, name: PriorName) -> Path:
+    """Where the prior of a run's checkpoint is kept."""
+    return run / "priors" / trained.checkpoint.name / f"{name}.safetensors"
+
+
+def weights_sha256(run: Path, trained: TrainedModel) -> str:
+    """SHA-256 of the (EMA) weights of the checkpoint that was loaded, from its checksums."""
+    checksums: dict[str, str] = json.loads((run / trained.checkpoint / "checksums.json").read_text())
+    return checksums["ema.safetensors"]
+
+
+def save_prior(file: Path, prior: Prior, facts: PriorFacts) -> None:
+    """Write a prior, whole or not at all. For the main process alone."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in prior.tensors().items()}
+    metadata = {"format": "pt", "vaetrain_prior": json.dumps(dataclasses.asdict(facts))}
+    replace_file(file, safetensors.torch.save(tensors, metadata))
+
+
+def load_prior(file: Path, trained: TrainedModel, checkpoint_sha256: str, fit: PriorFitConfig) -> SavedPrior:
+    """Read a prior back onto the CPU.
+
+    Raises FileNotFoundError, and ValueError for a file that is damaged, was fitted to another checkpoint or data set, or
+    with other settings than `fit`.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: this prior has not been fitted")
+    again = f"delete {file} to have it fitted again"
+    content = file.read_bytes()  # once, so that the hash is that of what is used
+    try:
+        tensors = safetensors.torch.load(content)
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        facts: PriorFacts = from_json(PriorFacts, json.loads(metadata.get("vaetrain_prior", "null")), str(file))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or no prior ({error}); {again}") from error
+    fingerprint = trained.dataset["train"]["fingerprint"]
+    asked: dict[str, tuple[Any, Any]] = {
+        "format": (facts.format_version, FORMAT_VERSION),
+        "weights with SHA-256": (facts.checkpoint_sha256, checkpoint_sha256),
+        "the shard set with fingerprint": (facts.dataset_fingerprint, fingerprint),
+        "--fit.*": (facts.fit, plain(fit)),
+    }
+    for what, (saved, wanted) in asked.items():
+        if saved != wanted:
+            raise ValueError(f"{file} was made for {what} {saved}, now it is {wanted}; {again}")
+    try:
+        prior = build_prior(facts, tensors)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{file} does not hold what a {facts.prior} prior is made of ({error}); {again}") from error
+    return SavedPrior(prior, facts, file, hashlib.sha256(content).hexdigest())
+
+
+def build_prior(facts: PriorFacts, tensors: Mapping[str, Tensor]) -> Prior:
+    """A prior from its tensors; raises KeyError or RuntimeError when they are another's."""
+    shape = facts.latent_shape
+    match facts.prior:
+        case "standard":
+            return StandardNormal(shape)
+        case "mean-code":
+            return MeanCode(shape, tensors["codes"], int(tensors["num_averaged"]))
+        case "random-code":
+            return RandomCode(shape, tensors["low"], tensors["high"])
+    whitening = Whitening(*(tensors[f"whitening.{name}"] for name in ("mean", "axes", "cholesky")))
+    match facts.prior:
+        case "gaussian":
+            return GaussianPrior(shape, whitening)
+        case "gmm":
+            mixture = Mixture(*(tensors[f"mixture.{name}"] for name in ("weights", "means", "choleskys")))
+            return MixturePrior(shape, whitening, mixture)
+        case "flow":
+            rank = int(tensors["flow_rank"])
+            flow = build_flow(rank)
+            prefix = "flow."
+            flow.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            return FlowPrior(shape, whitening, flow.eval().requires_grad_(False), rank)

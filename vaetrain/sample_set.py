@@ -1,0 +1,98 @@
+"""A sample set in the making: what was asked for, the shards that are already whole, and where to go on.
+
+OUT/request.json stands there from the first shard to the manifest, so that a killed command, started again, goes on
+with what it had begun and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vaetrain.data.shards import Shard
+from vaetrain.files import sha256_of_file
+from vaetrain.run import write_json
+
+MANIFEST_NAME = "manifest.json"
+REQUEST_NAME = "request.json"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The images of a sample set that one process makes, in the order in which it makes them."""
+
+    rank: int
+    num_processes: int
+    num_images: int
+    """Of the whole set."""
+    batch_size: int
+    images_per_shard: int
+
+    @property
+    def prefix(self) -> str:
+        """How the names of its shards begin."""
+        return f"rank-{self.rank:04d}"
+
+    def indices(self) -> list[int]:
+        """Its image numbers: the blocks of `batch_size` images that `vaetrain.sampling.generate` gives it."""
+        starts = range(self.rank * self.batch_size, self.num_images, self.num_processes * self.batch_size)
+        return [index for start in starts for index in range(start, min(start + self.batch_size, self.num_images))]
+
+    def whole_shards(self, out: Path) -> list[Shard]:
+        """Its first shards that are there and hold the right images; what a kill left half-written is deleted."""
+        for leftover in out.glob(f".{self.prefix}-*"):
+            leftover.unlink()
+        indices = self.indices()
+        shards: list[Shard] = []
+        for start in range(0, len(indices), self.images_per_shard):
+            expected = indices[start : start + self.images_per_shard]
+            file = out / f"{self.prefix}-{len(shards):06d}.tar"
+            if images_in(file) != expected:
+                break
+            shards.append(Shard(file.name, len(expected), file.stat().st_size, sha256_of_file(file)))
+        return shards
+
+
+def images_in(shard: Path) -> list[int] | None:
+    """The image numbers in a shard of samples, None when it is absent or cut short."""
+    try:
+        with tarfile.open(shard) as tar:
+            return [int(Path(member.name).stem) for member in tar if member.name.endswith(".png")]
+    except (FileNotFoundError, tarfile.TarError):
+        return None
+
+
+def refuse_other_content(out: Path, request: Mapping[str, Any]) -> None:
+    """Raise FileExistsError unless `out` is free for this request, or holds the beginning of the very same."""
+    if (out / MANIFEST_NAME).exists():
+        raise FileExistsError(f"{out} already holds a sample set; choose another --out")
+    if not (out / REQUEST_NAME).is_file():
+        if any(out.glob("rank-*.tar")):
+            raise FileExistsError(
+                f"{out} holds shards of which no request.json says what they are; choose another --out"
+            )
+        return
+    begun = json.loads((out / REQUEST_NAME).read_text())
+    differing = [name for name in begun.keys() | request.keys() if begun.get(name) != request.get(name)]
+    if differing:
+        changes = "; ".join(f"{name} was {begun.get(name)}, now {request.get(name)}" for name in sorted(differing))
+        raise FileExistsError(
+            f"{out} holds the beginning of another sample set ({changes}); repeat that command to finish it, delete it, or "
+            "choose another --out"
+        )
+
+
+def write_request(out: Path, request: Mapping[str, Any]) -> None:
+    """Record what is being made. For the main process alone."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / REQUEST_NAME, request)
+
+
+def write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Declare the set complete. For the main process alone."""
+    write_json(out / MANIFEST_NAME, manifest)
+    (out / REQUEST_NAME).unlink()
