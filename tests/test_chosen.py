@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,9 +30,14 @@ def remote(tiny_shards, server):
     return DataConfig(f"{server.url}shards/")
 
 
-@pytest.fixture(params=["local", "url"])
-def data(request, tiny_shards):
-    return DataConfig(str(tiny_shards)) if request.param == "local" else request.getfixturevalue("remote")
+@pytest.fixture(params=["local", "url", "url with a cache", "pipe"])
+def data(request, tiny_shards, tmp_path):
+    if request.param == "local":
+        return DataConfig(str(tiny_shards))
+    if request.param == "pipe":
+        return DataConfig(f"pipe:cat {tiny_shards}/{{}}", allow_pipe=True)
+    remote = request.getfixturevalue("remote")
+    return replace(remote, cache_dir=tmp_path / "cache") if request.param.endswith("cache") else remote
 
 
 def test_chosen_images_are_read_and_no_others(data, tiny_shards):
@@ -47,6 +53,7 @@ def test_chosen_images_are_read_and_no_others(data, tiny_shards):
     assert sorted(found) == list(range(6))
     for number, position in enumerate(POSITIONS):
         assert torch.equal(found[number], everything.images[position])
+    assert len(chosen.describe()) == 6
 
 
 def test_a_description_finds_the_image_and_its_original(tiny_shards):

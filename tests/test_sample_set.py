@@ -36,7 +36,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
 
 
-@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize("batch_size", [4, 8, 64])
 def test_a_killed_command_goes_on_where_it_stopped(tiny_run, accelerator, tmp_path, monkeypatch, batch_size):
     options = {"num_images": 23, "batch_size": batch_size, "images_per_shard": 6}
     whole, killed = (SampleConfig(tiny_run, tmp_path / name, **options) for name in ("whole", "killed"))

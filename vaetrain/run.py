@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 RECORDED_PACKAGES = (
     "vaetrain", "torch", "torchvision", "accelerate", "webdataset", "einops", "safetensors", "torch-fidelity", "numpy",
-    "pillow", "scipy", "wandb",
+    "pillow", "simplejpeg", "scipy", "scikit-learn", "zuko", "wandb",
 )  # fmt: skip
 
 
