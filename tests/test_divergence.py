@@ -3,6 +3,7 @@
 import json
 import math
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from fault_scenarios import spoilt_losses, train_together
@@ -11,6 +12,7 @@ from launching import TINY
 from vaetrain.config import OptimConfig, TrainConfig
 from vaetrain.divergence import STEPS_BEFORE_JUDGING, StepJudge, skip_where
 from vaetrain.optim import learning_rate_at
+from vaetrain.plots import mark_incidents
 
 CPU = torch.device("cpu")
 SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--train.ema-half-life-images", 0)
@@ -112,10 +114,20 @@ def test_two_processes_go_back_together(tiny_shards, tmp_path):
     check_rolled_back(tmp_path / "run")
 
 
-def test_one_process_goes_back_and_the_figure_shows_it(train_tiny):
+def test_one_process_goes_back(train_tiny):
     with spoilt_losses():
         run_dir = train_tiny(*SPOILT, epochs=3)
     check_rolled_back(run_dir)
+
+
+def test_the_figure_of_losses_shows_it():
+    train = [{"epoch": epoch, "train/skipped_steps": skipped} for epoch, skipped in ((0.5, 0), (1.0, 2), (1.5, 1))]
+    figure, axis = plt.subplots()
+    mark_incidents(axis, train, [{"event": "rollback", "epoch": 1.0}])
+    shown = {marks.get_label(): marks.get_offsets()[:, 0].tolist() for marks in axis.collections}
+    assert shown == {"steps skipped": [1.0, 1.5], "rolled back": [1.0]}
+    assert not axis.get_lines()  # by which the limits of the axis are chosen
+    plt.close(figure)
 
 
 def test_what_was_skipped_is_counted(train_tiny):
