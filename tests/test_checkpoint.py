@@ -17,6 +17,7 @@ from torch import nn
 import vaetrain.snapshot
 from vaetrain.checkpoint import CheckpointNotWritten, Checkpoints, Progress, check, find, newest_good
 from vaetrain.config import CheckpointConfig
+from vaetrain.divergence import StepJudge
 from vaetrain.files import sha256_of_file
 from vaetrain.plots import RunFigures
 from vaetrain.retention import list_checkpoints
@@ -43,15 +44,16 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.meters = Meters(("loss",), torch.device("cpu"))
         self.checkpoints = Checkpoints(
-            self.run, config, accelerator, model=self.model, ema=self.ema, optimizer=self.optimizer, meters=self.meters
-        )
+            self.run, config, accelerator, model=self.model, ema=self.ema, optimizer=self.optimizer, meters=self.meters,
+            judge=StepJudge(None, torch.device("cpu")),
+        )  # fmt: skip
         self.progress = Progress()
 
     def step(self) -> None:
         self.model(torch.randn(2, 32, 4, 4)).square().sum().backward()
         self.checkpoints.before_update()
         self.optimizer.step()
-        self.meters.add(2, torch.tensor(0.0), loss=torch.rand(()))
+        self.meters.add(2, torch.tensor(0.0), torch.tensor(0.0), loss=torch.rand(()))
         self.progress.step += 1
         self.progress.images_seen += 2
 
@@ -75,7 +77,7 @@ def training(tmp_path, accelerator):
 
 def assert_equal(state: dict, other: dict) -> None:
     assert state["progress"] == other["progress"]
-    assert len(state["tensors"]) == len(other["tensors"]) == 4 + 6 + 5
+    assert len(state["tensors"]) == len(other["tensors"]) == 4 + 6 + 6
     assert all(torch.equal(a, b) for a, b in zip(state["tensors"], other["tensors"], strict=True))
 
 
@@ -106,7 +108,7 @@ def test_its_manifest_names_every_file(training):
     files = {file.name for file in checkpoint.iterdir()} - {"checksums.json"}
     assert checksums == {name: sha256_of_file(checkpoint / name) for name in files}
     assert files == {
-        "model.safetensors", "ema.safetensors", "optimizer.safetensors", "meters.safetensors", "state.json",
+        "model.safetensors", "ema.safetensors", "optimizer.safetensors", "meters.safetensors", "judge.safetensors", "state.json",
         "config.yaml", "provenance.json", "dataset.json",
     }  # fmt: skip
 

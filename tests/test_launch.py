@@ -133,8 +133,7 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
                 *LAUNCH, "launch/multinode.yaml", "--num_machines", 2, "--num_processes", 2, "--machine_rank", rank,
                 "--main_process_ip", "10.213.77.1", "--main_process_port", 29500, *train_tiny(tiny_shards, together),
                 within=(IP, "netns", "exec", host),
-                # gloo would look for the address of the host's name, which both namespaces share; NCCL looks for itself.
-                environment=NO_GPU | {"GLOO_SOCKET_IFNAME": "cable"},
+                environment=NO_GPU,
             )
         )  # fmt: skip
     deadline = time.monotonic() + 100
@@ -167,7 +166,11 @@ def cluster(tmp_path):
     """A folder to submit from, with stand-ins for Slurm's commands and for accelerate that write down what they are told."""
     commands = {
         "bin/scontrol": """
+            [[ $1 == requeue ]] && echo "$@" >> "$RECORDS/requeue" && exit
             [[ "$*" == "show hostnames gpu[07-09]" ]] && printf 'gpu%s\\n' 07 08 09""",
+        "bin/scancel": """
+            echo "$@" >> "$RECORDS/scancel"
+            kill -USR1 $(cat "$RECORDS"/pid*)""",
         "bin/srun": """
             while [[ $1 == --* ]]; do echo "$1" >> "$RECORDS/srun"; shift; done
             for ((node = 0; node < SLURM_NNODES; node++)); do SLURM_NODEID=$node "$@" || exit; done""",
@@ -213,6 +216,37 @@ def test_slurm_starts_one_launcher_on_every_node(cluster, monkeypatch):
         assert (config.min_nodes, config.nproc_per_node, config.rdzv_configs["rank"]) == (3, 4, rank)
         assert (config.rdzv_backend, config.rdzv_endpoint) == ("static", "gpu07:24567")
         assert command == ["-u", *training]
+
+
+LAUNCHER_TOLD_TO_STOP = """#!/usr/bin/env bash
+# Ignores the signal itself, and so do its children until one asks for it: the training, which ends the launcher with 1.
+echo $$ > "$RECORDS/pid$SLURM_NODEID"
+[[ $SLURM_NODEID == 2 ]] && kill -%s "$(cat "$RECORDS/script")"
+[[ $SLURM_NODEID == 2 && %s == USR1 ]] && while ! [[ -f "$RECORDS/scancel" ]]; do sleep 0.05; done
+sleep 0.2
+exit %d
+"""
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "exit_code", "requeued"),
+    [("USR1", 1, True), ("USR1", 0, False), ("TERM", 1, False)],
+    ids=["out of time", "done just in time", "preempted or cancelled"],
+)
+def test_slurm_puts_a_job_that_ran_out_of_time_back_into_the_queue(cluster, signal_name, exit_code, requeued):
+    """The last node's launcher signals the batch script, as Slurm would."""
+    launcher = cluster / "checkout" / ".venv" / "bin" / "accelerate"
+    launcher.write_text(LAUNCHER_TOLD_TO_STOP % (signal_name, signal_name, exit_code))
+    srun = cluster / "bin" / "srun"
+    srun.write_text(srun.read_text().replace("|| exit; done", "|| code=$?; done; exit ${code:-0}"))
+    srun.write_text(srun.read_text().replace("bash\n", 'bash\necho $PPID > "$RECORDS/script"\n', 1))
+    result = submit(cluster, "vaetrain/train.py")
+    assert result.returncode == exit_code, result.stderr
+    told = cluster / "records" / "scancel"
+    assert (told.read_text().split() if told.exists() else []) == (
+        ["--signal=USR1", "1234567"] if signal_name == "USR1" else []
+    )
+    assert (cluster / "records" / "requeue").exists() == requeued
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ import torch
 from vaetrain import distributed
 from vaetrain.checkpoint import Checkpoints, Progress
 from vaetrain.config import CheckpointConfig, OptimConfig
+from vaetrain.divergence import StepJudge
 from vaetrain.machine import num_cores
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
@@ -76,6 +77,7 @@ class Training:
         self.checkpoints = Checkpoints(
             run, CheckpointConfig(keep_last=1), self.accelerator,
             model=self.vae, ema=self.ema.module, optimizer=self.optimizer, meters=Meters((), device),
+            judge=StepJudge(None, device),
         )  # fmt: skip
         self.progress = Progress()
 

@@ -3,6 +3,7 @@
 checkpoints/step-00001234/
     model.safetensors, ema.safetensors, optimizer.safetensors     tensors, never pickled
     meters.safetensors                                            running sums of the logging interval, by process
+    judge.safetensors                                             what decides which steps are skipped
     state.json                                                    format, progress and scalars
     config.yaml, provenance.json, dataset.json                    what made it
     checksums.json                                                SHA-256 of each; written last
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from vaetrain.config import CheckpointConfig
 from vaetrain.files import fsync, sha256_of_file
-from vaetrain.retention import Retention, list_checkpoints, put_in_place
+from vaetrain.retention import Retention, list_checkpoints, put_in_place, step_of
 from vaetrain.run import RunDirectory, package_version
 from vaetrain.snapshot import SnapshotWriter, Tensors
 
@@ -78,7 +79,15 @@ class Progress:
     validations_without_best: int = 0
     """Validations since; early stopping counts them."""
     skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite."""
+    """Steps that changed no weight, since their loss or gradient was not finite or exploded."""
+    exploded_steps: int = 0
+    """Those of them whose gradient was finite but far larger than of late."""
+    sound_step: int = 0
+    """The last step up to which a training record without a skipped step reached."""
+    rollbacks: int = 0
+    """Times that training went back to a checkpoint because it diverged."""
+    lr_factor: float = 1.0
+    """Factor on the learning rate, lowered when that happened."""
 
     def note_validation(self, score: float) -> None:
         """Remember a validation at the current position, and whether it is the best so far (NaN never is)."""
@@ -87,6 +96,19 @@ class Progress:
             self.best_score, self.best_step, self.validations_without_best = score, self.step, 0
         else:
             self.validations_without_best += 1
+
+
+@runtime_checkable  # for the type checks of the tests
+class Stateful(Protocol):
+    """A few tensors of the training loop that an exact resume needs."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Them by name; they are not written to afterwards."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        ...
 
 
 class Checkpoints:
@@ -105,6 +127,7 @@ class Checkpoints:
         ema: nn.Module,
         optimizer: torch.optim.Optimizer,
         meters: RunningSums,
+        judge: Stateful,
     ) -> None:
         self.run = run
         self.folder = run.checkpoints
@@ -115,6 +138,7 @@ class Checkpoints:
         self.ema = ema
         self.optimizer = optimizer
         self.meters = meters
+        self.judge = judge
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
         self.writer = SnapshotWriter()
         self.newest_step = 0
@@ -139,6 +163,7 @@ class Checkpoints:
         optimizer, groups = split_optimizer_state(self.optimizer)
         tensors = {
             "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer, "meters": meters,
+            "judge": self.judge.state(),
         }  # fmt: skip
         state = {
             "format_version": FORMAT_VERSION,
@@ -183,6 +208,7 @@ class Checkpoints:
             self.scaler.load_state_dict(state["scaler"])
         if state["format_version"] >= 2:
             self.meters.restore(load_file(checkpoint / "meters.safetensors"), self.accelerator)
+            self.judge.load_state(load_file(checkpoint / "judge.safetensors"))
         progress = Progress(**state["progress"])
         if checkpoint.parent != self.folder:  # another run's: its best checkpoint is not among ours
             progress.best_score = progress.best_step = None
@@ -237,13 +263,16 @@ class Checkpoints:
         self.retention.drop_old(progress.step, progress.best_step, images_per_step)
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums hold, and what is wrong with the newer ones that were passed over.
 
-    Raises LaterFormat for one that another vaetrain can read: an older one would throw its training away.
+    Those later than `up_to_step` are not looked at. Raises LaterFormat for one that another vaetrain can read: an older
+    one would throw its training away.
     """
     damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
+        if up_to_step is not None and step_of(checkpoint) > up_to_step:
+            continue
         try:
             check(checkpoint)
         except LaterFormat:

@@ -126,8 +126,9 @@ def user_errors(exit_code: int = 1) -> Iterator[None]:
     """Turn the errors that are meant for the user into `error: …` and an exit code; `VAETRAIN_TRACEBACK=1` shows where."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("VAETRAIN_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))  # which of several processes it was
+        print(f"error: {error}{notes}", file=sys.stderr)
         raise SystemExit(exit_code) from error

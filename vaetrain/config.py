@@ -87,8 +87,20 @@ class TrainConfig:
     patience: int | None = None
     """Stop after this many validations without a better validation ELBO. None: never."""
 
+    skip_above: float | None = 100.0
+    """Skip a step whose gradient norm is over this many times the geometric mean of recent ones, once 50 steps were taken.
+    None: only steps whose loss or gradient is not finite are skipped. A skipped step changes no weight."""
+
     max_nonfinite_steps: int = 20
-    """Stop when this many steps in a row had a loss or gradient that is not finite (such steps change no weight)."""
+    """When this many steps in a row were skipped, go back to the last checkpoint from before them with a lower learning
+    rate; the second time, stop."""
+
+    rollback_lr_factor: float | None = 0.5
+    """Factor on the learning rate, from then on, when going back. None: never go back, stop the first time."""
+
+    timeout_s: float = 600.0
+    """Seconds without progress in any process after which the run ends with a message that says which process hangs, and
+    where. Longer than the slowest step, data wait and checkpoint."""
 
     def __post_init__(self) -> None:
         """Refuse lengths and batches that mean nothing."""
@@ -99,6 +111,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--train.{name.replace('_', '-')} is {value}; give at least 1, or None")
+        if self.skip_above is not None and self.skip_above <= 1:
+            raise ValueError(f"--train.skip-above is {self.skip_above}; give a factor above 1, or None for never")
+        if self.rollback_lr_factor is not None and not 0 < self.rollback_lr_factor <= 1:
+            raise ValueError(
+                f"--train.rollback-lr-factor is {self.rollback_lr_factor}; give a factor in (0, 1], or None not to go back"
+            )
+        if self.timeout_s <= 0:
+            raise ValueError(f"--train.timeout-s is {self.timeout_s}; it must be positive")
         if self.ema_half_life_images < 0:
             raise ValueError(f"--train.ema-half-life-images is {self.ema_half_life_images}; give 0 for no EMA")
 

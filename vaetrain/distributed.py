@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,30 +17,45 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from jaxtyping import Int64, Shaped
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from vaetrain.machine import num_cores
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=10)
-"""A collective that waits longer ends the run: the other side is dead or stuck."""
+TIMEOUT_S = 600.0
+"""A collective that waits longer ends the command: the other side is dead or stuck."""
 
 
-def start(precision: str = "fp32", *, log_with: Sequence[str] = (), project_dir: Path | None = None) -> Accelerator:
+def start(
+    precision: str = "fp32",
+    *,
+    log_with: Sequence[str] = (),
+    project_dir: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Accelerator:
     """Join the processes that `accelerate launch` (or torchrun) started, or run alone; call once, first.
 
-    On a machine without a GPU the processes talk through gloo. Raises ValueError when the launcher announced more
-    processes than joined, which Accelerate would pass over in silence, every process believing it is alone.
+    A collective that waits longer than `timeout_s` fails. On a machine without a GPU the processes talk through gloo.
+    Raises ValueError when the launcher announced more processes than joined, which Accelerate would pass over in silence,
+    every process believing it is alone.
     """
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--train.precision fp16 needs a GPU and there is none; use bf16 or fp32")
+    timeout = timedelta(seconds=timeout_s)
+    interface = interface_to(os.environ.get("MASTER_ADDR", ""))
+    if interface is not None:
+        # gloo would ask for the address of the host's own name, which on many machines is loopback: other hosts wait.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    join_another_attempt(timeout)
     accelerator = Accelerator(
         # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
         cpu=not torch.cuda.is_available(),
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(log_with) or None,
         project_dir=project_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     announced = int(os.environ.get("WORLD_SIZE", "1"))
     if announced != accelerator.num_processes:
@@ -66,6 +83,70 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
     yield
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def control_group(timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup | None:
+    """A gloo group of all processes, for small CPU tensors that no device has to wait for; None when alone. A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup), "every process is a member"
+    return group
+
+
+def shared_store() -> Store | None:
+    """A connection of one's own to the launcher's key-value store, which no collective uses; None when alone."""
+    return _get_default_store().clone() if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+def launcher() -> int | None:
+    """Process id of the `accelerate launch` or torchrun that started this process, None if nothing of that kind did."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    return os.getppid() if launched else None
+
+
+def join_another_attempt(timeout: timedelta) -> None:
+    """Join the others when torchrun has started all again (`--max-restarts`), before Accelerate would.
+
+    The launcher keeps its key-value store, and with it the addresses of the attempt before (torch 2.15): under the same keys
+    the processes would wait for those, for ever.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+    )
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(f"vaetrain/attempt-{attempt}", store),  # type: ignore[attr-defined]
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface (such as "eth0") whose IPv4 address this machine uses towards `host`; None if unknown."""
+    if sys.platform != "linux" or not host:
+        return None
+    import fcntl  # not on Windows
+
+    get_address = 0x8915  # SIOCGIFADDR, see netdevice(7)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: connecting a datagram socket only chooses the route
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == own:
+                return name
+    return None
 
 
 def processes_per_node() -> int:

@@ -28,7 +28,7 @@ from vaetrain.tracking import Tracker
 SECONDS_BETWEEN_DRAWINGS = 60
 """Drawing costs some two seconds; short epochs need not pay it every time. The end of training always draws."""
 
-TRAIN_COLOUR, VAL_COLOUR, OTHER_COLOUR = "#4c72b0", "#dd8452", "#8c8c8c"
+TRAIN_COLOUR, VAL_COLOUR, OTHER_COLOUR, INCIDENT_COLOUR = "#4c72b0", "#dd8452", "#8c8c8c", "#c44e52"
 
 
 class RunFigures:
@@ -108,6 +108,7 @@ def save_curves(metrics: Sequence[dict[str, Any]], folder: Path) -> None:
         axes[0].set(title="Loss", xlabel="epoch", ylabel="nats per image")
         draw_curve(axes[1], points(train, "train/distortion_nats"), "training", TRAIN_COLOUR)
         draw_curve(axes[1], points(val, "val/distortion_nats"), "validation", VAL_COLOUR, marker="o")
+        mark_incidents(axes[0], train, [record for record in metrics if record["split"] == "event"])
         axes[1].set(title="Distortion, −log p(x|z)", xlabel="epoch", ylabel="nats per image")
         finish(figure, list(axes), folder / "losses.png")
 
@@ -121,6 +122,19 @@ def save_curves(metrics: Sequence[dict[str, Any]], folder: Path) -> None:
             draw_curve(right, points(train, "train/beta"), "β (right)", OTHER_COLOUR, linestyle="--")
             right.set_ylim(bottom=0)
         finish(figure, [axis], folder / "kl.png")
+
+
+def mark_incidents(axis: Any, train: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> None:
+    """Ticks at the bottom where steps were skipped, triangles at the top where training went back to a checkpoint."""
+    skipped = [record["epoch"] for record in train if record.get("train/skipped_steps")]
+    rollbacks = [event["epoch"] for event in events if event["event"] == "rollback"]
+    for epochs, height, marker, label in ((skipped, 0.02, "|", "steps skipped"), (rollbacks, 0.98, "v", "rolled back")):
+        if epochs:
+            # Not lines: `finish` looks at those for the limits of the axis.
+            axis.scatter(
+                epochs, [height] * len(epochs), marker=marker, color=INCIDENT_COLOUR, label=label,
+                transform=axis.get_xaxis_transform(),
+            )  # fmt: skip
 
 
 def finite(record: dict[str, Any], name: str) -> bool:

@@ -130,20 +130,29 @@ class RunDirectory:
         replace_file(self.config_file, to_yaml(config).encode())
         write_json(self.provenance_file, {**(earlier or provenance), "format_version": FORMAT_VERSION})
         write_json(self.dataset_file, dataset)
-        kept = [
-            record
-            for record in self.metrics()
-            if step > 0
-            and record["step"] <= step
-            # Saved before the validation of its step, a checkpoint has that validation still to come.
-            and not (record["split"] == "val" and record["images_seen"] > validated_at)
-        ]
-        replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        if step > 0:
+            self.drop_metrics_after(step, validated_at)
+        else:
+            replace_file(self.metrics_file, b"")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; it is on disk when this returns from the operating system's point of view."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def drop_metrics_after(self, step: int, validated_at: int) -> None:
+        """Delete the records after `step`, which will be written again; events stay: they did happen."""
+        kept = [
+            record
+            for record in self.metrics()
+            if record["split"] == "event"
+            or (
+                record["step"] <= step
+                # Saved before the validation of its step, a checkpoint has that validation still to come.
+                and not (record["split"] == "val" and record["images_seen"] > validated_at)
+            )
+        ]
+        replace_file(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records so far, oldest first; a last line cut short by a kill is left out."""

@@ -48,7 +48,9 @@ class Interval:
     means: dict[str, float | None]
     """Mean per image of each meter, over the steps that were not skipped; None if all were."""
     skipped_steps: int
-    """Steps whose loss or gradient was not finite."""
+    """Steps whose loss or gradient was not finite, or whose gradient exploded."""
+    exploded_steps: int
+    """Those of them whose gradient was finite."""
     longest_streak: int
     """The most steps in a row that were skipped, counted from before the interval."""
 
@@ -58,17 +60,17 @@ class Meters:
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
-        self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
         self.streak = torch.zeros((), dtype=torch.float64, device=device)
         self.longest = torch.zeros_like(self.streak)
-        self.columns = (*names, "num_images", "skipped_steps", "streak", "longest_streak")
+        self.columns = (*names, "num_images", "skipped_steps", "exploded_steps", "streak", "longest_streak")
 
-    def add(self, num_images: int, skipped: Float[Tensor, ""], **totals: Tensor) -> None:
+    def add(self, num_images: int, skipped: Float[Tensor, ""], exploded: Float[Tensor, ""], **totals: Tensor) -> None:
         """Add a step: totals over this process's `num_images`, which a skipped step (1 on the device) leaves out."""
         values = [totals[name].detach().double() for name in self.names]
         row = torch.stack([*values, torch.full_like(self.streak, num_images)])
-        self.sums[:-1] += torch.where(skipped.bool(), 0.0, row)
-        self.sums[-1] += skipped
+        self.sums[:-2] += torch.where(skipped.bool(), 0.0, row)
+        self.sums[-2:] += torch.stack([skipped, exploded])
         self.streak = (self.streak + 1) * skipped
         self.longest = torch.maximum(self.longest, self.streak)
 
@@ -76,7 +78,7 @@ class Meters:
         """The interval that ends now; start the next. A collective and a synchronisation with the device."""
         # The streak is the same on every process, so its sum is too.
         everything = sum_over_processes(accelerator, torch.cat([self.sums, self.longest[None]])).tolist()
-        *totals, num_images, skipped_steps, longest = everything
+        *totals, num_images, skipped_steps, exploded_steps, longest = everything
         self.sums.zero_()
         self.longest = self.streak
         return Interval(
@@ -84,8 +86,13 @@ class Meters:
                 name: total / num_images if num_images else None for name, total in zip(self.names, totals, strict=True)
             },
             skipped_steps=round(skipped_steps / accelerator.num_processes),
+            exploded_steps=round(exploded_steps / accelerator.num_processes),
             longest_streak=round(longest / accelerator.num_processes),
         )
+
+    def reset(self) -> None:
+        """Forget everything, the running streak of skipped steps too."""
+        self.sums, self.streak, self.longest = map(torch.zeros_like, (self.sums, self.streak, self.longest))
 
     def state(self, accelerator: Accelerator) -> dict[str, Float[Tensor, " processes"]]:
         """Every sum of the running interval as every process has it; a collective."""
@@ -221,6 +228,7 @@ class Tracker:
             "train/beta": beta,
             "train/lr": lr,
             "train/skipped_steps": interval.skipped_steps,
+            "train/exploded_steps": interval.exploded_steps,
             **performance,
             "perf/mfu": speed * self.mfu_per_image_per_s if self.mfu_per_image_per_s else None,
         }
@@ -245,6 +253,18 @@ class Tracker:
         bound = "" if val.elbo_nats is None else f"ELBO {val.elbo_nats:,.1f} nats  {val.bits_per_dim:.3f} bits/dim  "
         self.say(
             f"epoch {progress.images_seen / self.images_per_epoch:g}  validation  {bound}PSNR {val.psnr_db:.2f} dB",
+            above_bar=True,
+        )
+
+    def log_rollback(self, diverged: Progress, restored: Progress, reason: str) -> None:
+        """One record of split "event", in place of the records after the step that training goes back to."""
+        if self.accelerator.is_main_process:
+            self.run.drop_metrics_after(restored.step, restored.validated_at)
+        event = {"event": "rollback", "from_step": diverged.step, "to_step": restored.step, "reason": reason}
+        self.write("event", restored, event | {"lr_factor": restored.lr_factor})
+        self.bar.update(restored.images_seen - self.bar.n)
+        self.say(
+            f"rolled back from step {diverged.step:,} to {restored.step:,}, learning rates × {restored.lr_factor:g}: {reason}",
             above_bar=True,
         )
 

@@ -25,31 +25,40 @@ from vaetrain import distributed
 from vaetrain.checkpoint import Checkpoints, Progress
 from vaetrain.data.order import BatchLayout
 from vaetrain.data.reader import open_reader
+from vaetrain.divergence import StepJudge, note_steps, roll_back, skip_where
 from vaetrain.metrics.validation import validate
+from vaetrain.micro_batch import explained_out_of_memory
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.config import beta_at
 from vaetrain.objective.elbo import negative_elbo, rate
 from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_rate_at
 from vaetrain.plots import RunFigures
+from vaetrain.preemption import EXIT_STOPPED, StopRequest
 from vaetrain.randomness import noise_of_global_batch
 from vaetrain.resume import load_weights, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
 from vaetrain.run_lock import hold
-from vaetrain.tracking import Interval, Meters, Stopwatch, Tracker
+from vaetrain.tracking import Meters, Stopwatch, Tracker
+from vaetrain.watchdog import FIRST_STEP_S, Pulse, Watchdog
 
 
-def train(config: Config, accelerator: Accelerator) -> Progress:
+def train(
+    config: Config, accelerator: Accelerator, pulse: Pulse | None = None, stop: StopRequest | None = None
+) -> Progress:
     """Run the training that `config` describes, or go on with it; returns how far it came.
 
-    Every process calls this. Raises ValueError, FileNotFoundError or FileExistsError for what the user can mend, and
-    FloatingPointError when training diverged.
+    Every process calls this. `pulse` is told how far it is, `stop` is asked whether to go on.
+    Raises ValueError, FileNotFoundError or FileExistsError for what the user can mend, and FloatingPointError when
+    training diverged.
     """
     with contextlib.ExitStack() as opened:
-        return train_with(config, accelerator, opened)
+        return train_with(config, accelerator, pulse or Pulse(), stop or StopRequest(), opened)
 
 
-def train_with(config: Config, accelerator: Accelerator, opened: contextlib.ExitStack) -> Progress:
+def train_with(
+    config: Config, accelerator: Accelerator, pulse: Pulse, stop: StopRequest, opened: contextlib.ExitStack
+) -> Progress:
     """`train`, with what `opened` closes however it ends: the readers, the lock, the checkpoint being written."""
     device, model_config = accelerator.device, config.model
     run = RunDirectory(config.run_dir)
@@ -76,12 +85,14 @@ def train_with(config: Config, accelerator: Accelerator, opened: contextlib.Exit
     if config.train.compile:
         vae.compile()  # in place: no wrapper, so checkpoint keys stay the same
     model, optimizer = accelerator.prepare(vae, build_optimizer(vae, config.optim))
+    judge = StepJudge(config.train.skip_above, device)
 
     # Run: go on from a checkpoint if there is one, and write down what starts.
     meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm"), device)
     checkpoints = Checkpoints(
-        run, config.checkpoint, accelerator, model=vae, ema=ema.module, optimizer=optimizer.optimizer, meters=meters
-    )
+        run, config.checkpoint, accelerator, model=vae, ema=ema.module, optimizer=optimizer.optimizer, meters=meters,
+        judge=judge,
+    )  # fmt: skip
     dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
 
     def claim_run() -> Path | None:
@@ -120,13 +131,19 @@ def train_with(config: Config, accelerator: Accelerator, opened: contextlib.Exit
 
     batches = train_reader.train_batches(config.seed, progress.images_seen, layout)
     while True:
+        pulse.begin(progress.step)
+        if stop.agree():  # before a validation that may be due: whoever resumes makes up for it
+            checkpoints.save(progress)
+            break
         validated = validation_is_due() and progress.images_seen > progress.validated_at
         if validated:
+            pulse.enter("validation")
             with stopwatch.paused():
-                scores = validate(ema.module, val_reader, accelerator, layout.micro_batch_size, config.seed)
-                raw_scores = validate(vae, val_reader, accelerator, layout.micro_batch_size, config.seed)
+                scores = validate(ema.module, val_reader, accelerator, layout.micro_batch_size, config.seed, pulse.each)
+                raw_scores = validate(vae, val_reader, accelerator, layout.micro_batch_size, config.seed, pulse.each)
                 progress.note_validation(scores.score)
                 tracker.log_validation(progress, val=scores, val_raw=raw_scores)
+        pulse.enter("checkpoint and figures")
         out_of_patience = progress.validations_without_best >= (config.train.patience or math.inf)
         at_end = progress.images_seen >= total_images or out_of_patience
         if checkpoints.are_due(progress, validated=validated, at_end=at_end):
@@ -139,6 +156,7 @@ def train_with(config: Config, accelerator: Accelerator, opened: contextlib.Exit
 
         # One step on one global batch, of which `layout` says which part is ours.
         lr = learning_rate_at(config.optim, progress.images_seen + layout.global_batch_size, total_images)
+        lr *= progress.lr_factor
         beta = beta_at(config.objective, progress.images_seen)
         noise, mirror = noise_of_global_batch(
             config.seed, progress.images_seen, layout.global_batch_size, model_config.latent_shape, device
@@ -146,8 +164,10 @@ def train_with(config: Config, accelerator: Accelerator, opened: contextlib.Exit
         optimizer.zero_grad()
         totals = torch.zeros(3, device=device)
         for number, part in enumerate(layout.positions(0), start=1):
+            pulse.enter("waiting for data")
             with stopwatch.waiting_for_data():
                 batch = next(batches)
+            pulse.enter("forward")
             pixels = batch.images.to(device, non_blocking=True)  # uint8 until here
             if config.data.horizontal_flip:
                 pixels = torch.where(mirror[part][:, None, None, None], pixels.flip(-1), pixels)
@@ -155,16 +175,17 @@ def train_with(config: Config, accelerator: Accelerator, opened: contextlib.Exit
             with contextlib.nullcontext() if number == layout.grad_accum_steps else accelerator.no_sync(model):
                 terms = model(x, noise[part])
                 loss = negative_elbo(terms.distortion, terms.kl, beta, config.objective.free_bits).sum()
+                pulse.enter("backward")
                 # DDP averages over processes, hence per process; and per pixel, to stay within the range of fp16.
                 accelerator.backward(
                     nan_unless_finite(loss / (layout.per_process_batch_size * model_config.num_pixels))
                 )
             totals += torch.stack([loss, terms.distortion.sum(), rate(terms.kl).sum()]).detach()
+        pulse.enter("update")
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
-        # The reduced gradient is the same on all processes, so all skip together; and the decision never leaves the
-        # device: fused AdamW leaves weights and moments alone where found_inf is 1.
-        skipped = (~torch.isfinite(grad_norm)).float()
-        optimizer.optimizer.found_inf = skipped
+        # The reduced gradient is the same on all processes, so all skip together; the decision never leaves the device.
+        skipped, exploded = judge.judge(grad_norm)
+        skip_where(skipped, optimizer.optimizer, accelerator.scaler)
         for group in optimizer.param_groups:
             group["lr"] = lr
         checkpoints.before_update()
@@ -175,19 +196,28 @@ def train_with(config: Config, accelerator: Accelerator, opened: contextlib.Exit
 
         images = layout.per_process_batch_size
         meters.add(
-            images, skipped, loss=totals[0], distortion_nats=totals[1], rate_nats=totals[2], grad_norm=grad_norm * images
+            images, skipped, exploded, loss=totals[0], distortion_nats=totals[1], rate_nats=totals[2],
+            grad_norm=grad_norm * images,
         )  # fmt: skip
         if progress.step % config.log.every_steps == 0 or validation_is_due():
+            pulse.enter("waiting for the device and the others, to log")
             interval = meters.fetch(accelerator)  # the one wait for the device, once per logging interval
-            progress.skipped_steps += interval.skipped_steps
+            note_steps(progress, interval)
             performance = stopwatch.lap(accelerator, progress.images_seen)
             tracker.log_training(progress, interval, performance, beta=beta, lr=lr)
-            stop_if_diverged(interval, progress, config)
+            if interval.longest_streak >= config.train.max_nonfinite_steps:
+                meters.reset()
+                progress = roll_back(config.train, run, checkpoints, tracker, accelerator, progress, interval)
+                stopwatch = Stopwatch(progress.images_seen)
+                batches = train_reader.train_batches(config.seed, progress.images_seen, layout)
 
     checkpoints.finish()
     if accelerator.is_main_process:
         tracker.close()
-        print(f"{progress.images_seen:,} images trained; run written to {run.path}")
+        end = f"run written to {run.path}"
+        if stop.agreed:
+            end = f"saved and stopped by {stop.reason or 'a signal to another process'}; the same command goes on from here"
+        print(f"{progress.images_seen:,} images trained; {end}")
     return progress
 
 
@@ -196,24 +226,30 @@ def nan_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
-def stop_if_diverged(interval: Interval, progress: Progress, config: Config) -> None:
-    """Raise FloatingPointError when too many steps in a row were skipped; the same on all processes."""
-    if interval.longest_streak >= config.train.max_nonfinite_steps:
-        raise FloatingPointError(
-            f"{interval.longest_streak} steps in a row up to step {progress.step} had a loss or gradient that is not "
-            f"finite; no weight was changed by them and {config.run_dir}/checkpoints keeps the last good checkpoint. "
-            f"Lower --optim.lr (now {config.optim.lr}), warm up longer, or try --train.precision bf16 or fp32"
-        )
-
-
 def main(config: Config) -> None:
-    """Join the other processes and train."""
+    """Join the other processes and train; exits with EXIT_STOPPED when told to stop."""
+    timeout_s, pulse = config.train.timeout_s, Pulse()
+    longest_wait_s = timeout_s + FIRST_STEP_S  # in a collective; the watchdog, who knows who is missing, speaks before
     with user_errors():
         accelerator = distributed.start(
-            config.train.precision, log_with=config.log.trackers, project_dir=config.run_dir
-        )
-        with distributed.finishing(accelerator):
-            train(config, accelerator)
+            config.train.precision, log_with=config.log.trackers, project_dir=config.run_dir,
+            timeout_s=longest_wait_s,
+        )  # fmt: skip
+        stop = StopRequest(longest_wait_s)
+        watchdog = Watchdog(
+            pulse, rank=accelerator.process_index, num_processes=accelerator.num_processes,
+            store=distributed.shared_store(), folder=config.run_dir, timeout_s=timeout_s,
+            first_step_s=FIRST_STEP_S if config.train.compile else 0.0,
+        )  # fmt: skip
+        with (
+            stop.on_signals(),
+            watchdog,
+            explained_out_of_memory(config, accelerator),
+            distributed.finishing(accelerator),
+        ):
+            train(config, accelerator, pulse, stop)
+    if stop.agreed:
+        raise SystemExit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

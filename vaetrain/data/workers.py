@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -159,7 +160,7 @@ class WorkerPool:
             prefetch_factor=PREFETCH_BATCHES_PER_WORKER if self.num_workers else None,
             persistent_workers=persistent,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=whereabouts.begin,
+            worker_init_fn=partial(_begin, whereabouts),
             multiprocessing_context=_worker_context() if self.num_workers else None,
             # Otherwise each pass draws a seed from the global generator, and noise would depend on how data is read.
             generator=torch.Generator(),
@@ -234,6 +235,14 @@ def _raising(outcomes: Iterator[Outcome], at_end: Callable[[], None]) -> Generat
             # collector, DataLoader's iterator waits ten seconds for workers it can no longer tell to end.
             del outcome, outcomes, at_end
     at_end()
+
+
+def _begin(whereabouts: Whereabouts, worker: int) -> None:
+    # Launchers and Slurm send SIGTERM and SIGUSR1 to all processes of a training. It needs its workers until all ranks
+    # have stopped at the same step; what ends them is the pass being closed, or a minute.
+    for signal_number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signal_number, lambda *_: signal.alarm(60))
+    whereabouts.begin(worker)
 
 
 def _at_rest(batch: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vaetrain.data.reader import Reader
+from vaetrain.data.reader import Batch, Reader
 from vaetrain.distributed import sum_over_processes
 from vaetrain.metrics.reconstruction import mse, psnr_db, ssim
 from vaetrain.model.autoencoder import VAE
@@ -42,10 +43,20 @@ class ValidationScores:
 
 
 @torch.no_grad()
-def validate(vae: VAE, reader: Reader, accelerator: Accelerator, batch_size: int, seed: int) -> ValidationScores:
-    """Score every image of the reader's split exactly once, whatever the number of processes. A collective."""
+def validate(
+    vae: VAE,
+    reader: Reader,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+    each: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+) -> ValidationScores:
+    """Score every image of the reader's split exactly once, whatever the number of processes. A collective.
+
+    The batches go through `each`, such as a progress bar.
+    """
     sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
-    for batch in reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes):
+    for batch in each(reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)):
         x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
         noise = noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape).to(x.device)
         with accelerator.autocast():

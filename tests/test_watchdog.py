@@ -1,0 +1,163 @@
+"""A process that dies, raises or hangs: all end in time, one message names it."""
+
+import contextlib
+import re
+import threading
+import time
+
+import pytest
+from fault_scenarios import STEP, train_together
+from launching import TINY
+
+from vaetrain.watchdog import Place, Pulse, Watchdog
+
+
+@pytest.fixture
+def fail_together(tiny_shards, tmp_path):
+    """Two processes train until the fault; both must end by themselves, unsuccessfully, and one of them speak."""
+
+    def run(fault, *arguments, within_s):
+        own = ("--data.train", tiny_shards, "--train.epochs", 3, "--run-dir", tmp_path / "run")
+        outcome = train_together(tmp_path / "out", fault, *TINY, *own, *arguments, within_s=within_s)
+        assert 0 not in outcome.exit_codes
+        said = [
+            line for text in outcome.printed for line in text.splitlines() if re.search(r"^error:|^\w*Error:", line)
+        ]
+        assert len(said) == 1, "\n".join(outcome.printed)
+        return outcome, said[0]
+
+    return run
+
+
+def test_a_killed_process_is_named_by_the_other(fail_together):
+    outcome, said = fail_together("killed", within_s=30)
+    assert re.match(
+        rf"error: rank 1 \(\S+, pid {outcome.pids[1]}\) of 2 processes died without a word, last heard of (starting|at step)",
+        said,
+    )
+    assert "killed, by a signal" in said
+    assert outcome.exit_codes == [1, -9]
+    assert "Traceback" not in outcome.printed[0]
+
+
+def test_only_the_process_that_raises_speaks(fail_together):
+    outcome, said = fail_together("raises", within_s=30)
+    assert said == "AssertionError: the moon is in the wrong phase"
+    assert "rank 1 (" in outcome.printed[1]
+    assert f"pid {outcome.pids[1]}) of 2 processes" in outcome.printed[1]
+    assert "Traceback" not in outcome.printed[0]
+
+
+def test_a_process_that_waits_for_ever_is_named_with_the_place(fail_together, tmp_path):
+    outcome, said = fail_together("blocks", "--train.timeout-s", 5, within_s=40)
+    assert "no progress for 5 s" in said
+    who = rf"Furthest behind: rank 1 \(\S+, pid {outcome.pids[1]}\) at step {STEP}, waiting for data \(fault_scenarios\.py:\d+\)\."
+    assert re.search(who, said)
+    assert "in blocking" in (tmp_path / "run" / "hang-rank-1.txt").read_text()
+    assert "run_backward" in (tmp_path / "run" / "hang-rank-0.txt").read_text()
+
+
+def test_a_stopped_process_is_named_by_the_other_and_ends_too(fail_together):
+    outcome, said = fail_together("stopped", "--train.timeout-s", 6, within_s=40)
+    assert re.search(
+        rf"not even answering \(stopped, .*\): rank 1 \(\S+, pid {outcome.pids[1]}\) (starting|at step)", said
+    )
+    assert outcome.exit_codes == [1, 1]
+
+
+class Left(Exception):
+    pass
+
+
+def alone(pulse, folder, **options):
+    return Watchdog(pulse, rank=0, num_processes=1, store=None, folder=folder, timeout_s=0.6, **options)
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """Set when a watchdog would have ended the process."""
+    ended = threading.Event()
+
+    def note(watchdog, *, stacks):
+        ended.set()
+        raise Left
+
+    monkeypatch.setattr(Watchdog, "_leave", note)
+    monkeypatch.setattr("vaetrain.watchdog.SECONDS_BETWEEN_LOOKS", 0.05)
+    original = Watchdog._watch
+
+    def watch(watchdog):
+        with contextlib.suppress(Left):
+            original(watchdog)
+
+    monkeypatch.setattr(Watchdog, "_watch", watch)
+    return ended
+
+
+def test_one_process_alone_is_watched_too(ends, tmp_path, capsys):
+    pulse = Pulse()
+    with alone(pulse, tmp_path):
+        pulse.begin(17)
+        pulse.enter("waiting for data")
+        assert ends.wait(10)
+    assert re.search(
+        r"no progress for 0\.6 s.*step 17, waiting for data \(threading\.py:\d+\)", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "what", ["before the first step", "in a long validation", "in the first step of a compiled model"]
+)
+def test_what_takes_long_by_right_is_no_hang(ends, tmp_path, what):
+    pulse = Pulse()
+    with alone(pulse, tmp_path, first_step_s=100.0 if "compiled" in what else 0.0):
+        if what != "before the first step":
+            pulse.begin(0)
+            pulse.enter("validation")
+        for _ in pulse.each(range(12)) if "validation" in what else range(12):
+            time.sleep(0.1)
+    assert not ends.is_set()
+
+
+def test_patience_with_a_compiled_model_is_for_its_first_step_alone(ends, tmp_path):
+    pulse = Pulse()
+    with alone(pulse, tmp_path, first_step_s=100.0):
+        pulse.begin(5)
+        time.sleep(0.3)
+        pulse.begin(6)
+        assert ends.wait(10)
+
+
+def test_a_run_that_was_suspended_is_not_ended_when_it_goes_on(tmp_path, monkeypatch):
+    """Slurm suspends jobs, and people press Ctrl-Z."""
+    seconds = [0.0]
+    monkeypatch.setattr("vaetrain.watchdog.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr(Watchdog, "_leave", lambda *_, **__: (_ for _ in ()).throw(Left))
+    pulse = Pulse()
+    watchdog = Watchdog(pulse, rank=0, num_processes=1, store=None, folder=tmp_path, timeout_s=60.0)
+    pulse.begin(0)
+    for pause in (1, 100_000, 1):
+        seconds[0] += pause
+        watchdog._look()
+
+    def look_for_a_while():
+        for _ in range(70):
+            seconds[0] += 1
+            watchdog._look()
+
+    with pytest.raises(Left):
+        look_for_a_while()
+    assert seconds[0] == pytest.approx(100_062, abs=3)
+
+
+def test_places_are_in_the_order_of_the_loop():
+    pulse = Pulse()
+    places = [pulse.place]
+    for step in range(2):
+        pulse.begin(step)
+        places.append(pulse.place)
+        for phase in ("waiting for data", "forward", "backward"):
+            pulse.enter(phase)
+            places.append(pulse.place)
+    assert places == sorted(places)
+    assert places[-1] == Place(1, 3, "backward")

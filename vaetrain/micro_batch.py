@@ -1,0 +1,157 @@
+"""Which micro-batch fits into memory: tried out on dummy data, with all that training keeps there besides."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from vaetrain.config import Config
+from vaetrain.data.choice import choose_reader, remote_folder
+from vaetrain.data.config import DataConfig
+from vaetrain.data.resident import DEVICE_MEMORY_SHARE
+from vaetrain.data.selection import Selection
+from vaetrain.data.shards import ShardSet
+from vaetrain.model.autoencoder import VAE
+from vaetrain.objective.elbo import negative_elbo
+from vaetrain.optim import build_optimizer
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What trying some micro-batch sizes showed."""
+
+    largest: int | None
+    """The largest that fits, None if not even the smallest does."""
+    peak_gib: float | None
+    """What the device's allocator reserved for it at most, in GiB; None on a CPU."""
+    too_large: int | None
+    """The smallest that was tried and does not fit."""
+
+
+def largest_that_fits(config: Config, accelerator: Accelerator, sizes: list[int]) -> Fit:
+    """The largest of `sizes` with which two steps of training fit into what memory is free now; found by bisection.
+
+    No collective: every process may try for itself, or one alone.
+    """
+    sizes = sorted(sizes)
+    fit = Fit(None, None, None)
+    below, above = -1, len(sizes)  # positions known to fit and not to
+    while above - below > 1:
+        middle = (below + above) // 2
+        peak_gib = peak_memory(config, accelerator, sizes[middle])
+        if peak_gib is None:
+            above, fit = middle, Fit(fit.largest, fit.peak_gib, sizes[middle])
+        else:
+            below, fit = middle, Fit(sizes[middle], peak_gib or None, fit.too_large)
+    return fit
+
+
+def peak_memory(config: Config, accelerator: Accelerator, micro_batch_size: int) -> float | None:
+    """GiB that two steps of training take at most, 0 on a CPU, where nobody counts; None if they do not fit."""
+    release_memory(accelerator)
+    try:
+        train_on_dummies(config, accelerator, micro_batch_size)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        reserved = torch.cuda.max_memory_reserved() / GIB if accelerator.device.type == "cuda" else 0.0
+        release_memory(accelerator)
+    return reserved
+
+
+def train_on_dummies(config: Config, accelerator: Accelerator, micro_batch_size: int) -> None:
+    """Two steps as train.py takes them: the second has the optimizer's moments and the gradients beside the activations."""
+    device, model = accelerator.device, config.model
+    vae = VAE(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kept = [
+        copy.deepcopy(vae),  # the moving average
+        # DDP's buckets hold every gradient once more.
+        [torch.empty_like(weight) for weight in vae.parameters()] if accelerator.num_processes > 1 else None,
+        torch.empty(data_bytes_on(device, config.data), dtype=torch.uint8, device=device),
+        torch.empty(config.train.global_batch_size, *model.latent_shape, device=device),  # the noise of all processes
+    ]
+    optimizer = build_optimizer(vae, config.optim)
+    shape = (micro_batch_size, model.in_channels, model.image_size, model.image_size)
+    x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+    noise = torch.zeros(micro_batch_size, *model.latent_shape, device=device)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with accelerator.autocast():
+            terms = vae(x, noise)
+        loss = negative_elbo(terms.distortion, terms.kl, config.objective.beta, config.objective.free_bits).sum()
+        (loss / (micro_batch_size * model.num_pixels)).backward()
+        optimizer.step()
+    kept.clear()
+
+
+def data_bytes_on(device: torch.device, config: DataConfig) -> int:
+    """Bytes of images that the resident reader keeps on a GPU."""
+    if device.type != "cuda":
+        return 0
+    num_bytes = 0
+    for split in ("train", "val"):
+        location = config.location(split)
+        if remote_folder(location) is None:
+            selection = Selection.of(ShardSet.open(location), split, config.classes)
+            resident = choose_reader(config, selection, remote=False)[0] == "resident"
+            if resident and selection.decoded_bytes <= DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+                num_bytes += selection.decoded_bytes
+    return num_bytes
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed: on a GPU, or on the CPU, where PyTorch has no class for it."""
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in words or "DefaultCPUAllocator" in words
+
+
+def release_memory(accelerator: Accelerator) -> None:
+    """Give the device's memory back, what Accelerate remembers of models included."""
+    accelerator.free_memory()
+    gc.collect()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+@contextmanager
+def explained_out_of_memory(config: Config, accelerator: Accelerator) -> Iterator[None]:
+    """Turn running out of memory inside into a ValueError that says which `--train.micro-batch-size` would fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = str(error).splitlines()[0]
+        # The traceback holds the frames of the training loop, and with them weights and activations.
+        traceback.clear_frames(error.__traceback__)
+    else:
+        return
+    raise ValueError(f"{advice(config, accelerator)} ({problem})")
+
+
+def advice(config: Config, accelerator: Accelerator) -> str:
+    """What ran out of memory, and the micro-batch size that does not."""
+    per_process = config.train.global_batch_size // accelerator.num_processes
+    failed = config.train.micro_batch_size or per_process
+    sizes = [size for size in range(1, failed) if per_process % size == 0]
+    fit = largest_that_fits(config, accelerator, sizes)
+    said = f"out of memory with {failed} images at a time in each process"
+    if fit.largest is None:
+        return f"{said}, and not even --train.micro-batch-size 1 fits: use a smaller model or --train.precision bf16"
+    peak = ""
+    if fit.peak_gib is not None:
+        total = torch.cuda.get_device_properties(accelerator.device).total_memory / GIB
+        peak = f" (peak {fit.peak_gib:.1f} of {total:.1f} GiB)"
+    return f"{said}; --train.micro-batch-size {fit.largest} fits{peak}, {fit.too_large or failed} does not"
