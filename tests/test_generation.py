@@ -119,7 +119,11 @@ def test_two_processes_give_the_same_scores_as_one_and_find_its_features_in_the_
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["provenance"]["num_processes"] == 2
     numbers = [name for name in one if name.startswith("eval/")]
-    assert len(numbers) == 9
+    assert len(numbers) == 13
+    numbers.remove("eval/fid_gap_std_error")
+    assert one["eval/fid_gap_std_error"] is two["eval/fid_gap_std_error"] is None  # of one set of 23 training images
+    assert one["eval/fid_gap"] == one["eval/fid_val"] - one["eval/fid_train"]
+    assert one["fid_protocol"]["num_gap"] == 23
     for name in numbers:
         assert two[name] == pytest.approx(one[name], rel=1e-6), name
     for protocol in ("fid_protocol", "rfid_protocol"):
@@ -149,10 +153,12 @@ def test_a_second_evaluation_extracts_no_real_image_again(run_dir, mine, acceler
         evaluate(EvaluateConfig(run_dir, out=tmp_path / "scores.json", scores=("fid", "rfid"), fid=fid), accelerator)
         return sum(seen)
 
-    samples, reference, floor, val, reconstructions = 20, 20, 20, 23, 23
-    assert images_seen() == samples + reference + floor + val + reconstructions
+    samples, reference, floor, held_out, val, reconstructions = 20, 20, 20, 20, 23, 23
+    assert images_seen() == samples + reference + floor + held_out + val + reconstructions
     assert images_seen() == samples + reconstructions
-    assert images_seen(seed=1) == samples + reference + floor + reconstructions  # val is whole, whatever the seed
+    assert (
+        images_seen(seed=1) == samples + reference + floor + held_out + reconstructions
+    )  # val is whole, whatever the seed
 
 
 def test_every_fid_stands_beside_its_floor_and_extrapolation(run_dir, mine, accelerator, tmp_path):

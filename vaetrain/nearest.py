@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Float64, Int64, UInt8
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from vaetrain import distributed
 from vaetrain.data.reader import Reader
 from vaetrain.labelled_grid import save_labelled_grid
+from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 
 Features = Callable[[UInt8[Tensor, "b c h w"]], Float[Tensor, "b ..."]]
@@ -183,18 +183,15 @@ def draw_images(
 
     Every process gets all of them; they do not depend on the number of processes.
     """
-    wanted = torch.zeros(reader.num_images, dtype=torch.bool)
-    rng = np.random.default_rng(seed)
-    wanted[torch.from_numpy(rng.choice(reader.num_images, min(num_images, reader.num_images), replace=False))] = True
     side, channels = reader.manifest.image_size, reader.manifest.channels
     images = [torch.empty(0, channels, side, side, dtype=torch.uint8)]
     labels = [torch.empty(0, dtype=torch.int64)]
     indices = [torch.empty(0, dtype=torch.int64)]
-    for batch in reader.eval_batches(BATCH_SIZE, accelerator.process_index, accelerator.num_processes):
-        chosen = wanted[batch.indices.cpu()]
-        images.append(batch.images.cpu()[chosen])
-        labels.append(batch.labels.cpu()[chosen])
-        indices.append(batch.indices.cpu()[chosen])
+    chosen = choose_images(reader.num_images, num_images, seed)
+    for batch in subset_batches(reader, chosen, BATCH_SIZE, accelerator.process_index, accelerator.num_processes):
+        images.append(batch.images.cpu())
+        labels.append(batch.labels.cpu())
+        indices.append(batch.indices.cpu())
     numbers = torch.cat(indices)
     return (
         distributed.gather_by_index(accelerator, numbers, torch.cat(images)),

@@ -69,8 +69,8 @@ class SampleConfig:
 if __name__ == "__main__":
     CONFIG = parse(SampleConfig, __doc__)  # before the imports below, which take seconds
 
+import contextlib
 from dataclasses import replace
-from functools import partial
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -78,7 +78,7 @@ from tqdm import tqdm
 
 from vaetrain import distributed
 from vaetrain.data.encode import png
-from vaetrain.data.reader import open_reader
+from vaetrain.data.reader import Reader, open_split
 from vaetrain.data.shard_writer import ShardWriter
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.priors.fit import fitted_priors
@@ -165,12 +165,14 @@ def fitted_prior(config: SampleConfig, trained: TrainedModel, accelerator: Accel
     data = RunDirectory.open(config.run).config().data
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
-    open_split = partial(
-        open_reader, replace(data, allow_pipe=False), device=accelerator.device,
-        processes_per_node=distributed.processes_per_node(), rank=accelerator.process_index,
-        num_processes=accelerator.num_processes, gather=partial(distributed.gather_integers, accelerator),
-    )  # fmt: skip
-    return fitted_priors(config.run, trained, [config.prior], accelerator, open_split, config.fit)[config.prior]
+    with contextlib.ExitStack() as opened:
+
+        def reader_of(split: Literal["train", "val"]) -> Reader:
+            reader = open_split(replace(data, allow_pipe=False), accelerator, split)
+            opened.callback(reader.close)
+            return reader
+
+        return fitted_priors(config.run, trained, [config.prior], accelerator, reader_of, config.fit)[config.prior]
 
 
 def main(config: SampleConfig) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from vaetrain import distributed, latent_pictures
 from vaetrain.command_line import plain
-from vaetrain.data.reader import Reader, open_reader
+from vaetrain.data.reader import Reader, open_split
 from vaetrain.export import load_run
 from vaetrain.files import sha256_of_file
 from vaetrain.metrics.config import EvaluateConfig
@@ -56,12 +56,12 @@ class Scoring:
     @cached_property
     def train_reader(self) -> Reader:
         """The train split."""
-        return self._open("train")
+        return open_split(self.data, self.accelerator, "train")
 
     @cached_property
     def val_reader(self) -> Reader:
         """The val split."""
-        return self._open("val")
+        return open_split(self.data, self.accelerator, "val")
 
     @cached_property
     def priors(self) -> dict[PriorName, SavedPrior]:
@@ -74,7 +74,10 @@ class Scoring:
             return {}
         if "all" in self.config.priors:
             names = tuple(name for name in names if name in priors_for(self.trained.vae.config.latent_shape))
-        return fitted_priors(self.config.run, self.trained, names, self.accelerator, self._open, self.config.fit)
+        return fitted_priors(
+            self.config.run, self.trained, names, self.accelerator,
+            lambda split: self.train_reader if split == "train" else self.val_reader, self.config.fit,
+        )  # fmt: skip
 
     @property
     def first_prior(self) -> PriorName:
@@ -100,10 +103,10 @@ class Scoring:
         real = RealImages(self.data, "train", self.config.fid)
         protocol = Protocol.of(self.config.fid, real.num_images)
         first = self.first_prior
-        images = self._samples(
-            first, protocol.num_generated
-        )  # before the reference, to find fault with where they are kept
-        reference = Reference.open(real, protocol, self.config.fid, self.extractor, self.accelerator)
+        # Before the reference, to find fault with where samples are to be kept.
+        images = self._samples(first, protocol.num_generated)
+        val = RealImages(self.data, "val", self.config.fid)
+        reference = Reference.open(real, val, protocol, self.config.fid, self.extractor, self.accelerator)
         scores = reference.score(images, self.accelerator)
         for name, row in table.items():
             if name == first:
@@ -186,13 +189,6 @@ class Scoring:
             num_processes=self.accelerator.num_processes,
             dataset_fingerprint=fingerprint,
         )
-
-    def _open(self, split: Literal["train", "val"]) -> Reader:
-        return open_reader(
-            self.data, split, device=self.accelerator.device, processes_per_node=distributed.processes_per_node(),
-            rank=self.accelerator.process_index, num_processes=self.accelerator.num_processes,
-            gather=partial(distributed.gather_integers, self.accelerator),
-        )  # fmt: skip
 
     def _draw_priors(self) -> None:
         vae, config = self.trained.vae, self.config

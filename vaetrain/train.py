@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import contextlib
 import math
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from vaetrain import distributed
 from vaetrain.checkpoint import Checkpoints, Progress
 from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import open_reader
+from vaetrain.data.reader import open_split
 from vaetrain.divergence import StepJudge, note_steps, roll_back, skip_where
 from vaetrain.metrics.validation import validate
 from vaetrain.micro_batch import explained_out_of_memory
@@ -64,13 +63,11 @@ def train_with(
     run = RunDirectory(config.run_dir)
 
     # Data: an epoch is whole global batches; the length of training is whole global batches.
-    rank, num_processes = accelerator.process_index, accelerator.num_processes
-    layout = BatchLayout.of(config.train.global_batch_size, config.train.micro_batch_size, rank, num_processes)
-    open_split = partial(
-        open_reader, config.data, device=device, processes_per_node=distributed.processes_per_node(), rank=rank,
-        num_processes=num_processes, gather=partial(distributed.gather_integers, accelerator),
+    layout = BatchLayout.of(
+        config.train.global_batch_size, config.train.micro_batch_size,
+        accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    train_reader, val_reader = open_split("train"), open_split("val")
+    train_reader, val_reader = (open_split(config.data, accelerator, split) for split in ("train", "val"))
     for reader in (train_reader, val_reader):
         opened.callback(reader.close)
         model_config.check_images(reader.manifest.image_size, reader.manifest.channels)

@@ -17,6 +17,10 @@ from vaetrain.data.selection import Selection
 # Of each shape; a training loop holds one batch while it asks for the next.
 MAX_UNUSED_BUFFERS = 2
 
+_unused_buffers: defaultdict[tuple[int, ...], deque[UInt8[np.ndarray, "b h w c"]]] = defaultdict(
+    lambda: deque(maxlen=MAX_UNUSED_BUFFERS)
+)
+
 
 class Batch(NamedTuple):
     """Images as they leave a reader, on the host (pinned for CUDA) or already on the device."""
@@ -61,11 +65,6 @@ def batch_buffer(shape: tuple[int, ...]) -> UInt8[np.ndarray, "b h w c"]:
     handed_out = buffer[:]  # another object, whose end says that the memory is free again
     weakref.finalize(handed_out, unused.append, buffer)
     return handed_out
-
-
-_unused_buffers: defaultdict[tuple[int, ...], deque[UInt8[np.ndarray, "b h w c"]]] = defaultdict(
-    lambda: deque(maxlen=MAX_UNUSED_BUFFERS)
-)
 
 
 def make_batch(selection: Selection, pixels: UInt8[np.ndarray, "b h w c"], positions: Int64[np.ndarray, " b"]) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +13,10 @@ from jaxtyping import Int64
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.indexed import IndexedReader
-from vaetrain.data.reader import Reader
+from vaetrain.data.reader import Reader, open_selection
 from vaetrain.data.remote import RemoteShards
-from vaetrain.data.selection import ImageTable, Selection
-from vaetrain.data.shard_index import INDEX_TYPES, SplitIndex
-from vaetrain.data.shards import TAR_BLOCK, ShardSet
+from vaetrain.data.selection import Selection
+from vaetrain.data.shards import TAR_BLOCK
 from vaetrain.data.stream import StreamReader
 from vaetrain.data.workers import choose_num_workers
 
@@ -34,23 +33,12 @@ class ChosenImages:
     @classmethod
     def all_of(cls, config: DataConfig, split: Literal["train", "val"]) -> ChosenImages:
         """All images of a split that `config` keeps; raises FileNotFoundError or ValueError as `open_reader` does."""
-        location = config.location(split)
-        remote = RemoteShards.of(config, location)
-        if remote:
-            return cls(Selection.of(remote.shard_set(), split, config.classes, source=remote.folder), remote, config)
-        shard_set = ShardSet.open(location)
-        shard_set.verify()
-        return cls(Selection.of(shard_set, split, config.classes), None, config)
+        return cls(*open_selection(config, split), config)
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> ChosenImages:
         """The images at `positions`, which ascend; image i of the result is image positions[i] of these."""
         assert np.all(np.diff(positions) > 0), "a selection is in shard order"
-        selection = self.selection
-        columns = {name: getattr(selection.index, name)[positions].astype(kind) for name, kind in INDEX_TYPES.items()}
-        assert columns.keys() == {field.name for field in fields(SplitIndex)}
-        table = ImageTable(SplitIndex(**columns), selection.shard_set.manifest.splits[selection.split].shards, None)
-        table.within_shard[:] = selection.index.within_shard[positions]  # no table of a part can know it
-        return replace(self, selection=replace(selection, index=table))
+        return replace(self, selection=replace(self.selection, index=self.selection.index.rows(positions)))
 
     def open_reader(self, device: torch.device, processes_per_node: int) -> Reader:
         """A reader of these images and no others: by offset from local shards, from front to back behind a URL."""

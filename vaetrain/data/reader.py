@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from accelerate import Accelerator
 
+from vaetrain import distributed
 from vaetrain.data.batch import Batch
 from vaetrain.data.choice import choose_reader
 from vaetrain.data.config import DataConfig
@@ -22,7 +25,7 @@ from vaetrain.data.stream_order import few_shards_warning
 from vaetrain.data.workers import choose_num_workers
 from vaetrain.machine import num_cores
 
-__all__ = ["Batch", "Reader", "open_reader"]
+__all__ = ["Batch", "Reader", "open_reader", "open_selection", "open_split"]
 
 
 @runtime_checkable  # for the type checks of the tests
@@ -59,6 +62,15 @@ class Reader(Protocol):
         ...
 
 
+def open_split(config: DataConfig, accelerator: Accelerator, split: Literal["train", "val"]) -> Reader:
+    """`open_reader` for the processes of a run, all of which call this: they share work and memory where they can."""
+    return open_reader(
+        config, split, device=accelerator.device, processes_per_node=distributed.processes_per_node(),
+        rank=accelerator.process_index, num_processes=accelerator.num_processes,
+        gather=partial(distributed.gather_integers, accelerator),
+    )  # fmt: skip
+
+
 def open_reader(
     config: DataConfig,
     split: Literal["train", "val"],
@@ -76,20 +88,14 @@ def open_reader(
     way to agree on it: `gather` makes this a collective. Raises FileNotFoundError when there is no shard set and
     ValueError when it lacks the split or a class, or cannot be read the way the configuration asks for.
     """
-    location = config.location(split)
     num_workers = config.num_workers
     if num_workers is None:
         num_workers = choose_num_workers(device, processes_per_node)
-    remote = RemoteShards.of(config, location)
+    selection, remote = open_selection(config, split)
     if remote:
-        selection = Selection.of(remote.shard_set(), split, config.classes, source=remote.folder)
         remote.prepare(selection.shard_set.manifest.splits[split])
-    else:
-        shard_set = ShardSet.open(location)
-        shard_set.verify()
-        selection = Selection.of(shard_set, split, config.classes)
-        if config.verify == "full":
-            shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
+    elif config.verify == "full":
+        selection.shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
     name, reason = choose_reader(config, selection, remote=remote is not None)
     if name == "stream":
         reader = StreamReader(
@@ -105,3 +111,17 @@ def open_reader(
             timeout_s=config.timeout_s, rank=rank, gather=gather,
         )  # fmt: skip
     return IndexedReader(selection, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s)
+
+
+def open_selection(config: DataConfig, split: Literal["train", "val"]) -> tuple[Selection, RemoteShards | None]:
+    """The images of a split that `config` keeps and, unless the shards are local and of the right sizes, where they are.
+
+    Raises FileNotFoundError when there is no shard set, and ValueError when it lacks the split, a class or a shard.
+    """
+    location = config.location(split)
+    remote = RemoteShards.of(config, location)
+    if remote:
+        return Selection.of(remote.shard_set(), split, config.classes, source=remote.folder), remote
+    shard_set = ShardSet.open(location)
+    shard_set.verify()
+    return Selection.of(shard_set, split, config.classes), None

@@ -44,15 +44,27 @@ class ImageTable:
     within_shard: Int32[np.ndarray, " n"]
     """Position among all samples of the shard."""
 
-    def __init__(self, index: SplitIndex, shards: tuple[Shard, ...], keep: Bool[np.ndarray, " all"] | None) -> None:
-        """Take the rows that `keep` says, or all, from the index of a split."""
-        first_of_shard = np.cumsum([0, *(shard.num_images for shard in shards)])
-        num_images = len(index.label) if keep is None else int(np.count_nonzero(keep))
+    def __init__(self, num_images: int) -> None:
+        """Room for so many rows, of zeros."""
         self._map_columns(SharedMemory(max(1, num_images * self.bytes_per_image())), num_images)
+
+    @classmethod
+    def of(cls, index: SplitIndex, shards: tuple[Shard, ...], keep: Bool[np.ndarray, " all"] | None) -> ImageTable:
+        """The rows that `keep` says, or all, of the index of a split."""
+        first_of_shard = np.cumsum([0, *(shard.num_images for shard in shards)])
+        table = cls(len(index.label) if keep is None else int(np.count_nonzero(keep)))
         chosen = slice(None) if keep is None else keep
         for name in ("shard", "offset", "num_bytes", "label"):
-            getattr(self, name)[:] = getattr(index, name)[chosen]
-        self.within_shard[:] = np.arange(len(index.label))[chosen] - first_of_shard[self.shard]
+            getattr(table, name)[:] = getattr(index, name)[chosen]
+        table.within_shard[:] = np.arange(len(index.label))[chosen] - first_of_shard[table.shard]
+        return table
+
+    def rows(self, positions: Int64[np.ndarray, " n"]) -> ImageTable:
+        """A table of the rows at `positions`, in their order."""
+        table = ImageTable(len(positions))
+        for name in COLUMN_BYTES:
+            getattr(table, name)[:] = getattr(self, name)[positions]
+        return table
 
     def _map_columns(self, memory: SharedMemory, num_images: int) -> None:
         self._memory, self._num_images = memory, num_images
@@ -109,7 +121,7 @@ class Selection:
             raise ValueError(f"--data.classes {' '.join(unknown)}: {source} has {' '.join(manifest.classes)}")
         index = shard_set.index(split)
         keep = np.isin(index.label, [manifest.classes.index(name) for name in classes]) if classes else None
-        table = ImageTable(index, manifest.splits[split].shards, keep)
+        table = ImageTable.of(index, manifest.splits[split].shards, keep)
         if len(table) == 0:
             raise ValueError(f"{source}: no image of the {split} split is of --data.classes {' '.join(classes)}")
         # Without the index that the opened set holds in memory.

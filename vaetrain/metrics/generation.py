@@ -23,9 +23,11 @@ from vaetrain.files import replace_file
 from vaetrain.metrics.config import MIN_NUM_IMAGES, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, NumberedImages, extract
+from vaetrain.metrics.fid_gap import fid_gap
 from vaetrain.metrics.fidelity import FidAgainstCount, Gaussian, fid_against_count, frechet_distance
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
+from vaetrain.metrics.subset import choose_images
 from vaetrain.model.autoencoder import VAE
 
 KID_SUBSETS = 100
@@ -49,30 +51,42 @@ class Reference:
     features: FeatureSet
     extra: Float32[Tensor, "m d"]
     """Features of the real images beyond these that the floor needs; may be none."""
+    held_out: Float32[Tensor, "v d"] | None
+    """Features of images that the model was not trained on; None where there are fewer than a score takes."""
     extractor: FeatureExtractor
     batch_size: int
     """Images per forward pass through the extractor."""
+    seed: int
+    """Picks which real images the gap between the splits is of."""
 
     @classmethod
     def open(
         cls,
         real: RealImages,
+        val: RealImages,
         protocol: Protocol,
         config: FidConfig,
         extractor: FeatureExtractor,
         accelerator: Accelerator,
     ) -> Reference:
-        """The real images that `protocol` asks for. A collective; extracts what the cache does not hold."""
+        """The real images that `protocol` asks for, and at most as many of `val`, drawn by the config's seed. A collective.
+
+        Extracts what the cache does not hold.
+        """
         features = real.features(protocol.reference(), extractor, accelerator)
         extra = features.features[:0]
         if len(protocol.extra()):
             extra = real.features(protocol.extra(), extractor, accelerator).features
-        return cls(protocol, real, features, extra, extractor, config.batch_size)
+        held_out = None
+        if val.num_images >= MIN_NUM_IMAGES:
+            chosen = choose_images(val.num_images, protocol.num_reference, config.seed)
+            held_out = val.features(chosen, extractor, accelerator).features
+        return cls(protocol, real, features, extra, held_out, extractor, config.batch_size, config.seed)
 
     def score(
         self, images: Iterable[NumberedImages], accelerator: Accelerator, what: str = "samples"
     ) -> dict[str, Any]:
-        """FID, its floor and extrapolation, KID, precision, recall and inception score of generated images. A collective.
+        """FID with its floor, extrapolation and gap, KID, precision, recall and inception score of images. A collective.
 
         `images` are this process's part of images 0 … `protocol.num_generated` − 1. The names are those of a score's
         record (`eval/fid`, …); `fid_protocol` says what they were computed from.
@@ -100,6 +114,7 @@ class Reference:
             "eval/fid_infinity": line.at_infinity,
         }
         for values, details in (
+            self._gap(generated.features),
             kid(generated.features, real),
             precision_recall(generated.features, real),
             inception_score(generated.logits),
@@ -117,6 +132,20 @@ class Reference:
             json.dumps(image, ensure_ascii=False) for image in self.real.images.at(self.protocol.reference()).describe()
         ]
         replace_file(path, "".join(f"{line}\n" for line in lines).encode())
+
+    def _gap(self, generated: Float32[Tensor, "n d"]) -> tuple[dict[str, float | None], dict[str, Any]]:
+        """How much nearer the samples are to the training images than to held-out ones, and how that was computed."""
+        if self.held_out is None:
+            return {"eval/fid_gap": None}, {"gap": f"the val split has fewer than {MIN_NUM_IMAGES} images"}
+        found = fid_gap(generated, self.features.features, self.held_out, self.seed)
+        scores = {
+            "eval/fid_val": found.val,
+            "eval/fid_train": float(np.mean(found.train)),
+            "eval/fid_gap": found.gap,
+            "eval/fid_gap_std_error": found.standard_error,
+        }
+        details = {"num_gap": found.num_real, "gap_train_fids": list(found.train)}
+        return scores, details
 
     def _at(self, positions: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n d"]:
         row = np.zeros(self.protocol.num_split, dtype=np.int64)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,14 +55,15 @@ def fitted_priors(
     trained: TrainedModel,
     names: Sequence[PriorName],
     accelerator: Accelerator,
-    open_split: Callable[[Literal["train", "val"]], Reader],
+    reader_of: Callable[[Literal["train", "val"]], Reader],
     config: PriorFitConfig,
 ) -> dict[PriorName, SavedPrior]:
     """The named priors of a run's checkpoint, from their files; those that have none are fitted and saved. A collective.
 
-    All processes encode, the main one fits, everybody reads the file: the run directory is one that all of them see. Raises
-    ValueError when a file is of something else (see `load_prior`), the images are not those the run was trained on, or
-    the latent is too large for the prior.
+    `reader_of` a split is asked when something is to be fitted; who gave it closes the readers. All processes encode, the
+    main one fits, everybody reads the file: the run directory is one that all of them see. Raises ValueError when a file is
+    of something else (see `load_prior`), the images are not those the run was trained on, or the latent is too large for the
+    prior.
     """
     if too_large := [name for name in names if name not in priors_for(trained.vae.config.latent_shape)]:
         raise ValueError(
@@ -77,14 +77,13 @@ def fitted_priors(
     priors = {name: load_prior(file, trained, sha256, config) for name, file in files.items() if name not in missing}
     accelerator.wait_for_everyone()  # nobody saves before everybody has looked
     if missing:
-        with closing(open_split("train")) as train_reader, closing(open_split("val")) as val_reader:
-            fingerprint = trained.dataset["train"]["fingerprint"]
-            if train_reader.manifest.fingerprint != fingerprint:
-                raise ValueError(
-                    f"{run} was trained on the shard set with fingerprint {fingerprint}; the one given has "
-                    f"{train_reader.manifest.fingerprint}, and a prior is fitted to the training images"
-                )
-            aggregate = gather_aggregate(trained.vae, train_reader, val_reader, accelerator, config)
+        train_reader, fingerprint = reader_of("train"), trained.dataset["train"]["fingerprint"]
+        if train_reader.manifest.fingerprint != fingerprint:
+            raise ValueError(
+                f"{run} was trained on the shard set with fingerprint {fingerprint}; the one given has "
+                f"{train_reader.manifest.fingerprint}, and a prior is fitted to the training images"
+            )
+        aggregate = gather_aggregate(trained.vae, train_reader, reader_of("val"), accelerator, config)
         for name in missing:
             if accelerator.is_main_process:
                 print(f"fitting prior {name} to {run / trained.checkpoint}", flush=True)
