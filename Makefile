@@ -54,7 +54,7 @@ demo: setup
 	@echo "Look at runs/demo/figures: losses.png kl.png reconstructions.png samples.png interpolations.png"
 
 test: setup
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check $(SRC)

@@ -139,7 +139,7 @@ def test_damage_found_by_one_process_stops_all(damaged_shards, position):
     finder = position // 64
     assert f"{name} in {folder}" in str(errors[finder])
     for rank in {0, 1, 2} - {finder}:
-        assert str(errors[rank]) == f"process {finder} could not read its part of the images; see its message"
+        assert str(errors[rank]) == f"{errors[finder]} (process {finder})"
 
 
 HOLD = """

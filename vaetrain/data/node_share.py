@@ -81,15 +81,22 @@ class NodeShare:
     def together(self) -> Iterator[None]:
         """Fill this process's part inside; at the end all parts are filled, and a failure of one is a failure of all.
 
-        Raises ValueError in the processes whose own part went well.
+        Raises ValueError with that one's message in the processes whose own part went well: whichever ends first, and has
+        the launcher end the others, says what was wrong.
         """
+        problem = None
         try:
             yield
-        except Exception:
-            if self.gather:
-                self.gather([False])
-            raise
+        except Exception as error:
+            problem = error
         if self.gather:
-            failed = [rank for rank, (filled,) in enumerate(self.gather([True])) if not filled]
-            if failed:
-                raise ValueError(f"process {failed[0]} could not read its part of the images; see its message")
+            said = b"" if problem is None else (str(problem) or type(problem).__name__).encode(errors="replace")
+            lengths = [length for (length,) in self.gather([len(said)])]
+            if any(lengths) and problem is None:
+                rank = lengths.index(max(lengths))
+                messages = self.gather([0] * max(lengths))
+                raise ValueError(f"{bytes(messages[rank]).decode(errors='replace')} (process {rank})")
+            if any(lengths):
+                self.gather([*said.ljust(max(lengths))])
+        if problem is not None:
+            raise problem
