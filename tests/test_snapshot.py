@@ -38,7 +38,7 @@ def test_the_copy_is_of_the_moment_of_the_call():
             ),
         )
         writer.wait_for_copy()
-    writer.close()
+    writer.finish()
     assert written == [(96.0 * number, 2.0 * number) for number in range(3)]
     assert places == [(places[0][0], True)] * 3
 
@@ -53,11 +53,11 @@ def test_nobody_waits_for_the_writing_but_the_next_snapshot():
     start = time.perf_counter()
     writer.start(x, lambda _: begun.append(2))
     assert time.perf_counter() - start > 0.1
-    writer.close()
+    writer.finish()
     assert begun == [1, 2]
 
 
-@pytest.mark.parametrize("call", ["wait_for_copy", "start", "finish", "close"])
+@pytest.mark.parametrize("call", ["wait_for_copy", "start", "finish"])
 def test_an_error_is_raised_by_the_next_call(call):
     def fail(_):
         raise OSError("no room")
@@ -68,7 +68,7 @@ def test_an_error_is_raised_by_the_next_call(call):
         time.sleep(0.001)
     with pytest.raises(OSError, match="no room"):
         getattr(writer, call)(*(({}, lambda _: None) if call == "start" else ()))
-    writer.close()  # once
+    writer.finish()  # once
 
 
 def test_an_error_while_copying_does_not_leave_training_waiting():

@@ -191,7 +191,7 @@ class Checkpoints:
     ) -> None:
         """Wait for the last checkpoint; what happened to it must not hide the error that ended training."""
         try:
-            self.writer.close()
+            self.writer.finish()
         except CheckpointNotWritten as problem:
             if error is None or error is problem:
                 raise

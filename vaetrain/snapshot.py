@@ -4,15 +4,19 @@
       └─ thread: copy ──────────────────┘└─ write, flush, rename ─────────────────────┘
 
 Weights and moments change in the update alone, so the copy may take as long as a forward and backward pass without
-anybody waiting for it, and the writing as long as it takes until the next snapshot.
+anybody waiting for it, and the writing as long as it takes until the next snapshot: on Linux it takes only what time the
+training threads leave of the cores.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +24,17 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 """Tensors by file and name."""
 
 
+LOWEST_PRIORITY = 19
+
+
 class SnapshotWriter:
-    """Hands snapshots of tensors to a function that runs in a thread of its own, one at a time.
+    """Hands snapshots of tensors to a function that runs in a thread, one at a time.
 
     An error in the thread is raised by the next call of any method here. The interpreter waits for the thread before
     it exits.
     """
 
     def __init__(self) -> None:
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
         self.copied = threading.Event()
         self.buffers: dict[tuple[str, str], Tensor] = {}
@@ -45,7 +51,9 @@ class SnapshotWriter:
             self.stream = torch.cuda.Stream()
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())  # what the tensors hold when all queued work is done
-        self.writing = self.thread.submit(self._copy_and_write, tensors, write)
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")  # another one: priorities only fall
+        self.writing = thread.submit(self._copy_and_write, tensors, write)
+        thread.shutdown(wait=False)  # it ends when this is written
 
     def wait_for_copy(self) -> None:
         """Return when the tensors may change; on CUDA when all work queued from now on will find them copied."""
@@ -63,11 +71,6 @@ class SnapshotWriter:
         if writing is not None:
             writing.result()
 
-    def close(self) -> None:
-        """Finish, and end the thread."""
-        self.thread.shutdown(wait=True)
-        self.finish()
-
     def _copy_and_write(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
         try:
             with torch.cuda.stream(self.stream):  # does nothing for None
@@ -79,6 +82,8 @@ class SnapshotWriter:
             self.copied.set()
         if self.stream is not None:
             self.stream.synchronize()
+        if sys.platform == "linux":  # where a priority can be a thread's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         write(copies)
 
     def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
@@ -87,4 +92,8 @@ class SnapshotWriter:
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self.buffers[key] = buffer
-        return buffer.copy_(tensor.detach(), non_blocking=True)
+        if tensor.is_cuda:
+            return buffer.copy_(tensor.detach(), non_blocking=True)
+        # Not Tensor.copy_, whose own threads would contend with those of training for the cores.
+        np.copyto(buffer.numpy(), tensor.detach().numpy())
+        return buffer
