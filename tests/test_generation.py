@@ -134,7 +134,7 @@ def test_two_processes_give_the_same_scores_as_one_and_find_its_features_in_the_
     assert len(names) == 37
     assert all((samples[0] / name).read_bytes() == (samples[1] / name).read_bytes() for name in names)
     shards = {path.name for path in (tmp_path / "two").iterdir()}
-    assert shards == {"rank-0000-000000.tar", "rank-0001-000000.tar", "manifest.json"}
+    assert shards == {"rank-0000-000000.tar", "rank-0001-000000.tar", "manifest.json", "provenance.json"}
 
 
 def test_a_second_evaluation_extracts_no_real_image_again(run_dir, mine, accelerator, tmp_path, monkeypatch):

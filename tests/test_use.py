@@ -31,7 +31,12 @@ def test_samples_are_the_same_on_one_and_two_processes(train_tiny, accelerator, 
     succeed(
         "vaetrain/sample.py", "--run", run_dir, "--num-images", 10, "--batch-size", 4, "--out", two, two_processes=True
     )
-    assert {path.name for path in two.iterdir()} == {"rank-0000-000000.tar", "rank-0001-000000.tar", "manifest.json"}
+    assert {path.name for path in two.iterdir()} == {
+        "rank-0000-000000.tar",
+        "rank-0001-000000.tar",
+        "manifest.json",
+        "provenance.json",
+    }
     assert len(read_samples(one)) == 10
     assert read_samples(one) == read_samples(two)
     assert read_samples(one).items() <= read_samples(more).items()

@@ -2,6 +2,7 @@
 
 OUT/model.safetensors   weights (the exponential moving average)
 OUT/config.json         architecture, and everything that made the weights: training config, data, provenance, scores
+OUT/provenance.json     what made the export, and the run
 OUT/README.md           model card
 """
 
@@ -21,7 +22,7 @@ from vaetrain.command_line import plain
 from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.run import RunDirectory, write_json
+from vaetrain.run import RunDirectory, provenance, write_json
 from vaetrain.strict_json import from_json
 
 FORMAT_VERSION = 1
@@ -122,6 +123,8 @@ def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path
             "scores": scores,
         },
     )
+    made_by = provenance(device="cpu", num_processes=1, dataset_fingerprint=trained.dataset["train"]["fingerprint"])
+    write_json(out / "provenance.json", {**made_by, "training": trained.provenance})
     replace_file(out / "README.md", model_card(trained, scores).encode())
     aside = out / ".model.safetensors"
     save_file(checkpoints.plain_tensors(trained.vae), aside, metadata={"format": "pt"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from vaetrain.machine import num_cores
 
 FORMAT_VERSION = 1
 """Of a run directory; one without a version, from before it was recorded, has the same layout."""
+
+MAX_PATCH_BYTES = 1 << 20
+"""Of uncommitted changes that a run keeps."""
 
 RECORDED_PACKAGES = (
     "vaetrain", "torch", "torchvision", "accelerate", "webdataset", "einops", "safetensors", "torch-fidelity", "numpy",
@@ -43,6 +47,11 @@ class RunDirectory:
     def provenance_file(self) -> Path:
         """What made this run: code, packages, machine, data, command; one entry more for every resume."""
         return self.path / "provenance.json"
+
+    @property
+    def patch_file(self) -> Path:
+        """What the code had that its git revision has not, as `git apply` takes it; absent when there was nothing."""
+        return self.path / "uncommitted.patch"
 
     @property
     def dataset_file(self) -> Path:
@@ -130,6 +139,8 @@ class RunDirectory:
         replace_file(self.config_file, to_yaml(config).encode())
         write_json(self.provenance_file, {**(earlier or provenance), "format_version": FORMAT_VERSION})
         write_json(self.dataset_file, dataset)
+        if patch := uncommitted_changes(Path(__file__).parents[1]):
+            replace_file(self.patch_file, patch)
         if step > 0:
             self.drop_metrics_after(step, validated_at)
         else:
@@ -183,7 +194,9 @@ def provenance(*, device: str, num_processes: int, dataset_fingerprint: str | No
         "platform": platform.platform(),
         "device": device,
         "num_processes": num_processes,
+        "processes_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "num_cores": num_cores(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "dataset_fingerprint": dataset_fingerprint,
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -203,6 +216,16 @@ def git_state(source: Path) -> tuple[str | None, bool | None]:
     except (OSError, subprocess.SubprocessError):
         return None, None  # installed from a wheel, or no git here: provenance says so by null
     return revision.stdout.strip(), bool(status.stdout.strip())
+
+
+def uncommitted_changes(source: Path) -> bytes:
+    """The difference of the checkout's tracked files to its revision; empty outside git, and for over MAX_PATCH_BYTES."""
+    try:
+        command = ["git", "-C", str(source), "diff", "HEAD", "--no-color", "--no-ext-diff"]
+        patch = subprocess.run(command, capture_output=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""
+    return patch if len(patch) <= MAX_PATCH_BYTES else b""
 
 
 def package_version(name: str) -> str | None:

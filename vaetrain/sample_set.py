@@ -93,6 +93,7 @@ def write_request(out: Path, request: Mapping[str, Any]) -> None:
 
 
 def write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
-    """Declare the set complete. For the main process alone."""
+    """Declare the set complete, with provenance.json beside it. For the main process alone."""
+    write_json(out / "provenance.json", {**manifest["provenance"], "training": manifest["training"]["provenance"]})
     write_json(out / MANIFEST_NAME, manifest)
     (out / REQUEST_NAME).unlink()

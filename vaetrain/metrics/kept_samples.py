@@ -15,7 +15,7 @@ from vaetrain.command_line import plain
 from vaetrain.data.encode import png
 from vaetrain.data.shard_writer import ShardWriter
 from vaetrain.metrics.features import NumberedImages
-from vaetrain.run import write_json
+from vaetrain.sample_set import write_manifest
 
 
 def check_free(folder: Path, content: Mapping[str, Any]) -> bool:
@@ -65,6 +65,6 @@ def _writing(
             yield indices, block
     shards = gather_object([plain(shard) for shard in writer.shards])
     if accelerator.is_main_process:
-        write_json(aside / "manifest.json", {"format_version": 1, "kind": "sample set", **facts, "shards": shards})
+        write_manifest(aside, {"format_version": 1, "kind": "sample set", **facts, "shards": shards})
         aside.replace(folder)
     accelerator.wait_for_everyone()

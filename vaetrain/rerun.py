@@ -1,0 +1,134 @@
+"""The same training once more, from what a run recorded of itself. Without importing torch before it must."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vaetrain.command_line import to_yaml
+from vaetrain.comparison import Agreement
+from vaetrain.config import Config
+from vaetrain.run import RECORDED_PACKAGES, RunDirectory, git_state, package_version
+
+ROOT = Path(__file__).parents[1]
+
+ONE_NODE = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: {num_processes}
+machine_rank: 0
+main_training_function: main
+mixed_precision: 'no'
+use_cpu: false
+"""
+"""Accelerate's file for several processes; see launch/cpu2.yaml for why MULTI_GPU also without one."""
+
+
+def differences(run: RunDirectory) -> Iterator[str]:
+    """What is not as it was when `run` was trained, of what can move numbers; the device shows when training starts."""
+    recorded = run.provenance()
+    revision, dirty = git_state(ROOT)
+    if recorded["git_revision"] != revision:
+        yield (
+            f"code: the run's revision is {recorded['git_revision']}, this is {revision}; `git worktree add ../again "
+            f"{recorded['git_revision']}` checks it out beside this one"
+        )
+    if recorded["git_dirty"]:
+        kept = f"{run.patch_file} has them, for `git apply`" if run.patch_file.is_file() else "and nobody kept them"
+        yield f"code: the run's checkout had uncommitted changes; {kept}"
+    if dirty:
+        yield "code: this checkout has uncommitted changes (`git status`)"
+    for name in RECORDED_PACKAGES:
+        was, now = recorded["packages"].get(name), package_version(name)
+        if name in recorded["packages"] and was != now:
+            yield f"package {name}: {was or 'absent'} then, {now or 'absent'} now"
+    if recorded["python"] != platform.python_version():
+        yield f"python: {recorded['python']} then, {platform.python_version()} now"
+    if recorded["platform"] != platform.platform():
+        yield f"machine: {recorded['platform']} then, {platform.platform()} now"
+
+
+def caveats(run: RunDirectory) -> Iterator[str]:
+    """What in the history of `run` no single start repeats exactly."""
+    recorded, config = run.provenance(), run.config()
+    resumes = recorded.get("resumes", [])
+    if any(start["num_processes"] != recorded["num_processes"] for start in resumes):
+        yield "it was resumed on another number of processes: the images are the same, losses agree to about 1e-5"
+    if any(start["git_revision"] != recorded["git_revision"] for start in resumes):
+        yield "it was resumed with another revision of the code"
+    if len({tuple(start["command"]) for start in [recorded, *resumes]}) > 1:
+        yield "it was resumed with another command; config.yaml holds the options of the last start, which are taken"
+    if config.resume not in ("auto", "never"):
+        yield f"it went on from {config.resume}, and so does this"
+    if config.init_from is not None:
+        yield f"it started from the weights of {config.init_from}, which are taken as they are now"
+
+
+def check_data(run: RunDirectory) -> None:
+    """Raise ValueError when the shard sets that the config names are not those the run was trained on."""
+    import json
+
+    from vaetrain.data.reader import open_selection
+
+    config, dataset = run.config(), json.loads(run.dataset_file.read_text())
+    for split in ("train", "val"):
+        selection, _ = open_selection(config.data, split)
+        found, wanted = selection.shard_set.manifest.fingerprint, dataset[split]["fingerprint"]
+        if found != wanted:
+            raise ValueError(
+                f"{config.data.location(split)} is another shard set than {run.path} was trained on: its fingerprint is "
+                f"{found}, not {wanted}; make that one again, with the arguments in its own manifest.json"
+            )
+
+
+def config_of_rerun(run: RunDirectory, out: Path) -> Config:
+    """The run's own config, into another folder, from the start, and without trackers, whose ids are the run's."""
+    config = run.config()
+    log = replace(config.log, wandb="disabled", tensorboard=False)
+    return replace(config, run_dir=out, log=log, resume="never" if config.resume == "auto" else config.resume)
+
+
+def start(config: Config, recorded: dict[str, Any]) -> int:
+    """Train in processes of their own, as many and on as many threads as were recorded; returns the exit code."""
+    if recorded.get("processes_per_node", recorded["num_processes"]) < recorded["num_processes"]:
+        raise ValueError(
+            f"it was trained on {recorded['num_processes']} processes on several machines; start it there with "
+            "launch/multinode.yaml or launch/slurm.sbatch and --config RUN/config.yaml --run-dir NEW, then compare the two "
+            "with tools/compare_runs.py"
+        )
+    variables = dict(os.environ)
+    variables.pop("OMP_NUM_THREADS", None)
+    if recorded.get("omp_num_threads"):
+        variables["OMP_NUM_THREADS"] = recorded["omp_num_threads"]
+    with tempfile.TemporaryDirectory() as folder:
+        config_file, launch_file = Path(folder) / "config.yaml", Path(folder) / "launch.yaml"
+        config_file.write_text(to_yaml(config))
+        launcher: list[str] = []
+        if recorded["num_processes"] > 1:
+            launch_file.write_text(ONE_NODE.format(num_processes=recorded["num_processes"]))
+            launcher = [
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                str(launch_file),
+                "--main_process_port",
+                "0",
+            ]
+        command = [sys.executable, *launcher, str(ROOT / "vaetrain" / "train.py"), "--config", str(config_file)]
+        return subprocess.run(command, env=variables, check=False).returncode
+
+
+def agreement(run: RunDirectory, again: RunDirectory) -> Agreement:
+    """Of the records, leaving out events, which tell of a run's fate and not of its training."""
+    first, second = (
+        [record for record in directory.metrics() if record["split"] != "event"] for directory in (run, again)
+    )
+    return Agreement.of(first, second)
