@@ -65,6 +65,7 @@ def test_what_is_not_as_it_was_is_listed(recorded, monkeypatch):
     change(recorded, git_revision=revision, git_dirty=False)
     monkeypatch.setattr(rerun, "git_state", lambda _: (revision, False))
     assert list(rerun.differences(recorded)) == []
+    recorded.patch_file.unlink(missing_ok=True)  # there when this checkout has changes
     change(recorded, git_revision="b" * 40, git_dirty=True, packages={**packages, "torch": "1.0"}, python="3.0.0")
     monkeypatch.setattr(rerun, "git_state", lambda _: (revision, True))
     code, patch, here, package, python = rerun.differences(recorded)
