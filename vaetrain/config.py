@@ -6,6 +6,8 @@ here imports torch, so that `--help` and a mistyped key answer at once.
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -193,7 +195,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     run_dir: Path = Path("runs/unnamed")
-    """Folder of this run: config, provenance, metrics, checkpoints and figures."""
+    """Folder of this run: config, provenance, metrics, checkpoints and figures. Environment variables ($WANDB_RUN_ID) in it are
+    filled in."""
 
     seed: int = 0
     """Decides initial weights, order of images, flips and latent noise."""
@@ -207,6 +210,10 @@ class Config:
     Optimizer and progress start afresh; the average starts from the averaged weights."""
 
     def __post_init__(self) -> None:
-        """Seeds are counted from 0."""
+        """Fill in the run directory; seeds are counted from 0."""
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; it must not be negative")
+        filled = os.path.expandvars(self.run_dir)
+        if unset := re.search(r"\$\w+|\$\{\w+\}", filled):
+            raise ValueError(f"--run-dir is {self.run_dir}, and the environment has no {unset.group()}")
+        object.__setattr__(self, "run_dir", Path(filled))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 import sys
 import time
@@ -309,9 +310,9 @@ class Tracker:
 
 
 def wandb_id(run: RunDirectory) -> str:
-    """The id of the run at W&B, made up once and kept in trackers.json; for the main process alone."""
+    """The id of the run at W&B, kept in trackers.json: what a sweep's agent says, or made up; for the main process alone."""
     if not run.trackers_file.is_file():
-        write_json(run.trackers_file, {"wandb": {"id": secrets.token_hex(4)}})
+        write_json(run.trackers_file, {"wandb": {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)}})
     return str(json.loads(run.trackers_file.read_text())["wandb"]["id"])
 
 
