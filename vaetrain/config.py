@@ -133,6 +133,9 @@ class LogConfig:
     """Steps between training records (a validation has one too); each is the mean since the last record and costs one
     host-device synchronisation."""
 
+    noise_scale: bool = False
+    """Also measure the gradient noise scale (docs/scaling.md): for several processes, or with accumulation; not in fp16."""
+
     num_pictures: int = 32
     """Images in the sample grid, and twice the images in the reconstruction grid."""
 
@@ -211,6 +214,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Fill in the run directory; seeds are counted from 0."""
+        if self.log.noise_scale and self.train.precision == "fp16":
+            raise ValueError("--log.noise-scale cannot read fp16's scaled gradients; use --train.precision bf16")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; it must not be negative")
         filled = os.path.expandvars(self.run_dir)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -59,7 +60,9 @@ def peak_memory(config: Config, accelerator: Accelerator, micro_batch_size: int)
     """GiB that two steps of training take at most, 0 on a CPU, where nobody counts; None if they do not fit."""
     release_memory(accelerator)
     try:
-        train_on_dummies(config, accelerator, micro_batch_size)
+        # Uncompiled: compiling takes a minute for each size.
+        uncompiled = replace(config, train=replace(config.train, compile=False))
+        train_on_dummies(uncompiled, accelerator, micro_batch_size)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -70,8 +73,10 @@ def peak_memory(config: Config, accelerator: Accelerator, micro_batch_size: int)
     return reserved
 
 
-def train_on_dummies(config: Config, accelerator: Accelerator, micro_batch_size: int) -> None:
-    """Two steps as train.py takes them: the second has the optimizer's moments and the gradients beside the activations."""
+def train_on_dummies(
+    config: Config, accelerator: Accelerator, micro_batch_size: int, num_steps: int = 2
+) -> list[float]:
+    """Steps as train.py takes them, and the seconds of each: from the second on there are the optimizer's moments too."""
     device, model = accelerator.device, config.model
     vae = VAE(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept = [
@@ -81,18 +86,26 @@ def train_on_dummies(config: Config, accelerator: Accelerator, micro_batch_size:
         torch.empty(data_bytes_on(device, config.data), dtype=torch.uint8, device=device),
         torch.empty(config.train.global_batch_size, *model.latent_shape, device=device),  # the noise of all processes
     ]
+    if config.train.compile:
+        vae.compile()
     optimizer = build_optimizer(vae, config.optim)
     shape = (micro_batch_size, model.in_channels, model.image_size, model.image_size)
     x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     noise = torch.zeros(micro_batch_size, *model.latent_shape, device=device)
-    for _ in range(2):
+    seconds = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
         optimizer.zero_grad()
         with accelerator.autocast():
             terms = vae(x, noise)
         loss = negative_elbo(terms.distortion, terms.kl, config.objective.beta, config.objective.free_bits).sum()
         (loss / (micro_batch_size * model.num_pixels)).backward()
         optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
     kept.clear()
+    return seconds
 
 
 def data_bytes_on(device: torch.device, config: DataConfig) -> int:

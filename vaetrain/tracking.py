@@ -30,6 +30,7 @@ from vaetrain.distributed import max_over_processes, sum_over_processes
 from vaetrain.metrics.validation import ValidationScores
 from vaetrain.model.autoencoder import VAE
 from vaetrain.run import RunDirectory, write_json
+from vaetrain.scaling.noise_scale import NoiseScale
 
 PEAK_FLOPS = {  # dense, per second, from the vendors' data sheets: (fp32 outside tensor cores, bf16 and fp16)
     "H200": (67e12, 989e12),
@@ -102,6 +103,8 @@ class Meters:
 
     def restore(self, saved: Mapping[str, Tensor], accelerator: Accelerator) -> None:
         """Go on with the interval of `state`; on another number of processes the main one has all totals."""
+        if saved.keys() != set(self.columns):  # --log.noise-scale was changed: the interval begins anew
+            return
         rows = torch.stack([saved[name] for name in self.columns], dim=1).to(self.sums)
         if len(rows) == accelerator.num_processes:
             row = rows[accelerator.process_index]
@@ -205,6 +208,7 @@ class Tracker:
             disable=not accelerator.is_main_process or not sys.stderr.isatty(),
         )  # fmt: skip
         self.total_images = total_images
+        self.global_batch_size = config.train.global_batch_size
         if accelerator.log_with:
             accelerator.init_trackers(
                 config.log.wandb_project,
@@ -221,9 +225,19 @@ class Tracker:
             )  # fmt: skip
 
     def log_training(
-        self, progress: Progress, interval: Interval, performance: Mapping[str, float], *, beta: float, lr: float
+        self,
+        progress: Progress,
+        interval: Interval,
+        performance: Mapping[str, float],
+        *,
+        beta: float,
+        lr: float,
+        small_batch_size: int | None = None,
     ) -> None:
-        """One record of split "train": means since the last, the schedules' values now, and speed."""
+        """One record of split "train": means since the last, the schedules' values now, and speed.
+
+        With `small_batch_size`, the images behind the meter small_grad_sq, also the noise scale.
+        """
         speed = performance["perf/images_per_s"]
         record = {f"train/{name}": value for name, value in interval.means.items()} | {
             "train/beta": beta,
@@ -233,6 +247,10 @@ class Tracker:
             **performance,
             "perf/mfu": speed * self.mfu_per_image_per_s if self.mfu_per_image_per_s else None,
         }
+        small_sq, big_sq = interval.means.get("small_grad_sq"), interval.means.get("grad_sq")
+        if small_batch_size is not None and small_sq is not None and big_sq is not None:
+            scale = NoiseScale.of([small_sq], [big_sq], small_batch_size, self.global_batch_size)
+            record["train/noise_scale_images"] = scale.images
         self.write("train", progress, record)
         loss = interval.means["loss"]
         loss_text = "loss not finite" if loss is None else f"loss {loss:,.1f} nats"

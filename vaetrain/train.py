@@ -38,6 +38,7 @@ from vaetrain.randomness import noise_of_global_batch
 from vaetrain.resume import load_weights, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
 from vaetrain.run_lock import hold
+from vaetrain.scaling.noise_scale import SmallGradient
 from vaetrain.tracking import Meters, Stopwatch, Tracker
 from vaetrain.watchdog import FIRST_STEP_S, Pulse, Watchdog
 
@@ -85,7 +86,11 @@ def train_with(
     judge = StepJudge(config.train.skip_above, device)
 
     # Run: go on from a checkpoint if there is one, and write down what starts.
-    meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm"), device)
+    small_gradient = None
+    if config.log.noise_scale:
+        small_gradient = SmallGradient(model, layout, accelerator.num_processes)
+    norms = ("small_grad_sq", "grad_sq") if small_gradient else ()
+    meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm", *norms), device)
     checkpoints = Checkpoints(
         run, config.checkpoint, accelerator, model=vae, ema=ema.module, optimizer=optimizer.optimizer, meters=meters,
         judge=judge,
@@ -177,6 +182,8 @@ def train_with(
                 accelerator.backward(
                     nan_unless_finite(loss / (layout.per_process_batch_size * model_config.num_pixels))
                 )
+            if small_gradient:
+                small_gradient.after_micro_batch(number)
             totals += torch.stack([loss, terms.distortion.sum(), rate(terms.kl).sum()]).detach()
         pulse.enter("update")
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
@@ -195,13 +202,15 @@ def train_with(
         meters.add(
             images, skipped, exploded, loss=totals[0], distortion_nats=totals[1], rate_nats=totals[2],
             grad_norm=grad_norm * images,
+            **({"small_grad_sq": small_gradient.take() * images, "grad_sq": grad_norm**2 * images} if small_gradient else {}),
         )  # fmt: skip
         if progress.step % config.log.every_steps == 0 or validation_is_due():
             pulse.enter("waiting for the device and the others, to log")
             interval = meters.fetch(accelerator)  # the one wait for the device, once per logging interval
             note_steps(progress, interval)
             performance = stopwatch.lap(accelerator, progress.images_seen)
-            tracker.log_training(progress, interval, performance, beta=beta, lr=lr)
+            small_batch_size = small_gradient.batch_size if small_gradient else None
+            tracker.log_training(progress, interval, performance, beta=beta, lr=lr, small_batch_size=small_batch_size)
             if interval.longest_streak >= config.train.max_nonfinite_steps:
                 meters.reset()
                 progress = roll_back(config.train, run, checkpoints, tracker, accelerator, progress, interval)

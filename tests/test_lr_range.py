@@ -1,0 +1,66 @@
+"""The range test's rule on curves of known shape, and what it refuses to suggest from."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from vaetrain.scaling.lr_range import Curve, LrRange, has_diverged, smooth
+
+RATES = tuple(1e-5 * 10 ** (number / 30) for number in range(150))
+
+
+def curve(seed: int = 0, *, noise: float = 1.0, fall: float = 300.0, at: float = 1e-3) -> Curve:
+    """Flat, then falling where the rate passes `at`, and up again a hundred times later."""
+    rng = random.Random(seed)
+    losses = [
+        500 - fall / (1 + (at / lr) ** 2) + fall * min(2.0, (lr / (100 * at)) ** 3) + rng.gauss(0, noise)
+        for lr in RATES
+    ]
+    return Curve(seed, RATES, tuple(losses))
+
+
+def test_smoothing_is_an_average_without_a_bias_at_the_start():
+    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3, 3, 3])
+    first, second = smooth([0.0, 1.0])
+    keep = 0.5**0.25
+    assert (first, second) == (0.0, pytest.approx(1 / (1 + keep)))
+
+
+@pytest.mark.parametrize("at", [1e-4, 1e-3, 3e-3])
+def test_the_suggestion_follows_the_curve(at):
+    found = LrRange(tuple(curve(seed, at=at) for seed in range(3)))
+    assert found.why_none == ""
+    low, high = found.interval
+    assert 0.999 * low <= found.suggestion <= 1.001 * high < 2.5 * low
+    # 98 % of the fall is done at 7 × at, were it not for the rise, which the lag of the smoothing makes up for.
+    assert 3 * at < found.suggestion < 15 * at
+
+
+def test_a_curve_of_noise_gives_none_and_says_why():
+    found = LrRange((curve(0), curve(1, noise=400.0)))
+    assert found.suggestion is found.interval is None
+    assert "with seed 1 the loss falls by" in found.why_none
+    assert "--train.global-batch-size" in found.why_none
+
+
+def test_seeds_that_disagree_give_none():
+    found = LrRange((curve(0, at=1e-4), curve(1, at=5e-3)))
+    assert "the seeds disagree" in found.why_none
+
+
+def test_a_range_that_ends_too_early_gives_none():
+    short = curve(0, at=1e-3)
+    found = LrRange((Curve(0, short.lrs[:60], short.losses[:60]),))
+    assert "raise --lr-range.highest" in found.why_none
+    assert "not finite from the start" in LrRange((Curve(0, (1e-5,), (1.0,)),)).why_none
+
+
+def test_a_test_ends_when_the_loss_is_up_again():
+    losses = list(curve(0).losses)
+    ended = next(number for number in range(11, 150) if has_diverged(losses[:number]))
+    assert losses.index(min(losses)) < ended < 149
+    assert not has_diverged(losses[: losses.index(min(losses))])
+    assert math.isfinite(losses[ended])

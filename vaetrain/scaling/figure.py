@@ -1,0 +1,110 @@
+"""scaling.png: what was measured and what follows, in four panels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vaetrain.scaling.advice import Advice
+from vaetrain.scaling.lr_range import LrRange
+from vaetrain.scaling.noise_scale import NoiseScale
+from vaetrain.scaling.probe import Probe
+
+
+def save_figure(
+    probes: Sequence[Probe],
+    found_lr: LrRange | None,
+    noise: Sequence[tuple[int, float | None]],
+    noise_scale: NoiseScale | None,
+    advice: Sequence[Advice],
+    file: Path,
+) -> None:
+    """Throughput and memory; the range test; the noise scale by images seen; time over processes."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    _draw_probes(axes[0, 0], probes)
+    _draw_lr(axes[0, 1], found_lr)
+    _draw_noise(axes[1, 0], noise, noise_scale)
+    _draw_advice(axes[1, 1], advice)
+    figure.savefig(file, dpi=120)
+
+
+def _draw_probes(axes: Axes, probes: Sequence[Probe]) -> None:
+    memory = axes.twinx()
+    for probe in probes:
+        known = [m for m in probe.measurements if m.step_s is not None]
+        sizes = [m.micro_batch_size for m in known]
+        label = f"{probe.precision}{', compiled' if probe.compiled else ''}"
+        [line] = axes.plot(sizes, [m.images_per_s or 0.0 for m in known], "o-", label=label)
+        memory.plot(sizes, [m.peak_gib or 0.0 for m in known], "--", color=line.get_color(), alpha=0.6)
+        if probe.knee:
+            axes.axvline(probe.knee.micro_batch_size, color=line.get_color(), alpha=0.3)
+    axes.set(xscale="log", xlabel="micro-batch, images", ylabel="images/s of one process (line at the knee)")
+    memory.set_ylabel("peak memory, GiB (dashed)")
+    axes.legend(fontsize=8)
+    axes.set_title("Micro-batch")
+
+
+def _draw_lr(axes: Axes, found: LrRange | None) -> None:
+    axes.set_title("Learning-rate range test")
+    if found is None:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        return
+    for curve in found.curves:
+        [line] = axes.plot(curve.lrs, curve.smoothed, label=f"seed {curve.seed}")
+        axes.plot(curve.lrs, curve.losses, ".", ms=2, alpha=0.4, color=line.get_color())
+    if found.suggestion is not None and found.interval is not None:
+        axes.axvline(found.suggestion, color="k")
+        axes.axvspan(*found.interval, color="k", alpha=0.1, label=f"suggested {found.suggestion:.2e}")
+    else:
+        axes.text(
+            0.5,
+            0.95,
+            f"no suggestion: {found.why_none}",
+            ha="center",
+            va="top",
+            wrap=True,
+            fontsize=8,
+            transform=axes.transAxes,
+        )
+    smoothed = [value for curve in found.curves for value in curve.smoothed]
+    low, high = min(smoothed), max(curve.smoothed[0] for curve in found.curves)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per image")
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    axes.legend(fontsize=8)
+
+
+def _draw_noise(axes: Axes, noise: Sequence[tuple[int, float | None]], scale: NoiseScale | None) -> None:
+    axes.set_title("Gradient noise scale")
+    known = [(images, value) for images, value in noise if value is not None]
+    if not known:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        return
+    axes.plot([images for images, _ in known], [value for _, value in known], "o-", label="stretches of training")
+    if scale is not None and scale.images is not None:
+        error = scale.standard_error or 0.0
+        axes.axhline(scale.images, color="k", label=f"critical batch {scale.images:,.0f} ± {error:,.0f} images")
+        axes.axhspan(scale.images - error, scale.images + error, color="k", alpha=0.1)
+    axes.set(xlabel="images seen", ylabel="tr Σ / |G|², images", yscale="log")
+    axes.legend(fontsize=8)
+
+
+def _draw_advice(axes: Axes, advice: Sequence[Advice]) -> None:
+    counts = [each.num_processes for each in advice]
+    axes.plot(counts, [each.hours for each in advice], "o-", label="expected")
+    first = advice[0]
+    axes.plot(counts, [first.hours * first.num_processes / count for count in counts], ":", color="k", label="perfect")
+    for each in advice:
+        axes.annotate(
+            f"B {each.global_batch_size:,}",
+            (each.num_processes, each.hours),
+            fontsize=7,
+            xytext=(3, 5),
+            textcoords="offset points",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="processes", ylabel="hours to the same loss")
+    axes.legend(fontsize=8)
+    axes.set_title("Advice")

@@ -1,0 +1,150 @@
+"""The learning-rate range test: one short training under a rising rate, and what its loss says (Smith 2017, Sec. 3.3).
+
+"Cyclical Learning Rates for Training Neural Networks". The rate rises by a constant factor a step; the loss falls, lies flat
+where the rate is too high to go on, and rises. The lowest point of the flat part is an accident of noise; where most of the fall
+is done is not, and that is the suggestion. docs/scaling.md says how it fared against grids.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+
+from vaetrain.config import Config
+from vaetrain.data.reader import Reader
+from vaetrain.scaling.config import LrRangeConfig
+from vaetrain.scaling.trial import trial
+
+MOST_OF_THE_FALL = 0.98
+"""Share of the smoothed loss's whole fall at which the rate is taken."""
+
+HALF_LIFE_STEPS = 4.0
+"""Of the smoothing: the average over steps loses half its memory in so many."""
+
+DIVERGED = 0.5
+"""A test ends when the smoothed loss has lost this share of what it had won, and then at once."""
+
+MIN_FALL = 5.0
+"""Standard deviations of the noise about the smoothed curve that the loss must fall by for the curve to mean anything."""
+
+MAX_SPREAD = 10.0
+"""Largest ratio between the rates of different seeds that is still one answer."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One repetition."""
+
+    seed: int
+    lrs: tuple[float, ...]
+    losses: tuple[float, ...]
+    """Nats per image at each rate, before the step with it; the test ends where they stop being finite."""
+
+    @property
+    def smoothed(self) -> list[float]:
+        """Running average of the losses, corrected for its start."""
+        return smooth(self.losses)
+
+    @property
+    def fallen_at(self) -> float:
+        """The rate by which the smoothed loss has done MOST_OF_THE_FALL."""
+        smoothed = self.smoothed
+        level = smoothed[0] - MOST_OF_THE_FALL * (smoothed[0] - min(smoothed))
+        return next(lr for lr, loss in zip(self.lrs, smoothed, strict=True) if loss <= level)
+
+    @property
+    def fall(self) -> float:
+        """How far the smoothed loss falls, in standard deviations of single losses about it on the way."""
+        smoothed = self.smoothed
+        lowest = smoothed.index(min(smoothed))
+        residuals = [loss - mean for loss, mean in zip(self.losses[: lowest + 1], smoothed, strict=False)]
+        noise = statistics.pstdev(residuals[1:]) if len(residuals) > 2 else math.inf
+        return (smoothed[0] - smoothed[lowest]) / noise if noise > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class LrRange:
+    """All repetitions, and the rate they suggest."""
+
+    curves: tuple[Curve, ...]
+
+    @property
+    def why_none(self) -> str:
+        """Why no rate can be suggested; empty when one can."""
+        if short := [curve.seed for curve in self.curves if len(curve.losses) < 3]:
+            return f"with seed {short[0]} the loss is not finite from the start"
+        if noisy := [curve for curve in self.curves if curve.fall < MIN_FALL]:
+            return (
+                f"with seed {noisy[0].seed} the loss falls by {noisy[0].fall:.1f} standard deviations of its noise, less than "
+                f"{MIN_FALL:g}: give a larger --train.global-batch-size or more --lr-range.num-steps"
+            )
+        if any(curve.smoothed[-1] == min(curve.smoothed) for curve in self.curves):
+            return f"the loss still falls at {self.curves[0].lrs[-1]:.3g}: raise --lr-range.highest"
+        rates = [curve.fallen_at for curve in self.curves]
+        if max(rates) / min(rates) > MAX_SPREAD:
+            return (
+                f"the seeds disagree: most of the fall is done by {min(rates):.2g} with one and {max(rates):.2g} with another; "
+                "give more --lr-range.num-steps"
+            )
+        return ""
+
+    @property
+    def suggestion(self) -> float | None:
+        """Geometric mean over seeds; None when the curves are too noisy, see `why_none`."""
+        if self.why_none:
+            return None
+        return statistics.geometric_mean(curve.fallen_at for curve in self.curves)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """What the lowest and the highest seed alone would suggest."""
+        if self.why_none:
+            return None
+        rates = [curve.fallen_at for curve in self.curves]
+        return min(rates), max(rates)
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """Exponential moving average with HALF_LIFE_STEPS, divided by the weight it has gathered."""
+    keep = 0.5 ** (1 / HALF_LIFE_STEPS)
+    average, weight, smoothed = 0.0, 0.0, []
+    for loss in losses:
+        average = keep * average + (1 - keep) * loss
+        weight = keep * weight + (1 - keep)
+        smoothed.append(average / weight)
+    return smoothed
+
+
+def lr_range(config: Config, options: LrRangeConfig, accelerator: Accelerator, reader: Reader) -> LrRange:
+    """Run the test with each seed; a collective."""
+    factor = (options.highest / options.lowest) ** (1 / (options.num_steps - 1))
+    rates = [options.lowest * factor**number for number in range(options.num_steps)]
+    curves = []
+    for number in range(options.num_seeds):
+        seed = config.seed + number
+        losses: list[float] = []
+        with trial(replace(config, seed=seed), accelerator, reader) as training:
+            for lr in rates:
+                loss = training.step(lr).loss
+                if not math.isfinite(loss) or has_diverged([*losses, loss]):
+                    break
+                losses.append(loss)
+        curves.append(Curve(seed, tuple(rates[: len(losses)]), tuple(losses)))
+        if accelerator.is_main_process and len(losses) > 2:
+            print(
+                f"learning-rate range, seed {seed}: most of the fall is done by {curves[-1].fallen_at:.3g}", flush=True
+            )
+    return LrRange(tuple(curves))
+
+
+def has_diverged(losses: Sequence[float]) -> bool:
+    """Whether the end of a curve is so far up again that nothing below it will come."""
+    smoothed = smooth(losses)
+    lowest = min(smoothed)
+    return (
+        smoothed[-1] - lowest > DIVERGED * (smoothed[0] - lowest) and len(losses) > 10 and smoothed[-1] > smoothed[-2]
+    )
