@@ -71,6 +71,11 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>\n"
 
 
+def bullets(texts: Sequence[str]) -> str:
+    """A list of plain texts."""
+    return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>\n"
+
+
 def subheading(text: str) -> str:
     """A heading within a section."""
     return f"<h3>{escape(text)}</h3>\n"

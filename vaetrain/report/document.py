@@ -1,0 +1,114 @@
+"""The report: the page of one run, or of several runs compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vaetrain.report.chart import number_text
+from vaetrain.report.comparing import comparison_sections
+from vaetrain.report.curves import curves_of_run
+from vaetrain.report.gallery import SIDE_BY_SIDE, gallery_of_run
+from vaetrain.report.origin import configuration_of_run, dataset_of_run, provenance_of_run
+from vaetrain.report.page import Section, page, paragraph, subheading, table
+from vaetrain.report.recorded import Recorded, number
+from vaetrain.report.scores import scores_of_run, summary_rows
+
+
+def report(paths: Sequence[Path]) -> str:
+    """The HTML document of one run, or of several with their comparison first.
+
+    Raises FileNotFoundError naming the folder that is no run, and ValueError for a later format.
+    """
+    runs = [Recorded.read(path) for path in paths]
+    if len(runs) == 1:
+        [recorded] = runs
+        return page(recorded.name, _subtitle(recorded), _sections(recorded))
+    labels = short_names([recorded.run.path for recorded in runs])
+    sections = comparison_sections(runs, labels)
+    for recorded, label in zip(runs, labels, strict=True):
+        inner = _sections(recorded, leave_out=SIDE_BY_SIDE)
+        body = "".join(subheading(section.heading) + section.body for section in inner)
+        sections.append(Section(label, paragraph(_subtitle(recorded)) + body, f"run-{label}"))
+    return page(" · ".join(labels), f"{len(runs)} runs compared", sections)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as long as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.resolve().name} ({number})" for number, path in enumerate(paths, start=1)]  # one of them twice
+
+
+def _sections(recorded: Recorded, leave_out: Sequence[str] = ()) -> list[Section]:
+    return [
+        Section("Summary", _summary(recorded)),
+        Section("Curves", curves_of_run(recorded)),
+        Section("Pictures", gallery_of_run(recorded, leave_out=leave_out)),
+        Section("Scores", scores_of_run(recorded)),
+        Section("Data", dataset_of_run(recorded)),
+        Section("Configuration", configuration_of_run(recorded)),
+        Section("Provenance", provenance_of_run(recorded)),
+    ]
+
+
+def _subtitle(recorded: Recorded) -> str:
+    """What was trained on what, where and when, as far as it is recorded."""
+    model, dataset, provenance = (_mapping(recorded.config, "model"), recorded.dataset or {}, recorded.provenance or {})
+    kind = f"{model.get('kind', '')} {'VAE' if model.get('variational', True) else 'autoencoder'}".strip()
+    images = number(_mapping(_mapping(_mapping(dataset, "train"), "splits"), "train").get("num_images"))
+    size = _mapping(dataset, "train").get("image_size")
+    said = f"{kind[0].upper()}{kind[1:]}"
+    if math.isfinite(images):
+        said += f" on {images:,.0f} images of {size} × {size} pixels"
+    if provenance.get("started"):
+        said += f", started {str(provenance['started']).replace('T', ' ')[:16]} UTC on {provenance.get('device')}"
+    return said
+
+
+def _summary(recorded: Recorded) -> str:
+    parts = [paragraph(_progress(recorded))]
+    if recorded.evaluation is not None:
+        rows = summary_rows(recorded.evaluation)
+        parts.append(table(("score of the val split", "value"), rows) if rows else "")
+    elif validations := recorded.split("val"):
+        rows = summary_rows(validations[-1])
+        parts.append(table(("last validation", "value"), rows) if rows else "")
+    return "".join(parts)
+
+
+def _progress(recorded: Recorded) -> str:
+    """How far training came, in a sentence."""
+    records = [record for record in recorded.metrics if math.isfinite(number(record.get("images_seen")))]
+    if not records:
+        return "Training has recorded nothing yet."
+    last = records[-1]
+    said = (
+        f"Training recorded {number_text(number(last['images_seen']))} images seen, {number_text(number(last.get('step')))} steps "
+        f"and {number_text(number(last.get('epoch')))} epochs"
+    )
+    wanted = _wanted_images(recorded)
+    if math.isfinite(wanted) and last["images_seen"] < 0.999 * wanted - number(
+        _mapping(recorded.config, "train").get("global_batch_size")
+    ):
+        return f"{said}, of {number_text(wanted)} images wanted: it goes on, was interrupted, or stopped early."
+    return f"{said}."
+
+
+def _wanted_images(recorded: Recorded) -> float:
+    """Images that training was to see; NaN when it is not recorded."""
+    train = _mapping(recorded.config, "train")
+    if math.isfinite(num_images := number(train.get("num_images"))):
+        return num_images
+    splits = _mapping(_mapping(recorded.dataset, "train"), "splits")
+    return number(train.get("epochs")) * number(_mapping(splits, "train").get("num_images"))
+
+
+def _mapping(content: Any, name: str) -> dict[str, Any]:
+    value = content.get(name) if isinstance(content, dict) else None
+    return value if isinstance(value, dict) else {}
