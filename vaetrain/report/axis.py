@@ -74,7 +74,7 @@ def tick_text(value: float, step: float) -> str:
     size = abs(value)
     if size >= 1e7 or step < 1e-5:
         mantissa, exponent = f"{size:.3e}".split("e")
-        text = f"{float(mantissa):g}·10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+        text = f"{float(mantissa):g}·10{superscript(int(exponent))}"
     else:
         text = f"{size:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
     return "−" + text if value < 0 else text
@@ -84,7 +84,12 @@ def power_text(exponent: int) -> str:
     """A power of ten, in figures as long as these are short."""
     if -3 <= exponent <= 4:
         return tick_text(10.0**exponent, 10.0**exponent)
-    return f"10{str(exponent).translate(SUPERSCRIPTS)}"
+    return f"10{superscript(exponent)}"
+
+
+def superscript(number: int) -> str:
+    """A whole number as an exponent."""
+    return str(number).translate(SUPERSCRIPTS)
 
 
 def without_outliers(values: Sequence[float]) -> list[float]:

@@ -57,7 +57,10 @@ for (const figure of document.querySelectorAll("figure.chart[data-chart]")) {
   }
   function valueText(value) {
     const size = Math.abs(value);
-    if (size !== 0 && (size < 1e-3 || size >= 1e7)) return signed(value, size.toPrecision(4));
+    if (size !== 0 && !(Number.isInteger(value) && size < 1e15) && (size < 1e-3 || size >= 1e7)) {
+      const [mantissa, exponent] = size.toExponential(3).split("e");
+      return signed(value, `${mantissa}·10${superscript(Number(exponent))}`);
+    }
     return signed(value, size.toLocaleString("en", { maximumSignificantDigits: Math.max(5, Math.ceil(Math.log10(size + 1))) }));
   }
 

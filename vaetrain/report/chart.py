@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from vaetrain.report.axis import Axis, without_outliers
+from vaetrain.report.axis import Axis, superscript, without_outliers
 
 WIDTH, HEIGHT = 720, 380
 """In SVG units; chart.js draws anew for the width that there is."""
@@ -206,17 +206,18 @@ class _Plot:
             yield run
 
 
-def number_text(value: float) -> str:
-    """A number for people: some five digits, thousands set apart."""
+def number_text(value: float, digits: int = 5) -> str:
+    """A number for people: so many significant digits, or all of a whole number, and thousands set apart."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
     if value == int(value) and size < 1e15:
         text = f"{size:,.0f}"
     elif 1e-3 <= size < 1e7:
-        text = f"{size:,.{max(0, 4 - math.floor(math.log10(size)))}f}"
+        text = f"{size:,.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
     else:
-        text = f"{size:.4g}"
+        mantissa, exponent = f"{size:.{min(digits, 4) - 1}e}".split("e")
+        text = f"{mantissa}·10{superscript(int(exponent))}"
     return "−" + text if value < 0 else text
 
 

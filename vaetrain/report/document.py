@@ -12,9 +12,16 @@ from vaetrain.report.comparing import comparison_sections
 from vaetrain.report.curves import curves_of_run
 from vaetrain.report.gallery import SIDE_BY_SIDE, gallery_of_run
 from vaetrain.report.origin import configuration_of_run, dataset_of_run, provenance_of_run
-from vaetrain.report.page import Section, page, paragraph, subheading, table
+from vaetrain.report.page import Section, page, paragraph, side_by_side, subheading, table
 from vaetrain.report.recorded import Recorded, number
-from vaetrain.report.scores import scores_of_run, summary_rows
+from vaetrain.report.scores import flat, scores_of_run, shown_value, summary_rows
+
+SETTINGS = {
+    "model.latent": "latent", "model.latent_channels": "latent channels", "model.likelihood": "likelihood",
+    "objective.beta": "β", "optim.lr": "learning rate", "train.global_batch_size": "global batch size",
+    "train.precision": "precision", "seed": "seed",
+}  # fmt: skip
+"""Of the configuration, what one asks for first."""
 
 
 def report(paths: Sequence[Path]) -> str:
@@ -72,14 +79,17 @@ def _subtitle(recorded: Recorded) -> str:
 
 
 def _summary(recorded: Recorded) -> str:
-    parts = [paragraph(_progress(recorded))]
-    if recorded.evaluation is not None:
-        rows = summary_rows(recorded.evaluation)
-        parts.append(table(("score of the val split", "value"), rows) if rows else "")
-    elif validations := recorded.split("val"):
-        rows = summary_rows(validations[-1])
-        parts.append(table(("last validation", "value"), rows) if rows else "")
-    return "".join(parts)
+    tables = []
+    validations = recorded.split("val")
+    scores = recorded.evaluation or (validations[-1] if validations else {})
+    if rows := summary_rows(scores):
+        tables.append(table(("scored by evaluate.py" if recorded.evaluation else "last validation", "value"), rows))
+    settings = flat(recorded.config or {})
+    if rows := [
+        (label, shown_value(settings[key])) for key, label in SETTINGS.items() if settings.get(key) is not None
+    ]:
+        tables.append(table(("setting", "value"), rows))
+    return paragraph(_progress(recorded)) + side_by_side(tables)
 
 
 def _progress(recorded: Recorded) -> str:
@@ -88,25 +98,22 @@ def _progress(recorded: Recorded) -> str:
     if not records:
         return "Training has recorded nothing yet."
     last = records[-1]
-    said = (
-        f"Training recorded {number_text(number(last['images_seen']))} images seen, {number_text(number(last.get('step')))} steps "
-        f"and {number_text(number(last.get('epoch')))} epochs"
-    )
+    images, steps, epochs = (number_text(number(last.get(name))) for name in ("images_seen", "step", "epoch"))
+    said = f"Trained for {epochs} epochs: {images} images seen in {steps} steps"
     wanted = _wanted_images(recorded)
-    if math.isfinite(wanted) and last["images_seen"] < 0.999 * wanted - number(
-        _mapping(recorded.config, "train").get("global_batch_size")
-    ):
-        return f"{said}, of {number_text(wanted)} images wanted: it goes on, was interrupted, or stopped early."
+    if math.isfinite(wanted) and last["images_seen"] < wanted:
+        return f"{said}, of {number_text(wanted)} images wanted: training goes on, was interrupted, or stopped early."
     return f"{said}."
 
 
 def _wanted_images(recorded: Recorded) -> float:
-    """Images that training was to see; NaN when it is not recorded."""
+    """Images that training was to see at least, in whole batches; NaN when it is not recorded."""
     train = _mapping(recorded.config, "train")
     if math.isfinite(num_images := number(train.get("num_images"))):
         return num_images
-    splits = _mapping(_mapping(recorded.dataset, "train"), "splits")
-    return number(train.get("epochs")) * number(_mapping(splits, "train").get("num_images"))
+    images = number(_mapping(_mapping(_mapping(recorded.dataset, "train"), "splits"), "train").get("num_images"))
+    batch = number(train.get("global_batch_size"))
+    return number(train.get("epochs")) * (images // batch * batch) if images >= batch > 0 else math.nan
 
 
 def _mapping(content: Any, name: str) -> dict[str, Any]:

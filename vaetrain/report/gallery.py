@@ -25,6 +25,9 @@ CAPTIONS = {
 DRAWN_AS_CURVES = ("losses", "kl")
 """What the page draws itself, so that they may be folded away."""
 
+IN_COLUMNS = ("reconstructions", "samples", "interpolations")
+"""Grids without text, which need not be large."""
+
 SIDE_BY_SIDE = ("reconstructions", "samples")
 """What is compared between runs."""
 
@@ -41,8 +44,9 @@ def gallery_of_run(recorded: Recorded, *, leave_out: Sequence[str] = ()) -> str:
     said = []
     if not recorded.run.evaluation_file.is_file():
         said.append(absent("Latent traversals, priors and nearest training images are drawn by vaetrain/evaluate.py."))
-    shown = "".join(_shown(file) for file in files if file.stem not in DRAWN_AS_CURVES)
-    return "".join([*said, shown, fold("Curves as training drew them", curves) if curves else ""])
+    small = [_shown(file) for file in files if file.stem in IN_COLUMNS]
+    large = [_shown(file) for file in files if file.stem not in (*IN_COLUMNS, *DRAWN_AS_CURVES)]
+    return "".join([*said, side_by_side(small), *large, fold("Curves as training drew them", curves) if curves else ""])
 
 
 def gallery_of_runs(runs: Sequence[Recorded], labels: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vaetrain.report.chart import number_text
-from vaetrain.report.page import absent, code, fold, paragraph, side_by_side, subheading, table
+from vaetrain.report.page import absent, code, columns, fold, paragraph, subheading, table
 from vaetrain.report.recorded import Recorded
 from vaetrain.report.scores import flat, shown_value
 
@@ -27,7 +27,7 @@ def configuration_of_run(recorded: Recorded) -> str:
         if content
     ]
     text = recorded.run.config_file.read_text(encoding="utf-8", errors="replace")
-    return side_by_side(tables) + fold("config.yaml, which --config reads back", code(text))
+    return columns(tables) + fold("config.yaml, which --config reads back", code(text))
 
 
 def dataset_of_run(recorded: Recorded) -> str:

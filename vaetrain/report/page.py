@@ -21,7 +21,12 @@ MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "
 SMALL_PICTURE_PX = 320
 """A picture no wider has pixels that one should see."""
 
-NUMBER = re.compile(r"[-−+±~≈]?[\d.,]+(?:e[-+−]?\d+)?(?: ?[%×]| ± [\d.,]+(?:e[-+−]?\d+)?)?|[-–—]?|nan|inf|-inf")
+LONG_TEXT = 28
+"""Characters in a cell; a column with more may be broken, but not into a ribbon."""
+
+NUMBER = re.compile(
+    r"[-−+±~≈]?[\d.,]+(?:e[-+−]?\d+|·10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?(?: ?[%×]| ± [\d.,]+(?:e[-+−]?\d+|·10[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)?)?|[-–—]?|nan|inf|-inf"
+)
 """What is aligned on the right, with the signs for “none”."""
 
 
@@ -86,18 +91,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str 
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"a row of {len(row)} cells in a table of {len(header)} columns: {list(row)}")
-    is_number = [all(NUMBER.fullmatch(row[column]) for row in rows) for column in range(len(header))]
+    kinds = [_kind_of_column([row[column] for row in rows]) for column in range(len(header))]
 
     def cell(text: str, column: int) -> str:
-        kind = ' class="number"' if is_number[column] else ""
-        if column == 0:
-            return f'<th scope="row"{kind}>{escape(text)}</th>'
-        return f"<td{kind}>{escape(text)}</td>"
+        if column == 0:  # names of metrics may be broken where they are put together
+            return f'<th scope="row"{kinds[0]}>{escape(text).replace("_", "_<wbr>")}</th>'
+        return f"<td{kinds[column]}>{escape(text)}</td>"
 
-    head = "".join(
-        f'<th scope="col"{kind}>{escape(text)}</th>'
-        for text, kind in zip(header, (' class="number"' if number else "" for number in is_number), strict=True)
-    )
+    head = "".join(f'<th scope="col"{kind}>{escape(text)}</th>' for text, kind in zip(header, kinds, strict=True))
     body = "".join(f"<tr>{''.join(cell(text, column) for column, text in enumerate(row))}</tr>\n" for row in rows)
     title = f"<caption>{escape(caption)}</caption>" if caption and not fold else ""
     label = f' role="region" aria-label="{escape(caption)}"' if caption else ""
@@ -142,6 +143,11 @@ def side_by_side(parts: Sequence[str]) -> str:
     return f'<div class="beside">{"".join(f"<div>{part}</div>" for part in parts)}</div>\n'
 
 
+def columns(parts: Sequence[str]) -> str:
+    """Short fragments of HTML, above all tables, from top to bottom in as many columns as there is room for."""
+    return f'<div class="columns">{"".join(f"<div>{part}</div>" for part in parts)}</div>\n'
+
+
 def code(text: str) -> str:
     """A command or a file, with a button that copies it."""
     return (
@@ -157,6 +163,11 @@ def verdict(kind: Literal["holds", "partly", "fails"], text: str) -> str:
     return f'<p class="verdict {kind}">{badge} {escape(text)}</p>\n'
 
 
+def caution(text: str) -> str:
+    """A sentence that one should not miss."""
+    return f'<p class="verdict caution"><span class="badge"><span aria-hidden="true">!</span> caution</span> {escape(text)}</p>\n'
+
+
 def absent(text: str) -> str:
     """A sentence about something that is not there."""
     return f'<p class="absent">{escape(text)}</p>\n'
@@ -165,6 +176,12 @@ def absent(text: str) -> str:
 def fold(summary: str, body: str) -> str:
     """HTML that is shown when its summary, plain text, is opened."""
     return f"<details><summary>{escape(summary)}</summary>\n{body}</details>\n"
+
+
+def _kind_of_column(texts: Sequence[str]) -> str:
+    if all(map(NUMBER.fullmatch, texts)):
+        return ' class="number"'
+    return ' class="long"' if max(map(len, texts)) > LONG_TEXT else ""
 
 
 def _anchors(sections: Sequence[Section]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vaetrain.report.chart import Series, chart, number_text
-from vaetrain.report.page import absent, fold, paragraph, side_by_side, subheading, table, verdict
+from vaetrain.report.page import absent, caution, fold, paragraph, side_by_side, subheading, table
 from vaetrain.report.recorded import Recorded, number
 
 MEANINGS = {
@@ -34,11 +34,11 @@ MEANINGS = {
     "eval/lpips": "perceptual distance of reconstructions; smaller is better",
     "eval/nll_nats": "−log p(x) by importance sampling, an upper bound, nats per image; smaller is better",
     "eval/nll_bits_per_dim": "the same in bits per pixel value",
-    "eval/rate_nats": "where the rate goes: the sum of the next rows but the last two",
+    "eval/rate_nats": "mutual information + marginal KL",
     "eval/mutual_information_nats": "what a code says about its image",
     "eval/marginal_kl_nats": "how far all codes together lie from the prior",
-    "eval/dimension_kl_nats": "of that, each dimension by itself",
-    "eval/total_correlation_nats": "of that, dependence between dimensions",
+    "eval/dimension_kl_nats": "of the marginal KL, each dimension by itself",
+    "eval/total_correlation_nats": "of the marginal KL, dependence between dimensions",
     "eval/elbo_gap_nats": "ELBO of training less ELBO of validation images",
     "eval/active_units": "latent units whose mean varies by more than the threshold",
     "eval/active_units_threshold": "variance of a posterior mean over images",
@@ -86,7 +86,7 @@ def scores_of_run(recorded: Recorded) -> str:
             parts.append(subheading(title))
             if title == "Samples":
                 parts.append(_fid_protocol(scores))
-            parts.append(table(("score", "value", "±", "what it is"), _rows(scores, names)))
+            parts.append(table(("score", "value", "what it is"), _rows(scores, names)))
             if title == "Samples":
                 parts.append(_priors(scores))
     parts += [_charts(scores), *_protocols(scores)]
@@ -127,7 +127,7 @@ def _reasons(scores: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _rows(scores: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str, str, str]]:
+def _rows(scores: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str, str]]:
     errors = {f"{name}{ending}" for name in names for ending in ERRORS}
     rows = []
     for name in names:
@@ -136,7 +136,9 @@ def _rows(scores: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, st
         error = next((number(scores[name + ending]) for ending in ERRORS if name + ending in scores), math.nan)
         value = scores[name]
         shown = number_text(number(value)) if value is None or isinstance(value, int | float) else shown_value(value)
-        rows.append((name, shown, number_text(error) if math.isfinite(error) else "", MEANINGS.get(name, "")))
+        if math.isfinite(error):
+            shown += f" ± {number_text(error, 2)}"
+        rows.append((name, shown, MEANINGS.get(name, "")))
     return rows
 
 
@@ -154,10 +156,7 @@ def _fid_protocol(scores: Mapping[str, Any]) -> str:
     ]
     if protocol.get("weights_are_published") is False:
         parts.append(
-            verdict(
-                "fails",
-                "The extractor's weights are not the published ones: these are no FIDs that compare with anybody's.",
-            )
+            caution("The extractor's weights are not the published ones: this FID compares with nobody else's.")
         )
     return "".join(parts)
 
