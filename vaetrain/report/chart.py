@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from vaetrain.report.axis import Axis, superscript, without_outliers
+from vaetrain.report.axis import Axis, without_outliers
+from vaetrain.report.values import number_text
 
 WIDTH, HEIGHT = 720, 380
 """In SVG units; chart.js draws anew for the width that there is."""
@@ -60,9 +61,9 @@ def chart(
     the first series. Enormous first values are cut off at first, and a button shows them.
     """
     plot = _Plot.of(series, x=x, y=y, log_x=log_x, log_y=log_y, markers=markers, labels=labels)
-    caption = f"<figcaption>{escape(title)}</figcaption>"
     if plot is None:
-        return f'<figure class="chart">{caption}<p class="absent">There is no finite value to draw.</p></figure>\n'
+        nothing = '<p class="absent">There is no finite value to draw.</p>'
+        return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{nothing}</figure>\n'
     legend = "".join(
         f'<button type="button" class="entry s{number % NUM_COLOURS}" aria-pressed="true">{_swatch(number)}'
         f"<span>{escape(line.label)}</span></button>"
@@ -70,9 +71,9 @@ def chart(
     )
     whole = '<button type="button" class="whole">Show all values</button>' if plot.is_clipped else ""
     return (
-        f'<figure class="chart" data-chart="{escape(plot.to_json())}">{caption}'
-        f'<div class="legend">{legend}<span class="tools">{whole}'
-        '<button type="button" class="reset" hidden>Reset zoom</button></span></div>'
+        f'<figure class="chart" data-chart="{escape(plot.to_json())}"><figcaption><span>{escape(title)}</span><span class="tools">'
+        f'{whole}<button type="button" class="reset" hidden>Reset zoom</button></span></figcaption>'
+        f'<div class="legend">{legend}</div>'
         f'<div class="box">{plot.svg(title)}<div class="tip" hidden></div></div>'
         f"{_numbers(series, x)}</figure>\n"
     )
@@ -204,21 +205,6 @@ class _Plot:
                 run = []
         if run:
             yield run
-
-
-def number_text(value: float, digits: int = 5) -> str:
-    """A number for people: so many significant digits, or all of a whole number, and thousands set apart."""
-    if not math.isfinite(value):
-        return "–"
-    size = abs(value)
-    if value == int(value) and size < 1e15:
-        text = f"{size:,.0f}"
-    elif 1e-3 <= size < 1e7:
-        text = f"{size:,.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
-    else:
-        mantissa, exponent = f"{size:.{min(digits, 4) - 1}e}".split("e")
-        text = f"{mantissa}·10{superscript(int(exponent))}"
-    return "−" + text if value < 0 else text
 
 
 def _numbers(series: Sequence[Series], x: str) -> str:

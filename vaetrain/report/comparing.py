@@ -13,8 +13,7 @@ from vaetrain.report.recorded import Recorded
 
 TITLES = {
     "config": "Configuration", "data": "Data", "code": "Code", "packages": "Packages", "machine": "Machine",
-    "results": "Results",
-}  # fmt: skip
+    }  # fmt: skip
 """By section of a comparison."""
 
 
@@ -24,7 +23,7 @@ def comparison_sections(runs: Sequence[Recorded], labels: Sequence[str]) -> list
     differences, results = "", ""
     if len(comparison.results) > 1:
         names = [label for label, recorded in zip(labels, runs, strict=True) if recorded.run.path not in unreadable]
-        differences, results = _differences(comparison, names), _table(comparison, names, "results", all_rows=True)
+        differences, results = _differences(comparison, names), _results(comparison, names)
     else:
         differences = absent("Fewer than two of these runs can be compared.")
         results = absent("Fewer than two of these runs can be compared.")
@@ -35,6 +34,13 @@ def comparison_sections(runs: Sequence[Recorded], labels: Sequence[str]) -> list
         Section("What differs", differences, "differences"),
         Section("Pictures compared", gallery_of_runs(runs, labels), "pictures-compared"),
     ]
+
+
+SCORED = "evaluation "
+"""What the comparison puts before the names of scores."""
+
+MAX_ROWS_SHOWN = 20
+"""Longer tables of scores are folded."""
 
 
 def _compare(runs: Sequence[Recorded]) -> tuple[Comparison, dict[Path, str]]:
@@ -53,19 +59,25 @@ def _compare(runs: Sequence[Recorded]) -> tuple[Comparison, dict[Path, str]]:
 
 
 def _differences(comparison: Comparison, names: Sequence[str]) -> str:
-    parts = [bullets([line[0].upper() + line[1:] for line in comparison.headline().splitlines()])]
-    between = comparison.code_between(Path(__file__).parent)
-    if between:
-        parts.append(bullets([f"Code: {between}"]))
+    said = comparison.headline().splitlines()
+    if between := comparison.code_between(Path(__file__).parent):
+        said.append(f"code of the first two: {between}")
+    parts = [bullets(said)]
     for section in SECTIONS[:-1]:
-        parts.append(_table(comparison, names, section, all_rows=False))
+        if rows := _rows(comparison, section, comparison.differing(section)):
+            parts += [subheading(TITLES[section]), table(("", *names), rows)]
     return "".join(parts)
 
 
-def _table(comparison: Comparison, names: Sequence[str], section: str, *, all_rows: bool) -> str:
-    wanted = comparison.names(section) if all_rows else comparison.differing(section)
-    rows = [(name, *map(shown, comparison.row(section, name))) for name in wanted]
-    if not rows:
-        return ""
-    header = ("", *names)
-    return table(header, rows) if all_rows else subheading(TITLES[section]) + table(header, rows, fold=False)
+def _results(comparison: Comparison, names: Sequence[str]) -> str:
+    rows = _rows(comparison, "results", comparison.names("results"))
+    trained = [row for row in rows if not row[0].startswith(SCORED)]
+    scored = [(row[0].removeprefix(SCORED), *row[1:]) for row in rows if row[0].startswith(SCORED)]
+    parts = [table(("", *names), trained, caption="Training and its last validation")]
+    if scored:
+        parts.append(table(("", *names), scored, caption="Scores of evaluate.py", fold=len(scored) > MAX_ROWS_SHOWN))
+    return "".join(parts)
+
+
+def _rows(comparison: Comparison, section: str, names: Sequence[str]) -> list[tuple[str, ...]]:
+    return [(name, *map(shown, comparison.row(section, name))) for name in names]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from vaetrain.report.chart import Series, chart, number_text
+from vaetrain.report.chart import Series, chart
 from vaetrain.report.page import absent, fold, paragraph, side_by_side, table
 from vaetrain.report.recorded import Recorded, number, points
+from vaetrain.report.values import number_text
 
 MAX_POINTS = 2000
 """Of a line; of more, each stretch keeps its lowest and its highest."""

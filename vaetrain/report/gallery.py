@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vaetrain.report.page import absent, fold, picture, side_by_side, subheading
+from vaetrain.report.page import absent, columns, fold, picture, side_by_side, subheading
 from vaetrain.report.recorded import Recorded
 
 CAPTIONS = {
@@ -46,7 +46,7 @@ def gallery_of_run(recorded: Recorded, *, leave_out: Sequence[str] = ()) -> str:
         said.append(absent("Latent traversals, priors and nearest training images are drawn by vaetrain/evaluate.py."))
     small = [_shown(file) for file in files if file.stem in IN_COLUMNS]
     large = [_shown(file) for file in files if file.stem not in (*IN_COLUMNS, *DRAWN_AS_CURVES)]
-    return "".join([*said, side_by_side(small), *large, fold("Curves as training drew them", curves) if curves else ""])
+    return "".join([*said, columns(small), *large, fold("Curves as training drew them", curves) if curves else ""])
 
 
 def gallery_of_runs(runs: Sequence[Recorded], labels: Sequence[str]) -> str:

@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from vaetrain.report.chart import number_text
 from vaetrain.report.page import absent, code, columns, fold, paragraph, subheading, table
 from vaetrain.report.recorded import Recorded
-from vaetrain.report.scores import flat, shown_value
+from vaetrain.report.values import exact, flat, shown_value
 
 MAX_CLASSES_SHOWN = 12
 """Longer tables of classes are folded."""
@@ -22,7 +21,7 @@ def configuration_of_run(recorded: Recorded) -> str:
     plain = {key: value for key, value in recorded.config.items() if not isinstance(value, Mapping)}
     groups = {"": plain} | {key: value for key, value in recorded.config.items() if isinstance(value, Mapping)}
     tables = [
-        table(("key", "value"), [(key, _exact(value)) for key, value in flat(content).items()], caption=name or "run")
+        table(("key", "value"), [(key, exact(value)) for key, value in flat(content).items()], caption=name or "run")
         for name, content in groups.items()
         if content
     ]
@@ -71,7 +70,7 @@ def provenance_of_run(recorded: Recorded) -> str:
         code(f"python tools/rerun.py {shlex.quote(str(recorded.run.path))}"),
         table(("", "recorded"), _origin_rows(provenance)),
     ]
-    packages = [(name, _exact(version)) for name, version in _inner(provenance, "packages").items()]
+    packages = [(name, exact(version)) for name, version in _inner(provenance, "packages").items()]
     parts.append(table(("package", "version"), packages, caption="Packages", fold=True) if packages else "")
     resumes = provenance.get("resumes")
     for count, resume in enumerate(resumes if isinstance(resumes, list) else [], start=1):
@@ -85,7 +84,7 @@ def provenance_of_run(recorded: Recorded) -> str:
 
 def _origin_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     left_out = ("packages", "resumes", "command")
-    return [(key, _exact(value)) for key, value in flat(provenance).items() if key.split(".")[0] not in left_out]
+    return [(key, exact(value)) for key, value in flat(provenance).items() if key.split(".")[0] not in left_out]
 
 
 def _num_images(split: str, content: Mapping[str, Any]) -> str:
@@ -107,14 +106,3 @@ _DATASET_ROWS = (
 def _inner(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = content.get(name)
     return value if isinstance(value, Mapping) else {}
-
-
-def _exact(value: Any) -> str:
-    """A setting as one would type it: not rounded, no thousands set apart."""
-    if isinstance(value, float):
-        return number_text(value) if value != value else f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_exact, value)) + "]"
-    return shown_value(value)

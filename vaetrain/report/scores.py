@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vaetrain.report.chart import Series, chart, number_text
+from vaetrain.report.chart import Series, chart
 from vaetrain.report.page import absent, caution, fold, paragraph, side_by_side, subheading, table
 from vaetrain.report.recorded import Recorded, number
+from vaetrain.report.values import flat, number_text, shown_value
 
 MEANINGS = {
     "val/elbo_nats": "lower bound on log p(x), nats per image; larger is better",
@@ -203,32 +203,6 @@ def _protocols(scores: Mapping[str, Any]) -> list[str]:
             rows = [(key, shown_value(value)) for key, value in flat(content).items()]
             tables.append(table(("key", "value"), rows, caption=name))
     return [fold("Protocols in full", "".join(tables))] if tables else []
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as section.key → value."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def shown_value(value: Any) -> str:
-    """A value of a record as text."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return number_text(value)
-    if isinstance(value, list) and all(
-        isinstance(item, str | int | float) and not isinstance(item, bool) for item in value
-    ):
-        return ", ".join(item if isinstance(item, str) else number_text(item) for item in value) or "–"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def number_of(text: str) -> float:
