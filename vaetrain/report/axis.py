@@ -8,6 +8,12 @@ from dataclasses import dataclass
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
+LARGEST, SMALLEST = 1e300, 1e-300
+"""What an axis can take: beyond, the differences of values are no numbers. NaN is beyond, too."""
+
+FAR = 1000.0
+"""Lengths of an axis; no line is seen to bend there."""
+
 MIN_FOR_CLIPPING = 10
 """Values; the range of fewer holds all of them."""
 
@@ -25,19 +31,22 @@ class Axis:
         """An axis that holds all `values` (finite, and positive where `log`), with a share of its length as padding."""
         shown = [math.log10(value) for value in values] if log else list(values)
         low, high = min(shown), max(shown)
-        if high - low <= 1e-12 * max(abs(low), abs(high)):  # a single value has a neighbourhood all the same
-            half = 0.5 if log else 0.1 * abs(low) or 0.5
+        if high - low <= max(
+            1e-12 * max(abs(low), abs(high)), SMALLEST
+        ):  # a single value has a neighbourhood all the same
+            half = 0.1 * abs(low) if not log and abs(low) > SMALLEST else 0.5
             return cls(low - half, high + half, log)
         margin = padding * (high - low)
         return cls(low - margin, high + margin, log)
 
     def takes(self, value: float) -> bool:
         """Whether a value has a place on an axis of this kind."""
-        return math.isfinite(value) and (value > 0 or not self.log)
+        return abs(value) < LARGEST and (value > SMALLEST or not self.log)
 
     def share(self, value: float) -> float:
-        """Where a value lies: 0 at the lower end, 1 at the upper."""
-        return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
+        """Where a value lies: 0 at the lower end, 1 at the upper; what lies far beyond is brought nearer."""
+        share = ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
+        return min(max(share, -FAR), FAR)
 
     def ticks(self, num: int) -> list[tuple[float, str]]:
         """Some `num` round values on the axis with their texts."""
@@ -51,7 +60,7 @@ class Axis:
 
     def _log_ticks(self, num: int) -> list[tuple[float, str]]:
         decades = range(math.floor(self.low), math.floor(self.high) + 1)
-        stride = math.ceil(len(decades) / num)
+        stride = max(1, math.floor((self.high - self.low) / num + 0.5))
         multiples = (1, 2, 5) if 3 * len(decades) <= 2 * num else (1,)
         found = [
             (multiple * 10.0**decade, power_text(decade) if multiple == 1 else tick_text(multiple * 10.0**decade, 10.0**decade))
@@ -64,7 +73,7 @@ class Axis:
 def round_step(step: float) -> float:
     """The nearest of 1, 2, 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
-    return power * next((multiple for multiple, end in ((1, 1.5), (2, 3.5), (5, 7.5)) if step < end * power), 10)
+    return power * next((multiple for multiple, end in ((1, 1.41), (2, 3.16), (5, 7.07)) if step < end * power), 10)
 
 
 def tick_text(value: float, step: float) -> str:

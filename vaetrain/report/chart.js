@@ -17,8 +17,9 @@ for (const figure of document.querySelectorAll("figure.chart[data-chart]")) {
   };
   const onX = (value) => data.logX ? Math.log10(value) : value;
   const onY = (value) => data.logY ? Math.log10(value) : value;
-  const placeX = (value) => width * (onX(value) - view[0]) / (view[1] - view[0]);
-  const placeY = (value) => height * (1 - (onY(value) - view[2]) / (view[3] - view[2]));
+  const near = (share) => Math.min(1000, Math.max(-1000, share));  // what lies far beyond an axis is brought nearer
+  const placeX = (value) => width * near((onX(value) - view[0]) / (view[1] - view[0]));
+  const placeY = (value) => height * (1 - near((onY(value) - view[2]) / (view[3] - view[2])));
   const drawable = ([x, y]) => x !== null && y !== null && !(data.logX && x <= 0) && !(data.logY && y <= 0);
 
   // ---- ticks: the same rules as axis.py
@@ -36,7 +37,8 @@ for (const figure of document.querySelectorAll("figure.chart[data-chart]")) {
   }
   function ticks(low, high, log, count) {
     if (log && high - low >= 1) {
-      const found = [], first = Math.floor(low), decades = Math.floor(high) - first + 1, stride = Math.ceil(decades / count);
+      const found = [], first = Math.floor(low), decades = Math.floor(high) - first + 1;
+      const stride = Math.max(1, Math.floor((high - low) / count + 0.5));
       for (let decade = first; decade < first + decades; decade++) {
         if (decade % stride) continue;
         for (const multiple of 3 * decades <= 2 * count ? [1, 2, 5] : [1]) {
@@ -50,7 +52,7 @@ for (const figure of document.querySelectorAll("figure.chart[data-chart]")) {
     }
     const [from, to] = log ? [10 ** low, 10 ** high] : [low, high];
     const raw = (to - from) / count, power = 10 ** Math.floor(Math.log10(raw));
-    const step = power * (raw < 1.5 * power ? 1 : raw < 3.5 * power ? 2 : raw < 7.5 * power ? 5 : 10);
+    const step = power * (raw < 1.41 * power ? 1 : raw < 3.16 * power ? 2 : raw < 7.07 * power ? 5 : 10);
     const found = [];
     for (let n = Math.ceil(from / step - 1e-9); n <= to / step + 1e-9; n++) found.push([n * step, tickText(n * step, step)]);
     return found;

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from vaetrain.report.axis import Axis, without_outliers
+from vaetrain.report.axis import LARGEST, Axis, without_outliers
 from vaetrain.report.values import number_text
 
 WIDTH, HEIGHT = 720, 380
@@ -26,14 +26,16 @@ class Series:
     """A line of a chart. What is not finite is left out and leaves a gap."""
 
     label: str
-    points: tuple[tuple[float, float], ...]
-    errors: tuple[float, ...] = ()
+    points: tuple[tuple[float | int, float | int], ...]
+    errors: tuple[float | int, ...] = ()
     """± on y, one for each point; empty for none."""
 
     def __post_init__(self) -> None:
-        """Check that every point has its error."""
+        """Check that every point has its error; whole numbers become floats, and what no axis takes NaN."""
         if self.errors and len(self.errors) != len(self.points):
             raise ValueError(f"series {self.label} has {len(self.points)} points and {len(self.errors)} errors")
+        object.__setattr__(self, "points", tuple((_drawable(x), _drawable(y)) for x, y in self.points))
+        object.__setattr__(self, "errors", tuple(_drawable(error) if error >= 0 else math.nan for error in self.errors))
 
     def rounded(self) -> dict[str, object]:
         """What chart.js reads; null for what is not finite."""
@@ -104,7 +106,7 @@ class _Plot:
         labels: Sequence[str],
     ) -> _Plot | None:
         """None when there is nothing to draw."""
-        kind_x, kind_y = Axis(0, 1, log_x), Axis(0, 1, log_y)
+        kind_x, kind_y = Axis(0.0, 1.0, log_x), Axis(0.0, 1.0, log_y)
         places = [
             (place, value, error)
             for line in series
@@ -118,7 +120,7 @@ class _Plot:
         common = ends if log_y else without_outliers(ends)
         return cls(
             series, x, y, markers, labels,
-            Axis.around([place for place, _, _ in places], log=log_x, padding=0.04 if markers else 0),
+            Axis.around([place for place, _, _ in places], log=log_x, padding=0.04 if markers else 0.0),
             Axis.around(common, log=log_y, padding=0.05),
             Axis.around(ends, log=log_y, padding=0.05),
         )  # fmt: skip
@@ -164,7 +166,7 @@ class _Plot:
             f'{"".join(parts)}<svg class="area" x="{left}" y="{TOP}" width="{width}" height="{height}">{lines}</svg></svg>'
         )
 
-    def _line(self, number: int, width: float, height: float) -> str:
+    def _line(self, number: int, width: int, height: int) -> str:
         line = self.series[number]
         parts = []
         for run in self._runs(line):
@@ -188,7 +190,7 @@ class _Plot:
                     )
         return f'<g class="s{number % NUM_COLOURS}">{"".join(parts)}</g>'
 
-    def _error_bar(self, left: float, height: float, value: float, error: float) -> str:
+    def _error_bar(self, left: float, height: int, value: float, error: float) -> str:
         low, high = value - error, value + error
         bottom = height * (1 - self.axis_y.share(low)) if self.axis_y.takes(low) else height
         top = height * (1 - self.axis_y.share(high))
@@ -240,3 +242,7 @@ def _dash(number: int) -> str:
 
 def _rounded(value: float) -> float | None:
     return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def _drawable(value: float | int) -> float:
+    return float(value) if abs(value) < LARGEST else math.nan

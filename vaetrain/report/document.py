@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vaetrain.report.comparing import comparison_sections
 from vaetrain.report.curves import curves_of_run
@@ -14,7 +13,7 @@ from vaetrain.report.origin import configuration_of_run, dataset_of_run, provena
 from vaetrain.report.page import Section, page, paragraph, side_by_side, subheading, table
 from vaetrain.report.recorded import Recorded, number
 from vaetrain.report.scores import scores_of_run, summary_rows
-from vaetrain.report.values import exact, flat, number_text
+from vaetrain.report.values import exact, flat, inner, number_text
 
 SETTINGS = {
     "model.latent": "latent", "model.latent_channels": "latent channels", "model.likelihood": "likelihood",
@@ -66,10 +65,10 @@ def _sections(recorded: Recorded, leave_out: Sequence[str] = ()) -> list[Section
 
 def _subtitle(recorded: Recorded) -> str:
     """What was trained on what, where and when, as far as it is recorded."""
-    model, dataset, provenance = (_mapping(recorded.config, "model"), recorded.dataset or {}, recorded.provenance or {})
+    model, dataset, provenance = (inner(recorded.config, "model"), recorded.dataset or {}, recorded.provenance or {})
     kind = f"{model.get('kind', '')} {'VAE' if model.get('variational', True) else 'autoencoder'}".strip()
-    images = number(_mapping(_mapping(_mapping(dataset, "train"), "splits"), "train").get("num_images"))
-    size = _mapping(dataset, "train").get("image_size")
+    images = number(inner(inner(inner(dataset, "train"), "splits"), "train").get("num_images"))
+    size = inner(dataset, "train").get("image_size")
     said = f"{kind[0].upper()}{kind[1:]}"
     if math.isfinite(images):
         said += f" on {images:,.0f} images of {size} × {size} pixels"
@@ -106,14 +105,9 @@ def _progress(recorded: Recorded) -> str:
 
 def _wanted_images(recorded: Recorded) -> float:
     """Images that training was to see at least, in whole batches; NaN when it is not recorded."""
-    train = _mapping(recorded.config, "train")
+    train = inner(recorded.config, "train")
     if math.isfinite(num_images := number(train.get("num_images"))):
         return num_images
-    images = number(_mapping(_mapping(_mapping(recorded.dataset, "train"), "splits"), "train").get("num_images"))
+    images = number(inner(inner(inner(recorded.dataset, "train"), "splits"), "train").get("num_images"))
     batch = number(train.get("global_batch_size"))
     return number(train.get("epochs")) * (images // batch * batch) if images >= batch > 0 else math.nan
-
-
-def _mapping(content: Any, name: str) -> dict[str, Any]:
-    value = content.get(name) if isinstance(content, dict) else None
-    return value if isinstance(value, dict) else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from vaetrain.report.page import absent, code, columns, fold, paragraph, subheading, table
 from vaetrain.report.recorded import Recorded
-from vaetrain.report.values import exact, flat, shown_value
+from vaetrain.report.values import exact, flat, inner, shown_value
 
 MAX_CLASSES_SHOWN = 12
 """Longer tables of classes are folded."""
@@ -40,12 +40,10 @@ def dataset_of_run(recorded: Recorded) -> str:
         sets[split] = content if isinstance(content, Mapping) else {}
     rows = [(name, *(show(split, sets[split]) for split in sets)) for name, show in _DATASET_ROWS]
     rows += [
-        (f"encoding: {key}", *(shown_value(_inner(content, "encoding").get(key)) for content in sets.values()))
-        for key in dict.fromkeys(key for content in sets.values() for key in _inner(content, "encoding"))
+        (f"encoding: {key}", *(shown_value(inner(content, "encoding").get(key)) for content in sets.values()))
+        for key in dict.fromkeys(key for content in sets.values() for key in inner(content, "encoding"))
     ]
-    counts = {
-        split: _inner(_inner(_inner(content, "splits"), split), "class_counts") for split, content in sets.items()
-    }
+    counts = {split: inner(inner(inner(content, "splits"), split), "class_counts") for split, content in sets.items()}
     classes = list(dict.fromkeys(name for split in counts.values() for name in split))
     parts = [table(("", "training", "validation"), rows)]
     if classes:
@@ -70,7 +68,7 @@ def provenance_of_run(recorded: Recorded) -> str:
         code(f"python tools/rerun.py {shlex.quote(str(recorded.run.path))}"),
         table(("", "recorded"), _origin_rows(provenance)),
     ]
-    packages = [(name, exact(version)) for name, version in _inner(provenance, "packages").items()]
+    packages = [(name, exact(version)) for name, version in inner(provenance, "packages").items()]
     parts.append(table(("package", "version"), packages, caption="Packages", fold=True) if packages else "")
     resumes = provenance.get("resumes")
     for count, resume in enumerate(resumes if isinstance(resumes, list) else [], start=1):
@@ -88,7 +86,7 @@ def _origin_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _num_images(split: str, content: Mapping[str, Any]) -> str:
-    return shown_value(_inner(_inner(content, "splits"), split).get("num_images"))
+    return shown_value(inner(inner(content, "splits"), split).get("num_images"))
 
 
 def _size(split: str, content: Mapping[str, Any]) -> str:
@@ -101,8 +99,3 @@ _DATASET_ROWS = (
     ("size", _size),
     ("fingerprint", lambda split, content: shown_value(content.get("fingerprint"))),
 )
-
-
-def _inner(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = content.get(name)
-    return value if isinstance(value, Mapping) else {}

@@ -9,7 +9,7 @@ from typing import Any
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.page import absent, caution, fold, paragraph, side_by_side, subheading, table
 from vaetrain.report.recorded import Recorded, number
-from vaetrain.report.values import flat, number_text, shown_value
+from vaetrain.report.values import flat, inner, number_text, shown_value
 
 MEANINGS = {
     "val/elbo_nats": "lower bound on log p(x), nats per image; larger is better",
@@ -95,7 +95,7 @@ def scores_of_run(recorded: Recorded) -> str:
 
 def summary_rows(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The few scores one asks for first, those that there are, FID under the name of its protocol."""
-    protocol = _mapping(scores, "fid_protocol").get("name")
+    protocol = inner(scores, "fid_protocol").get("name")
     wanted = {
         "val/elbo_nats": "ELBO, nats per image", "val/bits_per_dim": "bits/dim", "eval/nll_nats": "−log p(x) ≤, nats per image",
         "val/psnr_db": "PSNR, dB", "val/ssim": "SSIM", "eval/fid": f"FID ({protocol})" if protocol else "FID",
@@ -110,7 +110,7 @@ def summary_rows(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _of_what(scores: Mapping[str, Any]) -> str:
-    origin = _mapping(scores, "provenance")
+    origin = inner(scores, "provenance")
     device = origin.get("device", "an unknown device")
     revision = str(origin.get("git_revision") or "unknown revision")[:12]
     return (
@@ -143,7 +143,7 @@ def _rows(scores: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, st
 
 
 def _fid_protocol(scores: Mapping[str, Any]) -> str:
-    protocol = _mapping(scores, "fid_protocol")
+    protocol = inner(scores, "fid_protocol")
     if not protocol:
         return ""
     parts = [
@@ -162,7 +162,7 @@ def _fid_protocol(scores: Mapping[str, Any]) -> str:
 
 
 def _priors(scores: Mapping[str, Any]) -> str:
-    priors = {name: row for name, row in _mapping(scores, "priors").items() if isinstance(row, Mapping)}
+    priors = {name: row for name, row in inner(scores, "priors").items() if isinstance(row, Mapping)}
     columns = [
         column for column in PRIOR_COLUMNS if any(math.isfinite(number(row.get(column))) for row in priors.values())
     ]
@@ -174,7 +174,7 @@ def _priors(scores: Mapping[str, Any]) -> str:
 
 def _charts(scores: Mapping[str, Any]) -> str:
     drawn = []
-    line = _mapping(_mapping(scores, "fid_protocol"), "fid_against_count")
+    line = inner(inner(scores, "fid_protocol"), "fid_against_count")
     counts, fids = (list(map(number, line.get(name) or [])) for name in ("counts", "fids"))
     infinity = number(scores.get("eval/fid_infinity"))
     if counts and len(counts) == len(fids) and math.isfinite(sum(fids)) and math.isfinite(infinity) and min(counts) > 0:
@@ -184,7 +184,7 @@ def _charts(scores: Mapping[str, Any]) -> str:
         ends = ((0.0, infinity), (max(places), infinity + slope * max(places)))
         series = [Series("FID", tuple(zip(places, fids, strict=True))), Series("straight line to FID∞", ends)]
         drawn.append(chart("FID over the number of images", series, x="1 / number of images", y="FID", markers=True))
-    bounds = _mapping(_mapping(_mapping(scores, "likelihood_protocol"), "nll"), "bounds_nats")
+    bounds = inner(inner(inner(scores, "likelihood_protocol"), "nll"), "bounds_nats")
     found = [(number_of(k), bound) for k, bound in bounds.items() if isinstance(bound, Mapping)]
     if found:
         points = tuple((k, number(bound.get("mean"))) for k, bound in found)
@@ -199,7 +199,7 @@ def _charts(scores: Mapping[str, Any]) -> str:
 def _protocols(scores: Mapping[str, Any]) -> list[str]:
     tables = []
     for name in ("fid_protocol", "rfid_protocol", "lpips_protocol", "likelihood_protocol", "protocol"):
-        if content := _mapping(scores, name):
+        if content := inner(scores, name):
             rows = [(key, shown_value(value)) for key, value in flat(content).items()]
             tables.append(table(("key", "value"), rows, caption=name))
     return [fold("Protocols in full", "".join(tables))] if tables else []
@@ -211,8 +211,3 @@ def number_of(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
-
-
-def _mapping(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = content.get(name)
-    return value if isinstance(value, Mapping) else {}

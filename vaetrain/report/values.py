@@ -10,7 +10,7 @@ from typing import Any
 from vaetrain.report.axis import superscript
 
 
-def number_text(value: float, digits: int = 5) -> str:
+def number_text(value: float | int, digits: int = 5) -> str:
     """A number for people: so many significant digits, or all of a whole number, and thousands set apart."""
     if not math.isfinite(value):
         return "–"
@@ -23,6 +23,12 @@ def number_text(value: float, digits: int = 5) -> str:
         mantissa, exponent = f"{size:.{min(digits, 4) - 1}e}".split("e")
         text = f"{mantissa}·10{superscript(int(exponent))}"
     return "−" + text if value < 0 else text
+
+
+def inner(content: Any, name: str) -> Mapping[str, Any]:
+    """The mapping under a name; empty when there is none, or something else."""
+    value = content.get(name) if isinstance(content, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
