@@ -179,7 +179,7 @@ class Comparison:
 
     def differing(self, section: str) -> list[str]:
         """Names in a section whose values are not the same in all."""
-        return [name for name in self._names(section) if len({_key(value) for value in self._row(section, name)}) > 1]
+        return [name for name in self.names(section) if len({_key(value) for value in self.row(section, name)}) > 1]
 
     @property
     def agreements(self) -> list[Agreement]:
@@ -209,10 +209,10 @@ class Comparison:
         """A column for each result; of configuration, packages and machine only what differs unless `everything`."""
         rows: list[tuple[str, ...]] = [("", *(str(result.path) for result in self.results))]
         for section in SECTIONS:
-            names = self._names(section) if everything or section == "results" else self.differing(section)
+            names = self.names(section) if everything or section == "results" else self.differing(section)
             if names:
                 rows += [(), (section.upper(),)]
-                rows += [(f"  {name}", *map(_shown, self._row(section, name))) for name in names]
+                rows += [(f"  {name}", *map(shown, self.row(section, name))) for name in names]
         widths = [max(len(row[column]) for row in rows if len(row) > 1) for column in range(len(rows[0]))]
         lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
@@ -242,10 +242,12 @@ class Comparison:
             "records": [{"equal": agreement.is_whole, "says": agreement.describe()} for agreement in self.agreements],
         }
 
-    def _names(self, section: str) -> list[str]:
+    def names(self, section: str) -> list[str]:
+        """All names of a section, in the order of the runs."""
         return list(dict.fromkeys(name for result in self.results for name in result.facts[section]))
 
-    def _row(self, section: str, name: str) -> list[Any]:
+    def row(self, section: str, name: str) -> list[Any]:
+        """The value in each result, None where it has none."""
         return [result.facts[section].get(name) for result in self.results]
 
 
@@ -271,7 +273,8 @@ def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a cell: six digits of a number, the beginning of a hash."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", value):  # a revision or a SHA-256

@@ -1,0 +1,112 @@
+"""What a run directory holds, as far as it is there and can be read; what is not is said in sentences."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vaetrain.run import RunDirectory
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run's files, each None where it is missing or damaged."""
+
+    run: RunDirectory
+    config: dict[str, Any] | None
+    provenance: dict[str, Any] | None
+    dataset: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    metrics: tuple[dict[str, Any], ...]
+    """Oldest first."""
+
+    faults: dict[str, str]
+    """By name of the file, what is wrong with it."""
+
+    @classmethod
+    def read(cls, path: Path) -> Recorded:
+        """Read a run directory.
+
+        Raises FileNotFoundError, saying what to name instead, when it is none, and ValueError when its format is a later one.
+        """
+        run = RunDirectory(path)
+        if not run.config_file.is_file():
+            raise FileNotFoundError(_no_run(path))
+        faults: dict[str, str] = {}
+        config = _mapping(run.config_file, faults, yaml.safe_load)
+        provenance = _mapping(run.provenance_file, faults, json.loads)
+        if provenance is not None:
+            run.check_format()
+        dataset = _mapping(run.dataset_file, faults, json.loads)
+        evaluation = _mapping(run.evaluation_file, faults, json.loads)
+        return cls(run, config, provenance, dataset, evaluation, tuple(_metrics(run.metrics_file, faults)), faults)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.run.path.resolve().name
+
+    def split(self, name: str) -> list[dict[str, Any]]:
+        """The records of a split."""
+        return [record for record in self.metrics if record.get("split") == name]
+
+    def why_not(self, file: Path, remedy: str) -> str:
+        """A sentence about a file that could not be had."""
+        return self.faults.get(file.name) or f"There is no {file.name}: {remedy}"
+
+
+def number(value: Any) -> float:
+    """A metric as a number; NaN for null and for what is none."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def points(records: list[dict[str, Any]], x: str, y: str) -> tuple[tuple[float, float], ...]:
+    """(x, y) of the records that name both; NaN where a value is null."""
+    return tuple((number(record[x]), number(record[y])) for record in records if x in record and y in record)
+
+
+def _metrics(file: Path, faults: dict[str, str]) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        return
+    unreadable = 0
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:  # the last was cut short by a kill
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            yield record
+        elif line.strip():
+            unreadable += 1
+    if unreadable:
+        faults[file.name] = f"{unreadable:,} line(s) of {file.name} cannot be read and are left out."
+
+
+def _mapping(file: Path, faults: dict[str, str], parse: Any) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        faults[file.name] = f"{file.name} is damaged: {error}"
+        return None
+    if not isinstance(content, Mapping):
+        faults[file.name] = f"{file.name} is damaged: it holds no mapping."
+        return None
+    return dict(content)
+
+
+def _no_run(path: Path) -> str:
+    if not path.exists():
+        return f"run directory {path} does not exist"
+    inside = sorted(found.parent for found in path.glob("*/config.yaml")) if path.is_dir() else []
+    if inside:
+        shown = " ".join(map(str, inside[:3])) + (" …" if len(inside) > 3 else "")
+        return f"{path} is no run directory (it has no config.yaml); it holds some, name those: {shown}"
+    return f"{path} is no run directory (it has no config.yaml); name one that vaetrain/train.py made, for example runs/demo"
