@@ -46,8 +46,8 @@ class ReproduceArguments:
     processes: int | None = None
     """Jobs at a time; None: one a core, at most 2, at the small scale, and 1 at the full one."""
 
-    launch: Path = Path("launch/gpu1.yaml")
-    """Process layout of the lecture's trainings (launch/node8.yaml for eight GPUs)."""
+    launch: Path | None = None
+    """Process layout of the lecture's trainings (launch/node8.yaml for eight GPUs); None: one process each."""
 
     fid_weights: Path | None = None
     """Inception weights for FID; without them distances are in the features of small networks trained on the data."""

@@ -28,8 +28,8 @@ class Plan:
     root: Path
     scale: Scale
     sources: Sources
-    launch: Path
-    """Accelerate's process layout for trainings and evaluations of the lecture's experiments; sweeps have their own."""
+    launch: Path | None
+    """Accelerate's process layout for the lecture's experiments; None: one process each. Sweeps say their own."""
     fid_weights: Path | None
     """Inception's; None: distances are in the features of networks trained on the data at hand."""
     jobs: list[Job] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Plan:
         num_images = experiment.num_images[0 if self.scale == "full" else 1]
         self._evaluation(
             f"{experiment.name} scores", run, experiment.data(self.scale), train, num_images, experiment.priors,
-            ("elbo", "fid", "nearest", "latents"), self.launch,
+            ("elbo", "fid", "nearest", "latents"), launched=True,
         )  # fmt: skip
         return run
 
@@ -76,7 +76,7 @@ class Plan:
                 if takeaway.priors:
                     self._evaluation(
                         f"{sweep_name} {trial.folder.name} scores", trial.folder, self._data_of(sweep_name), trial.job, 2000,
-                        takeaway.priors, ("fid",), Path("launch/gpu1.yaml"),
+                        takeaway.priors, ("fid",),
                     )  # fmt: skip
         return found
 
@@ -124,7 +124,7 @@ class Plan:
 
     def _evaluation(
         self, name: str, run: Path, data: str, train: Job, num_images: int, priors: Sequence[str], scores: Sequence[str],
-        launch: Path,
+        *, launched: bool = False,
     ) -> None:  # fmt: skip
         needs: tuple[Job, ...] = (train,)
         if self.fid_weights is not None:
@@ -134,15 +134,17 @@ class Plan:
             network, needs = ["--fid.extractor", str(file)], (train, *extractor_jobs)
         arguments = [
             "--run", str(run), "--scores", *scores, "--priors", *priors, "--fid.num-images", str(num_images), *network,
-            "--fid.cache-dir", str(self.out / "features"), "--fit.flow-steps", "500",
+            "--fid.cache-dir", str(self.out / "features"),
         ]  # fmt: skip
-        self._job(name, "vaetrain/evaluate.py", arguments, needs, launched=True, launch=launch)
+        if self.scale == "small":
+            arguments += ["--fit.num-codes", "10000", "--fit.gmm-components", "10"]
+        self._job(name, "vaetrain/evaluate.py", arguments, needs, launched=launched)
 
     def _job(
         self, name: str, script: str, arguments: Sequence[str], after: tuple[Job, ...], *, launched: bool = False,
-        launch: Path | None = None, add: bool = True,
+        add: bool = True,
     ) -> Job:  # fmt: skip
-        start = (*LAUNCH, str(launch or self.launch)) if launched else ()
+        start = (*LAUNCH, str(self.launch)) if launched and self.launch is not None else ()
         file = self.out / "jobs" / name.replace(" ", "-")
         job = Job(
             name,

@@ -369,8 +369,8 @@ TAKEAWAYS = (
     ),
     Takeaway(
         "recipe", "Our recipe against the lecture-like VAE",
-        "Ours, not the lecture's: the recommended configs beat a plain VAE (MSE + KL, constant rate, no tricks) of the same network "
-        "on the same images in ELBO, PSNR and distance of samples.",
+        "Ours, not the lecture's: the recommended configs beat a plain VAE (MSE + KL, constant rate, no tricks) of the same "
+        "network on the same images in ELBO, PSNR and distance of samples.",
         "configs/mnist_vae.yaml and afhq_cat64.yaml (full: afhq_cat.yaml) with a mixture fitted to the codes, against the same "
         "network trained plainly and sampled from N(0, I).",
         ("recipe_mnist", "recipe_cats"), ("mnist", "cats64"), recipe, priors=("standard", "gmm"),
