@@ -115,7 +115,9 @@ def test_hostile_text_does_nothing(hostile_run, show):  # noqa: F811
 
 
 def test_a_script_that_got_in_would_not_run(show):
-    opened = show(page("t", "s", [Section("x", "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>")]))
+    opened = show(
+        page("t", "s", [Section("x", "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>")])
+    )
     opened.tab.wait_for_timeout(200)
     assert opened.tab.evaluate("window.hacked") is None
     assert any("Content Security Policy" in line for line in opened.said)
@@ -204,7 +206,7 @@ def test_folds_open_and_charts_in_them_fill_their_place(run, show):  # noqa: F81
 def test_the_command_is_copied(show):
     opened = show(page("t", "s", [Section("c", code("python tools/rerun.py 'a b'"))]))
     opened.tab.locator("button.copy").click()
-    opened.tab.wait_for_function("document.querySelector('.copy').textContent === 'Copied'", timeout=5000)
+    sync_api.expect(opened.tab.locator("button.copy")).to_have_text("Copied")
     opened.tab.evaluate("document.querySelector('main').append(document.createElement('textarea'))")
     opened.tab.locator("textarea").press("Control+V")
     assert opened.tab.locator("textarea").input_value() == "python tools/rerun.py 'a b'"
@@ -231,7 +233,7 @@ def test_a_page_fits_a_phone(run, show, width):  # noqa: F811
 def test_the_contents_stay_in_sight(run, show):  # noqa: F811
     opened = show(report([run]))
     opened.tab.locator("nav a", has_text="Provenance").click()
-    opened.tab.wait_for_function("document.querySelector('nav a[aria-current]')?.textContent === 'Provenance'", timeout=5000)
+    sync_api.expect(opened.tab.locator("nav a[aria-current]")).to_have_text("Provenance")
     assert opened.tab.locator("nav ol").bounding_box()["y"] >= 0
 
 
@@ -269,7 +271,9 @@ def test_the_script_draws_what_python_drew(show, points, options):
     for axis, found in zip("xy", opened.ticks("Loss"), strict=True):
         assert found == [t.text for t in document.all("text", class_=axis) if "tick" in t.attributes["class"]]
     for kind, names in (("line", ("d",)), ("dot", ("cx", "cy"))):
-        wanted = [e for e in document.elements if e.attributes.get("class") == kind and "M1 5h20" not in e.attributes.values()]
+        wanted = [
+            e for e in document.elements if e.attributes.get("class") == kind and "M1 5h20" not in e.attributes.values()
+        ]
         drawn = opened.chart("Loss").locator(f"svg.area .{kind}")
         assert drawn.count() >= len(wanted)
         for number, element in enumerate(wanted):
