@@ -30,8 +30,9 @@ EVALUATION = {
     "checkpoint": "checkpoints/step-00000005", "val/elbo_nats": -98.4, "val/psnr_db": 23.0, "eval/fid": 21.03,
     "eval/fid_floor": 4.25, "eval/fid_infinity": 17.5, "eval/kid": 0.0125, "eval/kid_std_error": 0.0004,
     "eval/rfid": None, "eval/rfid_reason": "no weights were given", "eval/nll_nats": 91.5, "eval/nll_nats_se": 0.7,
-    "fid_protocol": FID, "priors": {"standard": {"heldout_nats_per_dim": -1.41, "eval/fid": 21.03}, "gmm": {"heldout_nats_per_dim": -1.2}},
-    "likelihood_protocol": {"nll": {"bounds_nats": {"1": {"mean": -98.0, "standard_error": 1.0}, "100": {"mean": -92.0, "standard_error": 1.0}}}},
+    "fid_protocol": FID,
+    "priors": {"standard": {"heldout_nats_per_dim": -1.41, "eval/fid": 21.03}, "gmm": {"heldout_nats_per_dim": -1.2}},
+    "likelihood_protocol": {"nll": {"bounds_nats": {k: {"mean": -92.0, "standard_error": 1.0} for k in ("1", "100")}}},
     "protocol": {"val_fingerprint": "abc"}, "provenance": {"git_revision": "f" * 40, "device": "cpu", "started": "2026-01-02"},
 }  # fmt: skip
 
@@ -52,8 +53,8 @@ def read(*runs: Path) -> Document:
 
 def charts(document: Document) -> dict[str, dict[str, Any]]:
     """Charts by title."""
-    figures = document.all("figure", class_="chart")
-    return {json.loads(f.attributes["data-chart"])["y"] + ": " + f.text.split("\n")[0]: json.loads(f.attributes["data-chart"]) for f in figures}  # fmt: skip
+    figures = [figure for figure in document.all("figure", class_="chart") if "data-chart" in figure.attributes]
+    return {figure.text.split("\n")[0]: json.loads(figure.attributes["data-chart"]) for figure in figures}
 
 
 def edit(file: Path, **changes: object) -> None:
@@ -96,7 +97,8 @@ def test_scores_stand_beside_their_protocol(run):
 
 
 def test_the_line_to_endless_images_goes_through_its_points(run):
-    edit(run / "evaluation.json", **{"eval/fid_infinity": 18.0}, fid_protocol=FID | {"fid_against_count": {"counts": [1000, 2000], "fids": [24.0, 21.0]}})  # fmt: skip
+    line = {"counts": [1000, 2000], "fids": [24.0, 21.0]}
+    edit(run / "evaluation.json", **{"eval/fid_infinity": 18.0}, fid_protocol=FID | {"fid_against_count": line})
     [found] = [chart for chart in charts(read(run)).values() if chart["x"] == "1 / number of images"]
     assert found["series"][0]["points"] == [[0.001, 24.0], [0.0005, 21.0]]
     assert found["series"][1]["points"] == [[0.0, 18.0], [0.001, 24.0]]
@@ -199,7 +201,9 @@ def hostile_run(run) -> Path:
         (run / name).write_text(json.dumps(poisoned | {HOSTILE: "x", f"eval/{HOSTILE}": 1.0}))
     config = {key: poison(value) for key, value in yaml.safe_load((run / "config.yaml").read_text()).items()}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    records = [json.loads(line) | {f"train/{HOSTILE}": step, "split": "train"} for step, line in enumerate((run / "metrics.jsonl").read_text().splitlines())]  # fmt: skip
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step, record in enumerate(records):
+        record[f"train/{HOSTILE}"] = step
     event = {"split": "event", "event": HOSTILE, "reason": HOSTILE, "epoch": 1}
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*records, event]))
     (run / "uncommitted.patch").write_text(f"</code></pre>{HOSTILE}")
@@ -308,5 +312,5 @@ def test_the_tool_refuses_without_a_traceback(run, tmp_path):
         result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
         assert (result.returncode, result.stderr) == (1, said)
     edit(run / "provenance.json", format_version=99, packages={"vaetrain": "9.9"})
-    with pytest.raises(ValueError, match="use vaetrain 9.9, which wrote it"):
+    with pytest.raises(ValueError, match="which wrote it, or a later one"):
         report([run])
