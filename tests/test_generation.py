@@ -263,7 +263,7 @@ def test_kept_samples_are_whole_or_absent_and_the_same_ones_are_not_written_twic
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("vaetrain.metrics.kept_samples.write_json", killed)
+        patch.setattr("vaetrain.metrics.kept_samples.write_manifest", killed)
         with pytest.raises(Killed):
             evaluate(config, accelerator)
     assert not kept.exists()

@@ -50,7 +50,7 @@ def test_a_killed_command_goes_on_where_it_stopped(tiny_run, accelerator, tmp_pa
     assert sample_and_count(killed, accelerator, monkeypatch) == 23 - 12
     assert contents(killed.out) == contents(whole.out)
     assert {name: (killed.out / name).stat().st_ino for name in inodes} == inodes, "whole shards are kept"
-    assert {path.name for path in killed.out.iterdir()} == {*contents(whole.out), "manifest.json"}
+    assert {path.name for path in killed.out.iterdir()} == {*contents(whole.out), "manifest.json", "provenance.json"}
     manifests = [json.loads((config.out / "manifest.json").read_text()) for config in (whole, killed)]
     assert manifests[0]["shards"] == manifests[1]["shards"]
     assert [shard["num_images"] for shard in manifests[0]["shards"]] == [6, 6, 6, 5]

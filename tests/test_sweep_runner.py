@@ -10,6 +10,7 @@ import pytest
 import yaml
 from launching import TINY, finish, run, start
 
+from vaetrain.jobs import Job
 from vaetrain.run import RunDirectory
 from vaetrain.sweeps.results import best_row, rows_of, table
 from vaetrain.sweeps.runner import TrialRun
@@ -107,7 +108,8 @@ def test_seeds_are_averaged_and_the_best_row_is_marked(sweep_file, tmp_path):
     sweep = Sweep.read(sweep_file(**{"optim.lr": {"values": [1, 2]}, "seed": {"values": [0, 1]}}))
     runs = []
     for number, (trial, elbos) in enumerate(zip(sweep.trials(), ([-9, -5], [-8, -7], [-3, -4], [-1, -2]), strict=True)):
-        runs.append(TrialRun(trial, tmp_path / str(number), "finished"))
+        job = Job(str(number), (), tmp_path / "record", tmp_path / "log", state="finished")
+        runs.append(TrialRun(trial, tmp_path / str(number), job))
         runs[-1].folder.mkdir()
         lines = [
             json.dumps({"step": n, "val/elbo_nats": elbo, "perf/images_per_s": 7.0}) for n, elbo in enumerate(elbos)
@@ -121,6 +123,6 @@ def test_seeds_are_averaged_and_the_best_row_is_marked(sweep_file, tmp_path):
     lines = table(sweep, [low, high]).splitlines()
     assert lines[0].split() == ["optim.lr", "val/elbo_nats", "±", "se", "best", "seeds", "images/s"]
     assert lines[2].split() == ["2", "-3", "1", "-2", "2", "7", "←", "best"]
-    runs[3].state, runs[3].reason = "failed", "why"
+    runs[3].job.state, runs[3].job.reason = "failed", "why"
     _, high = rows_of(sweep, runs)
     assert (high.final, high.standard_error, high.unfinished) == ((-4,), None, ("failed: why",))

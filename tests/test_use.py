@@ -78,7 +78,7 @@ def test_an_export_loads_without_the_run(train_tiny, accelerator, tmp_path):
     run_dir, out = train_tiny(), tmp_path / "export"
     evaluate(EvaluateConfig(run_dir), accelerator)
     assert str(out) in succeed("tools/export.py", run_dir, out)
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md", "provenance.json"}
     trained = vaetrain.load(run_dir)
     run_dir.rename(tmp_path / "elsewhere")
     shipped = vaetrain.load(out)

@@ -78,7 +78,7 @@ def ends(monkeypatch):
     """Set when a watchdog would have ended the process."""
     ended = threading.Event()
 
-    def note(watchdog, *, stacks):
+    def note(watchdog, *, after=None):
         ended.set()
         raise Left
 

@@ -60,7 +60,7 @@ def main(arguments: SweepArguments, extra: list[str]) -> int:
     rows = results.rows_of(sweep, runs)
     results.write(sweep, runs, rows, out)
     print(f"\n{results.table(sweep, rows)}\n")
-    failed = sum(run.state != "finished" for run in runs)
+    failed = sum(run.job.state != "finished" for run in runs)
     end = f"; {failed} of {len(runs)} trials did not finish" if failed else ""
     print(f"results.json and results.png written to {out}{end}")
     return 1 if failed else 0

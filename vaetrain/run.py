@@ -183,7 +183,9 @@ def describe_dataset(train: Manifest, val: Manifest) -> dict[str, Any]:
     return {"train": train.summary(), "val": val.summary()}
 
 
-def provenance(*, device: str, num_processes: int, dataset_fingerprint: str | None) -> dict[str, Any]:
+def provenance(
+    *, device: str, num_processes: int, dataset_fingerprint: str | None, processes_per_node: int = 1
+) -> dict[str, Any]:
     """What is making this result: code revision, package versions, machine, processes, data, command and time (UTC)."""
     revision, dirty = git_state(Path(__file__).parents[1])
     return {
@@ -194,7 +196,7 @@ def provenance(*, device: str, num_processes: int, dataset_fingerprint: str | No
         "platform": platform.platform(),
         "device": device,
         "num_processes": num_processes,
-        "processes_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "processes_per_node": processes_per_node,
         "num_cores": num_cores(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "dataset_fingerprint": dataset_fingerprint,

@@ -151,6 +151,7 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
             "provenance": provenance(
                 device=distributed.device_name(accelerator.device),
                 num_processes=accelerator.num_processes,
+                processes_per_node=distributed.processes_per_node(),
                 dataset_fingerprint=trained.dataset["train"]["fingerprint"],
             ),
         }

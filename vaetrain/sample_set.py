@@ -96,4 +96,4 @@ def write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
     """Declare the set complete, with provenance.json beside it. For the main process alone."""
     write_json(out / "provenance.json", {**manifest["provenance"], "training": manifest["training"]["provenance"]})
     write_json(out / MANIFEST_NAME, manifest)
-    (out / REQUEST_NAME).unlink()
+    (out / REQUEST_NAME).unlink(missing_ok=True)  # kept samples have none

@@ -104,6 +104,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         "config": plain(config),
         "provenance": provenance(
             device=distributed.device_name(accelerator.device), num_processes=accelerator.num_processes,
+            processes_per_node=distributed.processes_per_node(),
             dataset_fingerprint=fingerprint,
         ),
     }  # fmt: skip

@@ -187,6 +187,7 @@ class Scoring:
         return provenance(
             device=distributed.device_name(self.accelerator.device),
             num_processes=self.accelerator.num_processes,
+            processes_per_node=distributed.processes_per_node(),
             dataset_fingerprint=fingerprint,
         )
 

@@ -111,6 +111,7 @@ def train_with(
         made_by = provenance(
             device=distributed.device_name(device),
             num_processes=accelerator.num_processes,
+            processes_per_node=distributed.processes_per_node(),
             dataset_fingerprint=train_reader.manifest.fingerprint,
         )
         run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)

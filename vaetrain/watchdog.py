@@ -206,9 +206,7 @@ class Watchdog:
             self._wait_to_be_heard()
             return
         if self.store is not None and self.store.check([END]):
-            end = json.loads(self.store.get(END))
-            self.store.add(SEEN, 1)
-            self._leave(stacks=end["stacks"], after=end["rank"])
+            self._leave_after_the_first(self.store)
         for dead in self._dead():
             self._end(
                 f"{dead.name} of {self.num_processes} processes died without a word, last heard of {dead.position}: "
@@ -288,19 +286,31 @@ class Watchdog:
             time.sleep(0.05)
 
     def _end(self, reason: str, *, stacks: bool) -> NoReturn:
-        if self._first_to_say(reason, stacks=stacks):
+        if self._first_to_say(reason, stacks=stacks) or self.store is None:
             print(f"error: {reason}", file=sys.stderr, flush=True)
+            if stacks:
+                self._write_stacks()  # before the others are gone, and what waits for them fails
             self._wait_to_be_heard()
-        self._leave(stacks=stacks)
+            self._leave()
+        self._leave_after_the_first(self.store)  # two found it out in the same moment
 
-    def _leave(self, *, stacks: bool, after: int | None = None) -> NoReturn:
+    def _leave_after_the_first(self, store: Store) -> NoReturn:
+        end = json.loads(store.get(END))
+        if end["stacks"]:
+            self._write_stacks()
+        store.add(SEEN, 1)
+        self._leave(after=end["rank"])
+
+    def _write_stacks(self) -> None:
+        if self.folder.is_dir():
+            with (self.folder / f"hang-rank-{self.rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+    def _leave(self, *, after: int | None = None) -> NoReturn:
         """End this process from outside its main thread, which may be stuck for good.
 
         Waits a little for the process of rank `after`, so that the launcher takes that one for the cause.
         """
-        if stacks and self.folder.is_dir():
-            with (self.folder / f"hang-rank-{self.rank}.txt").open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
         neighbour = self._reports.get(self.rank if after is None else after)
         deadline = time.monotonic() + SECONDS_FOR_A_BETTER_REASON
         while neighbour is not None and neighbour.rank != self.rank and time.monotonic() < deadline:

@@ -55,16 +55,16 @@ def rows_of(sweep: Sweep, runs: Sequence[TrialRun]) -> list[Row]:
     for members in groups.values():
         final, best, speeds, unfinished = [], [], [], []
         for run in members:
-            records = run.metrics() if run.state == "finished" else []
+            records = run.metrics() if run.job.state == "finished" else []
             found = [float(record[sweep.metric]) for record in records if record.get(sweep.metric) is not None]
             speeds += [record["perf/images_per_s"] for record in records if record.get("perf/images_per_s")]
             if found:
                 final.append(found[-1])
                 best.append(better(found))
-            elif run.state == "finished":
+            elif run.job.state == "finished":
                 unfinished.append(f"no record has {sweep.metric}")
             else:
-                unfinished.append(f"{run.state}{f': {run.reason}' if run.reason else ''}")
+                unfinished.append(f"{run.job.state}{f': {run.job.reason}' if run.job.reason else ''}")
         values = {name: members[0].parameters[name] for name in names}
         speed = statistics.median(speeds) if speeds else None
         rows.append(Row(values, tuple(final), tuple(best), speed, tuple(unfinished)))
@@ -108,7 +108,7 @@ def write(sweep: Sweep, runs: Sequence[TrialRun], rows: Sequence[Row], out: Path
         "parameters": sweep.parameters,
         "rows": [{**asdict(row), "mean": row.mean, "standard_error": row.standard_error} for row in rows],
         "trials": [
-            {"parameters": run.parameters, "run": run.folder.name, "state": run.state, "reason": run.reason}
+            {"parameters": run.parameters, "run": run.folder.name, "state": run.job.state, "reason": run.job.reason}
             for run in runs
         ],
     }

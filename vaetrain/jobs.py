@@ -1,0 +1,161 @@
+"""Commands as processes, some at a time: each after those it needs, resumable, stoppable, with a record of how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vaetrain.files import replace_file
+from vaetrain.machine import num_cores
+
+POLL_S = 0.2
+EXIT_STOPPED = 75
+"""Of a training that was told to stop and saved; vaetrain/preemption.py."""
+TIME_TO_STOP_S = 120
+"""For jobs that are told to stop, before they are killed."""
+
+State = Literal["waiting", "running", "finished", "failed", "stopped"]
+
+
+@dataclass(eq=False)
+class Job:
+    """One command and what became of it."""
+
+    name: str
+    command: tuple[str, ...]
+    record_file: Path
+    """Says how it ended."""
+    log_file: Path
+    """What it printed."""
+    after: tuple[Job, ...] = ()
+    """Jobs that must have finished before."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of its environment, besides this process's."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What else the record holds."""
+    state: State = "waiting"
+    reason: str = ""
+    """Why it failed."""
+    seconds: float | None = None
+    """That it ran, the last time."""
+
+    def read_record(self) -> None:
+        """Take over that it finished, if its record says so of this very command."""
+        if self.record_file.is_file():
+            record = json.loads(self.record_file.read_text())
+            if record["state"] == "finished" and record.get("command", list(self.command)) == list(self.command):
+                self.state, self.seconds = "finished", record.get("seconds")
+
+    def write(self) -> None:
+        """Record the state."""
+        content = {
+            **self.about, "command": list(self.command), "state": self.state, "reason": self.reason,
+            "seconds": self.seconds,
+        }  # fmt: skip
+        replace_file(self.record_file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def run_jobs(jobs: Sequence[Job], *, processes: int, root: Path) -> None:
+    """Run the jobs in the folder `root`, `processes` at a time, in their order; each says afterwards how it ended.
+
+    A job whose record says finished is not run again. One that needs a job which failed fails too. SIGINT and SIGTERM are passed
+    on as SIGTERM, at which trainings save and stop; then this raises KeyboardInterrupt.
+    """
+    for job in jobs:
+        job.record_file.parent.mkdir(parents=True, exist_ok=True)
+        job.read_record()
+    told: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: told.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    alive: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
+    try:
+        waiting = [job for job in jobs if job.state != "finished"]
+        while (waiting and not told) or alive:
+            waiting = [job for job in waiting if not _fails_with_another(job)]
+            ready = [job for job in waiting if all(other.state == "finished" for other in job.after)]
+            while ready and not told and len(alive) < processes:
+                job = ready.pop(0)
+                waiting.remove(job)
+                process = _start(job, processes, root)
+                alive[process.pid] = job, process, time.monotonic()
+            for pid, (job, process, start) in list(alive.items()):
+                if process.poll() is not None:
+                    del alive[pid]
+                    job.seconds = round(time.monotonic() - start, 1)
+                    _note_end(job, process.returncode, was_told=bool(told))
+            if told and alive:
+                _stop([process for _, process, _ in alive.values()])
+            if alive:
+                time.sleep(POLL_S)
+    finally:
+        _stop([process for _, process, _ in alive.values()])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        raise KeyboardInterrupt
+
+
+def _fails_with_another(job: Job) -> bool:
+    failed = next((other for other in job.after if other.state in ("failed", "stopped")), None)
+    if failed is None:
+        return False
+    job.state, job.reason = "failed", f"{failed.name} did not finish"
+    job.write()
+    print(f"failed    {job.name}: {job.reason}", flush=True)
+    return True
+
+
+def _start(job: Job, processes: int, root: Path) -> subprocess.Popen[bytes]:
+    variables = {**os.environ, **job.variables}
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
+    job.state = "running"
+    job.write()
+    print(f"started   {job.name}", flush=True)
+    with job.log_file.open("ab") as log:
+        # A session of its own: Ctrl-C reaches this command alone, which tells the jobs in order.
+        return subprocess.Popen(
+            job.command, cwd=root, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _note_end(job: Job, code: int, *, was_told: bool) -> None:
+    # Told to stop, a launcher dies of the signal while its training saves; see preemption.py.
+    stopped = code == EXIT_STOPPED or (was_told and code != 0)
+    job.state = "finished" if code == 0 else "stopped" if stopped else "failed"
+    if job.state == "failed":
+        job.reason = f"{last_words(job.log_file.read_text(errors='replace'))} (exit code {code}; {job.log_file})"
+    job.write()
+    print(f"{job.state:9s} {job.name}{f': {job.reason}' if job.reason else ''}", flush=True)
+
+
+def last_words(log: str) -> str:
+    """The line of a log that says what went wrong: its last `error: …`, else the last with words in it."""
+    lines = [line.strip("╭╮╰╯─│ ") for line in log.splitlines()]  # without the frame that tyro draws
+    errors = [line for line in lines if line.startswith("error: ")]
+    others = [line for line in lines if line and not line.startswith("For full helptext")]
+    return (errors or others or ["it said nothing"])[-1]
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Tell running jobs to save and stop, wait, and kill what has not."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + TIME_TO_STOP_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

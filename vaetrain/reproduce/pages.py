@@ -1,0 +1,183 @@
+"""The two pages, lecture and takeaways, and the same tables as Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vaetrain.files import replace_file
+from vaetrain.report.chart import Series, chart
+from vaetrain.report.page import Section, absent, code, page, paragraph, picture, side_by_side, table, verdict
+from vaetrain.reproduce.datasets import Scale
+from vaetrain.reproduce.exhibits import Table
+from vaetrain.reproduce.lecture import Experiment
+from vaetrain.reproduce.provenance_table import provenance_table
+from vaetrain.reproduce.scores import Scores, scores_of
+from vaetrain.reproduce.takeaways import Judgement, Setting, Takeaway
+from vaetrain.run import RunDirectory
+from vaetrain.sweeps.runner import TrialRun
+
+ABOUT_DISTANCE = (
+    "Distances of samples are Fréchet distances in the features of a small network trained on the data at hand (MNIST: ten "
+    "digits; cats: which way up; drawn faces: their class). They rank models on this data and are no FID."
+)
+ABOUT_FID = "Distances of samples are FID in Inception's features, by the lecture-2k protocol."
+SCORES = (
+    ("val/elbo_nats", "ELBO, nats"), ("val/distortion_nats", "distortion, nats"), ("val/rate_nats", "rate, nats"),
+    ("val/psnr_db", "PSNR, dB"), ("val/ssim", "SSIM"), ("eval/fid", "distance of samples"),
+    ("eval/fid_floor", "floor (real against real)"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a page is about, beside its sections."""
+
+    out: Path
+    scale: Scale
+    command: str
+    missing: Mapping[str, str]
+    failed: Mapping[str, str]
+    """Jobs that failed, with their reason."""
+    has_inception: bool
+
+
+def write_lecture(experiments: Sequence[tuple[Experiment, Path | None]], outcome: Outcome) -> None:
+    """OUT/lecture.html, lecture.md and lecture.json."""
+    sections, rows, found = [], [], {}
+    for experiment, run in experiments:
+        heading = f"{experiment.figures}: {experiment.title}"
+        parts = [paragraph(f"The lecture: {experiment.lecture}")]
+        if outcome.scale == "small":
+            parts.append(paragraph(f"Here, at the small scale: {experiment.small}."))
+        if run is None or not RunDirectory(run).metrics_file.is_file():
+            reason = outcome.missing.get(experiment.name) or outcome.failed.get(
+                f"{experiment.name} training", "it has not been run"
+            )
+            sections.append(Section(heading, "".join([*parts, absent(f"Not run: {reason}")])))
+            continue
+        scores = scores_of(run)
+        found[experiment.name] = scores
+        rows.append((experiment.figures, experiment.title, *_cells(scores, [name for name, _ in SCORES])))
+        figures = RunDirectory(run).figures
+        parts.append(side_by_side([picture(figures / file, caption) for file, caption in experiment.pictures]))
+        parts.append(side_by_side(_curves(run)))
+        parts.append(_score_table(scores, experiment.priors).html())
+        parts.append(code(f"python tools/report.py {run.relative_to(outcome.out)}"))
+        sections.append(Section(heading, "".join(parts)))
+    summary = Table(("figure", "experiment", *(name for _, name in SCORES)), tuple(rows), "All experiments")
+    runs = [run for _, run in experiments if run is not None]
+    _write(
+        "lecture", "The lecture, reproduced", _subtitle(outcome),
+        [Section("Results", _about(outcome) + summary.html()), *sections, _provenance(runs, outcome)],
+        summary.markdown(), found, outcome,
+    )  # fmt: skip
+
+
+def write_takeaways(
+    judged: Sequence[tuple[Takeaway, Mapping[str, Sequence[TrialRun]] | None, Judgement | str]], outcome: Outcome
+) -> None:
+    """OUT/takeaways.html, takeaways.md and takeaways.json. A judgement that is a text says why there is none."""
+    sections, documents, rows, found, runs = [], [], [], {}, []
+    for takeaway, trials, judgement in judged:
+        parts = [paragraph(f"Claim: {takeaway.claim}"), paragraph(f"Experiment: {takeaway.design}")]
+        if trials is not None:
+            runs += [trial.folder for each in trials.values() for trial in each]
+        if isinstance(judgement, str):
+            parts.append(absent(f"No verdict: {judgement}"))
+            rows.append((takeaway.title, "–", judgement))
+        else:
+            parts.append(verdict(judgement.kind, judgement.verdict))
+            parts += [exhibit.html() for exhibit in judgement.exhibits]
+            rows.append((takeaway.title, judgement.kind, judgement.verdict))
+            tables = "\n".join(filter(None, (exhibit.markdown() for exhibit in judgement.exhibits)))
+            documents.append(
+                f"## {takeaway.title}\n\nClaim: {takeaway.claim}\nExperiment: {takeaway.design}\n\n"
+                f"**{judgement.kind}.** {judgement.verdict}\n\n{tables}"
+            )
+            found[takeaway.name] = asdict(judgement) | {"exhibits": len(judgement.exhibits)}
+        if trials is not None:
+            parts.append(code("\n".join(" ".join(each[0].job.command) for each in trials.values() if each)))
+        sections.append(Section(takeaway.title, "".join(parts)))
+    summary = table(("takeaway", "verdict", "measured"), rows)
+    _write(
+        "takeaways", "The lecture's takeaways, measured", _subtitle(outcome),
+        [Section("Verdicts", _about(outcome) + summary), *sections, _provenance(runs, outcome)],
+        "\n".join(documents), found, outcome,
+    )  # fmt: skip
+
+
+def findings(trials: Mapping[str, Sequence[TrialRun]], seed_name: str = "seed") -> dict[str, list[Setting]]:
+    """The scores of finished trials, by sweep and value of what it varies, seeds together; raises ValueError when one failed."""
+    found: dict[str, list[Setting]] = {}
+    for sweep, runs in trials.items():
+        by_value: dict[str, tuple[Any, list[Scores]]] = {}
+        for run in runs:
+            if run.job.state != "finished":
+                raise ValueError(f"{run.job.name} {run.job.state}{f': {run.job.reason}' if run.job.reason else ''}")
+            [value] = [value for name, value in run.parameters.items() if name != seed_name]
+            by_value.setdefault(str(value), (value, []))[1].append(scores_of(run.folder))
+        found[sweep] = [Setting(value, tuple(scores)) for value, scores in by_value.values()]
+    return found
+
+
+def _about(outcome: Outcome) -> str:
+    parts = [paragraph(ABOUT_FID if outcome.has_inception else ABOUT_DISTANCE)]
+    parts.append(paragraph("Numbers with ± are means over seeds with the standard error of the mean."))
+    parts += [absent(f"{name} failed: {reason}") for name, reason in outcome.failed.items()]
+    return "".join(parts)
+
+
+def _subtitle(outcome: Outcome) -> str:
+    sizes = {"small": "small scale: two CPU cores, minutes", "full": "full scale: the lecture's sizes and epochs"}
+    return f"vaetrain, {sizes[outcome.scale]}"
+
+
+def _provenance(runs: Sequence[Path], outcome: Outcome) -> Section:
+    rows = provenance_table(runs, outcome.out)
+    body = code(outcome.command) + table(rows.header, rows.rows, caption=rows.caption, fold=True)
+    return Section("Provenance", body)
+
+
+def _cells(scores: Scores, names: Sequence[str]) -> list[str]:
+    return [f"{scores[name]:,.4g}" if name in scores else "–" for name in names]
+
+
+def _score_table(scores: Scores, priors: Sequence[str]) -> Table:
+    rows = [(label, *_cells(scores, [name])) for name, label in SCORES if name in scores]
+    rows += [
+        (f"distance, codes from {prior}", *_cells(scores, [f"{prior}/eval/fid"]))
+        for prior in priors
+        if prior != "standard" and f"{prior}/eval/fid" in scores
+    ]
+    return Table(("score", "value"), tuple(rows))
+
+
+def _curves(run: Path) -> list[str]:
+    records = RunDirectory(run).metrics()
+
+    def series(label: str, split: str, name: str) -> Series:
+        points = [
+            (record["epoch"], record[name])
+            for record in records
+            if record["split"] == split and record.get(name) is not None
+        ]
+        return Series(label, tuple((float(x), float(y)) for x, y in points))
+
+    losses = [series("training", "train", "train/distortion_nats"), series("validation", "val", "val/distortion_nats")]
+    rates = [series("training", "train", "train/rate_nats"), series("validation", "val", "val/rate_nats")]
+    charts = [chart("Distortion", losses, x="epoch", y="nats per image")]
+    if any(y > 0 for line in rates for _, y in line.points):
+        charts.append(chart("Rate (KL)", rates, x="epoch", y="nats per image"))
+    return charts
+
+
+def _write(
+    name: str, title: str, subtitle: str, sections: Sequence[Section], markdown: str, found: Any, outcome: Outcome
+) -> None:
+    replace_file(outcome.out / f"{name}.html", page(title, subtitle, sections).encode())
+    replace_file(outcome.out / f"{name}.md", f"{markdown}\n".encode())
+    replace_file(outcome.out / f"{name}.json", (json.dumps(found, indent=2, default=str) + "\n").encode())
