@@ -198,9 +198,11 @@ def test_folds_open_and_charts_in_them_fill_their_place(run, show):  # noqa: F81
     assert not inside.is_visible()
     fold.locator("> summary").click()
     assert inside.is_visible()
-    opened.tab.wait_for_timeout(200)
-    box, view = inside.bounding_box(), inside.get_attribute("viewBox").split()
-    assert float(view[2]) == pytest.approx(box["width"], abs=1.5)
+    for width in (1280, 700):
+        opened.tab.set_viewport_size({"width": width, "height": 900})
+        opened.tab.wait_for_timeout(200)
+        box, view = inside.bounding_box(), inside.get_attribute("viewBox").split()
+        assert float(view[2]) == pytest.approx(box["width"], abs=1.5)
 
 
 def test_the_command_is_copied(show):
