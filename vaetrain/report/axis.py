@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-LARGEST, SMALLEST = 1e300, 1e-300
+LARGEST, SMALLEST = 1e250, 1e-250
 """Between these the arithmetic of an axis neither overflows nor divides by zero."""
 
 FAR = 1000.0
