@@ -139,10 +139,10 @@ for (const figure of document.querySelectorAll("figure.chart[data-chart]")) {
   let from = null, box = null;
   svg.addEventListener("pointerdown", (event) => {
     if (event.button) return;
+    hover(null);
     from = at(event);
     svg.setPointerCapture(event.pointerId);
     box = make(svg.querySelector(".area"), "rect", { class: "selection" });
-    tip.hidden = true;
   });
   svg.addEventListener("pointermove", (event) => {
     const to = at(event);
