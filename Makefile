@@ -51,7 +51,8 @@ demo: setup
 	test -e runs/demo/samples/manifest.json || \
 	  $(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run runs/demo --num-images 200 --out runs/demo/samples
 	test -e runs/demo/export/config.json || $(BIN)/python tools/export.py runs/demo runs/demo/export
-	@echo "Look at runs/demo/figures: losses.png kl.png reconstructions.png samples.png interpolations.png"
+	$(BIN)/python tools/report.py runs/demo
+	@echo "Open runs/demo/report.html, or look at runs/demo/figures: losses.png kl.png reconstructions.png samples.png interpolations.png"
 
 test: setup
 	$(BIN)/pytest --numprocesses 2 --dist loadfile

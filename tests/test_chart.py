@@ -8,7 +8,7 @@ import re
 
 import pytest
 from html_document import Document
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vaetrain.report.axis import Axis, round_step, without_outliers
@@ -119,6 +119,9 @@ def test_one_who_does_not_see_the_picture_gets_its_numbers():
     st.lists(st.tuples(st.floats(), st.floats(), st.floats()), max_size=12),
     st.booleans(), st.booleans(), st.booleans(),
 )  # fmt: skip
+@example([(0.0, 1.7e308, 0.0), (1.0, -1.7e308, 0.0), (2.0, 1.0, 1.7e308)], False, False, False)
+@example([(5e-324, 5e-324, 5e-324)], False, False, False)
+@example([(5e-324, 5e-324, -1.0)], True, True, True)
 def test_no_number_breaks_a_chart(values, log_x, log_y, markers):
     series = Series("s", tuple((x, y) for x, y, _ in values), tuple(error for _, _, error in values))
     text = chart("t", [series], x="x", y="y", log_x=log_x, log_y=log_y, markers=markers)

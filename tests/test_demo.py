@@ -35,6 +35,7 @@ def test_the_demo_end_to_end(tmp_path):
     commands = list(demo_commands(tmp_path))
     assert [command[0] for command in commands] == [
         "tools/make_shards.py", "vaetrain/train.py", "vaetrain/evaluate.py", "vaetrain/sample.py", "tools/export.py",
+        "tools/report.py",
     ]  # fmt: skip
     for command in commands:
         if command[0] == "vaetrain/train.py":
@@ -46,5 +47,6 @@ def test_the_demo_end_to_end(tmp_path):
             colours = np.unique(np.asarray(picture.convert("RGB").resize((32, 32))).reshape(-1, 3), axis=0)
             assert len(colours) > 10, f"{name}.png is blank"
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["val/ssim"] <= 1
+    assert "reconstructions" in (tmp_path / "run" / "report.html").read_text()
     assert json.loads((tmp_path / "run" / "samples" / "manifest.json").read_text())["count"] == 10
     assert vaetrain.load(tmp_path / "run" / "export").sample(2).shape == (2, 3, 64, 64)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-LARGEST, SMALLEST = 1e300, 1e-300
-"""What an axis can take: beyond, the differences of values are no numbers. NaN is beyond, too."""
+LARGEST, SMALLEST = 1e250, 1e-250
+"""Between these the arithmetic of an axis neither overflows nor divides by zero."""
 
 FAR = 1000.0
 """Lengths of an axis; no line is seen to bend there."""
@@ -41,7 +41,7 @@ class Axis:
 
     def takes(self, value: float) -> bool:
         """Whether a value has a place on an axis of this kind."""
-        return abs(value) < LARGEST and (value > SMALLEST or not self.log)
+        return math.isfinite(value) and (value > SMALLEST or not self.log)
 
     def share(self, value: float) -> float:
         """Where a value lies: 0 at the lower end, 1 at the upper; what lies far beyond is brought nearer."""

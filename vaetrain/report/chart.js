@@ -131,7 +131,6 @@ for (const figure of document.querySelectorAll("figure.chart[data-chart]")) {
   }
   function zoomTo([x0, y0], [x1, y1]) {
     const across = Math.abs(x1 - x0) >= 12, down = Math.abs(y1 - y0) >= 12, [a, b, c, d] = view;
-    if (!across && !down) return draw();
     const x = (place) => a + (b - a) * place / width, y = (place) => d - (d - c) * place / height;
     show([across ? x(Math.min(x0, x1)) : a, across ? x(Math.max(x0, x1)) : b,
           down ? y(Math.max(y0, y1)) : c, down ? y(Math.min(y0, y1)) : d]);
@@ -140,10 +139,10 @@ for (const figure of document.querySelectorAll("figure.chart[data-chart]")) {
   let from = null, box = null;
   svg.addEventListener("pointerdown", (event) => {
     if (event.button) return;
+    hover(null);
     from = at(event);
     svg.setPointerCapture(event.pointerId);
     box = make(svg.querySelector(".area"), "rect", { class: "selection" });
-    tip.hidden = true;
   });
   svg.addEventListener("pointermove", (event) => {
     const to = at(event);

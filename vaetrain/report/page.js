@@ -28,16 +28,22 @@ for (const button of document.querySelectorAll(".enlarge")) {
 }
 
 const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
-const visible = new Set();
-const observer = new IntersectionObserver((changes) => {
-  for (const change of changes) visible[change.isIntersecting ? "add" : "delete"](change.target.id);
-  const first = [...links.keys()].find((id) => visible.has(id));
-  for (const [id, link] of links) {
-    if (id !== first) { link.removeAttribute("aria-current"); continue; }
-    link.setAttribute("aria-current", "true");
-    // On a phone the contents are one line that scrolls sideways.
-    const list = link.closest("ol");
-    if (list.scrollWidth > list.clientWidth) list.scrollLeft = link.offsetLeft - 16;
-  }
-}, { rootMargin: "-15% 0px -60% 0px" });
-for (const section of document.querySelectorAll("main > section")) observer.observe(section);
+const sections = [...document.querySelectorAll("main > section")];
+let marked = null;
+function mark() {
+  const { scrollTop, scrollHeight, clientHeight } = document.documentElement;
+  const reached = sections.filter((section) => section.getBoundingClientRect().top < 0.3 * clientHeight);
+  const atEnd = scrollTop > 0 && scrollTop + clientHeight >= scrollHeight - 2;
+  const section = atEnd ? sections.at(-1) : reached.at(-1) ?? sections[0];
+  const link = section && links.get(section.id);
+  if (link === marked) return;
+  marked?.removeAttribute("aria-current");
+  link?.setAttribute("aria-current", "true");
+  marked = link;
+  // On a phone the contents are one line that scrolls sideways.
+  const list = link?.closest("ol");
+  if (list && list.scrollWidth > list.clientWidth) list.scrollLeft = link.offsetLeft - 16;
+}
+addEventListener("scroll", mark, { passive: true });
+addEventListener("resize", mark);
+mark();
