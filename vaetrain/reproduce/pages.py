@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vaetrain.files import replace_file
 from vaetrain.report.chart import Series, chart
-from vaetrain.report.page import Section, absent, code, page, paragraph, picture, side_by_side, table, verdict
+from vaetrain.report.document import report
+from vaetrain.report.page import Section, absent, code, links, page, paragraph, picture, side_by_side, table, verdict
 from vaetrain.reproduce.datasets import Scale
 from vaetrain.reproduce.exhibits import Table
 from vaetrain.reproduce.lecture import Experiment
@@ -66,7 +67,8 @@ def write_lecture(experiments: Sequence[tuple[Experiment, Path | None]], outcome
         parts.append(side_by_side([picture(figures / file, caption) for file, caption in experiment.pictures]))
         parts.append(side_by_side(_curves(run)))
         parts.append(_score_table(scores, experiment.priors).html())
-        parts.append(code(f"python tools/report.py {run.relative_to(outcome.out)}"))
+        replace_file(run / "report.html", report([run]).encode())
+        parts.append(_links(run, ("report.html", "provenance.json", "config.yaml", "metrics.jsonl"), outcome))
         sections.append(Section(heading, "".join(parts)))
     summary = Table(("figure", "experiment", *(name for _, name in SCORES)), tuple(rows), "All experiments")
     runs = [run for _, run in experiments if run is not None]
@@ -100,6 +102,9 @@ def write_takeaways(
             )
             found[takeaway.name] = asdict(judgement) | {"exhibits": len(judgement.exhibits)}
         if trials is not None:
+            parts += [
+                _links(run[0].folder.parent, (each.folder.name for each in run), outcome) for run in trials.values()
+            ]
             parts.append(code("\n".join(" ".join(each[0].job.command) for each in trials.values() if each)))
         sections.append(Section(takeaway.title, "".join(parts)))
     summary = table(("takeaway", "verdict", "measured"), rows)
@@ -140,6 +145,11 @@ def _provenance(runs: Sequence[Path], outcome: Outcome) -> Section:
     rows = provenance_table(runs, outcome.out)
     body = code(outcome.command) + table(rows.header, rows.rows, caption=rows.caption, fold=True)
     return Section("Provenance", body)
+
+
+def _links(folder: Path, names: Iterable[str], outcome: Outcome) -> str:
+    beside = folder.relative_to(outcome.out).as_posix()
+    return links([(f"{beside}/{name}", name) for name in names])
 
 
 def _cells(scores: Scores, names: Sequence[str]) -> list[str]:
