@@ -17,8 +17,9 @@ from vaetrain.reproduce.exhibits import Table
 from vaetrain.reproduce.lecture import Experiment
 from vaetrain.reproduce.provenance_table import provenance_table
 from vaetrain.reproduce.scores import Scores, scores_of
-from vaetrain.reproduce.takeaways import Judgement, Setting, Takeaway
+from vaetrain.reproduce.takeaways import Judgement, Setting, Takeaway, shown
 from vaetrain.run import RunDirectory
+from vaetrain.sweeps.results import SEED
 from vaetrain.sweeps.runner import TrialRun
 
 ABOUT_DISTANCE = (
@@ -94,6 +95,8 @@ def write_takeaways(
         else:
             parts.append(verdict(judgement.kind, judgement.verdict))
             parts += [exhibit.html() for exhibit in judgement.exhibits]
+            if takeaway.priors and trials is not None:
+                parts.append(_samples(trials))
             rows.append((takeaway.title, judgement.kind, judgement.verdict))
             tables = "\n".join(filter(None, (exhibit.markdown() for exhibit in judgement.exhibits)))
             documents.append(
@@ -115,7 +118,7 @@ def write_takeaways(
     )  # fmt: skip
 
 
-def findings(trials: Mapping[str, Sequence[TrialRun]], seed_name: str = "seed") -> dict[str, list[Setting]]:
+def findings(trials: Mapping[str, Sequence[TrialRun]]) -> dict[str, list[Setting]]:
     """The scores of finished trials, by sweep and value of what it varies, seeds together; raises ValueError when one failed."""
     found: dict[str, list[Setting]] = {}
     for sweep, runs in trials.items():
@@ -123,7 +126,7 @@ def findings(trials: Mapping[str, Sequence[TrialRun]], seed_name: str = "seed") 
         for run in runs:
             if run.job.state != "finished":
                 raise ValueError(f"{run.job.name} {run.job.state}{f': {run.job.reason}' if run.job.reason else ''}")
-            [value] = [value for name, value in run.parameters.items() if name != seed_name]
+            [value] = [value for name, value in run.parameters.items() if name != SEED]
             by_value.setdefault(str(value), (value, []))[1].append(scores_of(run.folder))
         found[sweep] = [Setting(value, tuple(scores)) for value, scores in by_value.values()]
     return found
@@ -145,6 +148,18 @@ def _provenance(runs: Sequence[Path], outcome: Outcome) -> Section:
     rows = provenance_table(runs, outcome.out)
     body = code(outcome.command) + table(rows.header, rows.rows, caption=rows.caption, fold=True)
     return Section("Provenance", body)
+
+
+def _samples(trials: Mapping[str, Sequence[TrialRun]]) -> str:
+    """Samples of each setting's first seed, by prior."""
+    pictures = []
+    for sweep, runs in trials.items():
+        for number, run in enumerate(runs):
+            values = {name: value for name, value in run.parameters.items() if name != SEED}
+            if all(values.items() - other.parameters.items() for other in runs[:number]):
+                setting = ", ".join(f"{name.rpartition('.')[2]} {shown(value)}" for name, value in values.items())
+                pictures.append(picture(run.folder / "figures" / "priors.png", f"{sweep}: {setting}"))
+    return side_by_side(pictures)
 
 
 def _links(folder: Path, names: Iterable[str], outcome: Outcome) -> str:
