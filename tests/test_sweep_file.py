@@ -15,7 +15,10 @@ from vaetrain.sweeps.sweep_file import Sweep
 
 OURS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 TAKEAWAYS = sorted(
-    file for file in (ROOT / "configs" / "takeaways").rglob("*.yaml") if "parameters:" in file.read_text()
+    file
+    for folder in ("takeaways", "scaling")
+    for file in (ROOT / "configs" / folder).rglob("*.yaml")
+    if "parameters:" in file.read_text()
 )
 
 BASE = {
