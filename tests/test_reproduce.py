@@ -93,6 +93,12 @@ def test_an_experiment_is_trained_scored_and_shown_and_only_once(root, tmp_path)
     assert "Fig. 1: Autoencoder without convolutions, MNIST" in document.text
     assert "Not run: datasets/cats64 is missing; name the originals with --afhq PATH" in document.text
     assert "python <it>" in document.text
+    assert (
+        "Trained on 200 images of 0, 1, 28×28, for 5 epochs (640 images seen); validated on 60 others." in document.text
+    )
+    report = plan.out / "runs" / "ae_dense_mnist" / "report.html"
+    assert report.is_file()
+    assert "runs/ae_dense_mnist/report.html" in [link.attributes["href"] for link in document.all("a")]
     scores = json.loads((plan.out / "lecture.json").read_text())["ae_dense_mnist"]
     evaluation = json.loads((plan.out / "runs" / "ae_dense_mnist" / "evaluation.json").read_text())
     assert scores["eval/fid"] == evaluation["eval/fid"]

@@ -61,6 +61,7 @@ def write_lecture(experiments: Sequence[tuple[Experiment, Path | None]], outcome
             )
             sections.append(Section(heading, "".join([*parts, absent(f"Not run: {reason}")])))
             continue
+        parts.append(paragraph(_what_it_saw(RunDirectory(run))))
         scores = scores_of(run)
         found[experiment.name] = scores
         rows.append((experiment.figures, experiment.title, *_cells(scores, [name for name, _ in SCORES])))
@@ -130,6 +131,24 @@ def findings(trials: Mapping[str, Sequence[TrialRun]]) -> dict[str, list[Setting
             by_value.setdefault(str(value), (value, []))[1].append(scores_of(run.folder))
         found[sweep] = [Setting(value, tuple(scores)) for value, scores in by_value.values()]
     return found
+
+
+def _what_it_saw(run: RunDirectory) -> str:
+    """How many images of which classes, and for how long."""
+    dataset, config = json.loads(run.dataset_file.read_text()), run.config()
+
+    def count(split: str) -> int:
+        counts: dict[str, int] = dataset[split]["splits"][split]["class_counts"]
+        return sum(number for name, number in counts.items() if not config.data.classes or name in config.data.classes)
+
+    kept = config.data.classes or tuple(dataset["train"]["classes"])
+    classes = f" of {', '.join(kept)}" if len(kept) < 5 else ""
+    size = config.model.image_size
+    last = run.metrics()[-1]
+    return (
+        f"Trained on {count('train'):,} images{classes}, {size}×{size}, for {last['epoch']:g} epochs ({last['images_seen']:,} "
+        f"images seen); validated on {count('val'):,} others."
+    )
 
 
 def _about(outcome: Outcome) -> str:
