@@ -10,7 +10,20 @@ import pytest
 from html_document import Document
 from PIL import Image
 
-from vaetrain.report.page import Section, absent, bullets, caution, code, fold, page, paragraph, picture, table, verdict
+from vaetrain.report.page import (
+    Section,
+    absent,
+    bullets,
+    caution,
+    code,
+    fold,
+    links,
+    page,
+    paragraph,
+    picture,
+    table,
+    verdict,
+)
 
 HOSTILE = "</script><script>alert(1)</script> & \"quoted\" 'too'"
 
@@ -112,3 +125,14 @@ def test_a_verdict_is_said_in_words_too(kind):
     assert Document(verdict(kind, "As the lecture says.")).all("p")[0].text.split() == [
         {"holds": "✓", "partly": "≈", "fails": "✗"}[kind], kind, "As", "the", "lecture", "says.",
     ]  # fmt: skip
+
+
+def test_links_lead_beside_the_page_and_nowhere_else():
+    document = Document(
+        page("t", "s", [Section("h", links([("runs/a b/report.html", "<a> report"), ("x.json", "x")]))])
+    )
+    assert [link.attributes["href"] for link in document.all("a")[1:]] == ["runs/a%20b/report.html", "x.json"]
+    assert "<a> report · x" in document.text
+    for elsewhere in ("https://example.org", "/etc/passwd", "javascript:alert(1)"):
+        with pytest.raises(ValueError, match="does not lie beside"):
+            links([(elsewhere, "x")])

@@ -14,6 +14,7 @@ from vaetrain.scaling.config import ScaleConfig
 
 QUICK = (
     "--probe.largest", "4", "--probe.num-steps", "1", "--lr-range.num-steps", "40", "--lr-range.num-seeds", "2",
+    "--lr-range.trial-steps", "20",
     "--noise.num-steps", "20", "--noise.skip-steps", "5", "--train.epochs", "2",
 )  # fmt: skip
 
@@ -32,6 +33,10 @@ def test_it_measures_advises_and_its_recommendation_trains(tiny_shards, tmp_path
     assert [each["num_processes"] for each in found["advice"]] == [1, 2, 4, 8, 64]
     assert [m["micro_batch_size"] for m in found["probe"][0]["measurements"]] == [1, 2, 4]
     assert len(found["lr_range"]["curves"]) == 2
+    assert len(found["lr_trials"]["trials"]) >= 2
+    assert found["advice"][0]["optim"]["lr"] == pytest.approx(found["lr_trials"]["suggestion"], rel=1e-9) or (
+        found["advice"][0]["global_batch_size"] != 20
+    )
     assert found["noise_scale"]["small_batch"] == (10 if two_processes else 5)
     assert found["provenance"]["num_processes"] == count
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")

@@ -14,6 +14,12 @@ from vaetrain.config import Config
 from vaetrain.sweeps.sweep_file import Sweep
 
 OURS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+TAKEAWAYS = sorted(
+    file
+    for folder in ("takeaways", "scaling")
+    for file in (ROOT / "configs" / folder).rglob("*.yaml")
+    if "parameters:" in file.read_text()
+)
 
 BASE = {
     "program": "vaetrain/train.py",
@@ -33,7 +39,7 @@ def test_there_are_sweeps_of_what_the_lecture_says_decides_everything():
     assert {file.stem for file in OURS} == {"architecture", "beta", "epochs", "lr_batch"}
 
 
-@pytest.mark.parametrize("file", OURS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [*OURS, *TAKEAWAYS], ids=lambda file: str(file.relative_to(ROOT / "configs")))
 def test_the_options_of_our_sweeps_are_train_pys(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
@@ -41,13 +47,16 @@ def test_the_options_of_our_sweeps_are_train_pys(file, monkeypatch):
     for trial in sweep.trials(num_trials=3):
         command = sweep.command_of(trial, "python")
         config = parse(Config, None, command[command.index("vaetrain/train.py") + 1 :])
-        assert config.run_dir == Path("runs/sweeps") / file.stem / "abc"
+        assert config.run_dir == Path("runs") / file.relative_to(ROOT / "configs").parts[0] / file.stem / "abc"
         assert config.log.wandb == "online"
         for name, value in trial.items():
+            if name == "config":
+                assert (ROOT / value).is_file()
+                continue
             found: object = config
             for part in name.split("."):
                 found = getattr(found, part)
-            assert found == value, name
+            assert str(found) == str(value), name
 
 
 def test_an_option_that_train_py_has_not_is_noticed(tmp_path, monkeypatch, capsys):

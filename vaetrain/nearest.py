@@ -144,7 +144,7 @@ def memorisation(
     features: Features | None = None,
     num_shown: int = 16,
     seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Scores of how much closer samples are to training images than held-out images are, and the picture `file`. A collective.
 
     `samples` are the same on every process (`vaetrain.sampling.gather_samples`) and compared with as many validation
@@ -153,7 +153,8 @@ def memorisation(
     - eval/nearest_S_distance_ratio: median distance of samples to their nearest training image / that of validation
       images. Near 0: copies. About 1: as far from the training images as new images are.
     - eval/nearest_S_distance_ratio_to_recon: the same with reconstructions of the validation images below the line:
-      samples of a VAE are blurred, and blurred images lie closer to everything.
+      samples of a VAE are blurred, and blurred images lie closer to everything. Both are None where most
+      validation images are training images, too.
     - eval/nearest_S_closer_than_val: probability that a random sample lies closer to the training images than a random
       validation image, ties half. ½ where nothing is copied, 1 for copies: the Mann-Whitney statistic of Meehan, Chaudhuri
       & Dasgupta 2020 (A non-parametric test to detect data-copying in generative models, Sec. 3), over the whole space.
@@ -163,17 +164,22 @@ def memorisation(
     queries = torch.cat([samples, val, *(vae.likelihood.to_uint8(block).cpu() for block in recon)])
     spaces = {"pixel": pixels, "feature": features or encoder_features(vae)}
     found = nearest_images(queries, train_reader, accelerator, spaces, num_shown=min(num_shown, len(samples)))
-    scores: dict[str, float] = {}
+    scores: dict[str, float | None] = {}
     references: dict[str, float] = {}
     for space, neighbours in found.items():
         of_samples, of_val, of_recon = neighbours.distance.split([len(samples), len(val), len(val)])
         references[space] = float(of_val.median())
         for name, reference in (("distance_ratio", of_val), ("distance_ratio_to_recon", of_recon)):
-            scores[f"eval/nearest_{space}_{name}"] = float(of_samples.median() / reference.median())
+            scores[f"eval/nearest_{space}_{name}"] = ratio(float(of_samples.median()), float(reference.median()))
         scores[f"eval/nearest_{space}_closer_than_val"] = probability_of_less(of_samples, of_val)
     if accelerator.is_main_process:
         save_nearest(samples, found, references, file)
     return scores
+
+
+def ratio(distance: float, reference: float) -> float | None:
+    """Of distances; None where there is nothing to compare with."""
+    return distance / reference if reference > 0 else None
 
 
 def draw_images(
@@ -214,8 +220,8 @@ def save_nearest(
     triples = torch.stack([samples[:shown].cpu(), *(neighbours.image[:shown] for neighbours in found.values())], dim=1)
     captions = []
     for number in range(shown):
-        ratios = (float(found[space].distance[number]) / references[space] for space in found)
-        captions += [f"#{number}", *(f"{ratio:.2f}" for ratio in ratios)]
+        ratios = (ratio(float(found[space].distance[number]), references[space]) for space in found)
+        captions += [f"#{number}", *("–" if each is None else f"{each:.2f}" for each in ratios)]
     per_line = per_row * len(triples[0])
     save_labelled_grid(
         triples.reshape(-1, per_line, *samples.shape[1:]), file,

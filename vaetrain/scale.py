@@ -31,6 +31,7 @@ from vaetrain.scaling.advice import Advice, Facts, advise, stops_helping, table
 from vaetrain.scaling.all_reduce import Network
 from vaetrain.scaling.figure import save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
+from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
 from vaetrain.scaling.noise_scale import NoiseScale
 from vaetrain.scaling.probe import Probe, probe
 from vaetrain.scaling.trial import Step, trial
@@ -66,10 +67,12 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         fastest = best_of(probes)
         report(accelerator, describe_probes(probes))
         found_lr = lr_range(config, config.lr_range, accelerator, reader) if "lr" in config.phases else None
-        optim = config.optim
+        optim, trials = config.optim, None
         if found_lr is not None:
-            report(accelerator, describe_lr(found_lr, config.optim))
-            optim = replace(optim, lr=found_lr.suggestion or optim.lr)
+            if found_lr.suggestion is not None and config.lr_range.trial_steps:
+                trials = lr_trials(config, candidates(found_lr), config.lr_range.trial_steps, accelerator, reader)
+            report(accelerator, describe_lr(found_lr, trials, config.optim))
+            optim = replace(optim, lr=suggested_lr(found_lr, trials) or optim.lr)
         noise = measure_noise(replace(config, optim=optim), accelerator, reader) if "noise" in config.phases else None
         if noise is not None:
             report(accelerator, describe_noise(noise.scale))
@@ -97,6 +100,9 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         "lr_range": None if found_lr is None else plain(found_lr) | {
             "suggestion": found_lr.suggestion, "interval": found_lr.interval, "why_none": found_lr.why_none,
         },
+        "lr_trials": None if trials is None else plain(trials) | {
+            "suggestion": trials.suggestion, "interval": trials.interval,
+        },
         "noise_scale": None if noise is None else plain(noise),
         "network": plain(network) | {"gradient_bytes": gradient_bytes, "model": "ring, not hidden behind the backward pass"},
         "advice": [plain(each) for each in advice],
@@ -113,7 +119,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         own = next((each for each in advice if each.num_processes == accelerator.num_processes), advice[0])
         replace_file(config.out / "recommended.yaml", recommended(own, fastest, network).encode())
         save_figure(
-            probes, found_lr, noise.stretches if noise else (), noise.scale if noise else None, advice,
+            probes, found_lr, trials, noise.stretches if noise else (), noise.scale if noise else None, advice,
             config.out / "scaling.png",
         )  # fmt: skip
         write_json(config.out / "scaling.json", result)  # last: its presence says that all is there
@@ -215,14 +221,21 @@ def describe_probes(probes: Sequence[Probe]) -> str:
     return "\n".join(lines)
 
 
-def describe_lr(found: LrRange, optim: OptimConfig) -> str:
+def suggested_lr(found: LrRange, trials: LrTrials | None) -> float | None:
+    """Of the short trainings where there were some, else of the range test; None where it makes no suggestion."""
+    return found.suggestion if trials is None else trials.suggestion
+
+
+def describe_lr(found: LrRange, trials: LrTrials | None, optim: OptimConfig) -> str:
     """The suggestion, or why there is none."""
     if found.suggestion is None or found.interval is None:
         return f"no learning rate can be suggested: {found.why_none}; --optim.lr {optim.lr:g} is kept"
     low, high = found.interval
-    return (
-        f"suggested learning rate {found.suggestion:.3g} (seeds {low:.3g} to {high:.3g}); the config has {optim.lr:g}"
-    )
+    text = f"the range test suggests learning rate {found.suggestion:.3g} (seeds {low:.3g} to {high:.3g})"
+    if trials is not None:
+        low, high = trials.interval
+        text += f"; short trainings: {trials.suggestion:.3g} ({low:.3g} to {high:.3g} not clearly worse)"
+    return f"{text}; the config has {optim.lr:g}"
 
 
 def describe_noise(found: NoiseScale) -> str:

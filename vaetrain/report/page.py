@@ -12,6 +12,7 @@ from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
@@ -166,6 +167,15 @@ def verdict(kind: Literal["holds", "partly", "fails"], text: str) -> str:
 def caution(text: str) -> str:
     """A sentence that one should not miss."""
     return f'<p class="verdict caution"><span class="badge"><span aria-hidden="true">!</span> caution</span> {escape(text)}</p>\n'
+
+
+def links(targets: Sequence[tuple[str, str]]) -> str:
+    """Texts that lead to files beside the page: (path relative to it, text) each."""
+    for path, _ in targets:
+        if ":" in path or path.startswith("/"):
+            raise ValueError(f"{path} does not lie beside the page")
+    parts = [f'<a href="{escape(quote(path))}">{escape(text)}</a>' for path, text in targets]
+    return f"<p>{' · '.join(parts)}</p>\n"
 
 
 def absent(text: str) -> str:

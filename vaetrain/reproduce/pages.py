@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vaetrain.files import replace_file
 from vaetrain.report.chart import Series, chart
-from vaetrain.report.page import Section, absent, code, page, paragraph, picture, side_by_side, table, verdict
+from vaetrain.report.document import report
+from vaetrain.report.page import Section, absent, code, links, page, paragraph, picture, side_by_side, table, verdict
 from vaetrain.reproduce.datasets import Scale
 from vaetrain.reproduce.exhibits import Table
 from vaetrain.reproduce.lecture import Experiment
 from vaetrain.reproduce.provenance_table import provenance_table
 from vaetrain.reproduce.scores import Scores, scores_of
-from vaetrain.reproduce.takeaways import Judgement, Setting, Takeaway
+from vaetrain.reproduce.takeaways import Judgement, Setting, Takeaway, shown
 from vaetrain.run import RunDirectory
+from vaetrain.sweeps.results import SEED
 from vaetrain.sweeps.runner import TrialRun
 
 ABOUT_DISTANCE = (
@@ -66,7 +68,8 @@ def write_lecture(experiments: Sequence[tuple[Experiment, Path | None]], outcome
         parts.append(side_by_side([picture(figures / file, caption) for file, caption in experiment.pictures]))
         parts.append(side_by_side(_curves(run)))
         parts.append(_score_table(scores, experiment.priors).html())
-        parts.append(code(f"python tools/report.py {run.relative_to(outcome.out)}"))
+        replace_file(run / "report.html", report([run]).encode())
+        parts.append(_links(run, ("report.html", "provenance.json", "config.yaml", "metrics.jsonl"), outcome))
         sections.append(Section(heading, "".join(parts)))
     summary = Table(("figure", "experiment", *(name for _, name in SCORES)), tuple(rows), "All experiments")
     runs = [run for _, run in experiments if run is not None]
@@ -92,6 +95,8 @@ def write_takeaways(
         else:
             parts.append(verdict(judgement.kind, judgement.verdict))
             parts += [exhibit.html() for exhibit in judgement.exhibits]
+            if takeaway.priors and trials is not None:
+                parts.append(_samples(trials))
             rows.append((takeaway.title, judgement.kind, judgement.verdict))
             tables = "\n".join(filter(None, (exhibit.markdown() for exhibit in judgement.exhibits)))
             documents.append(
@@ -100,6 +105,9 @@ def write_takeaways(
             )
             found[takeaway.name] = asdict(judgement) | {"exhibits": len(judgement.exhibits)}
         if trials is not None:
+            parts += [
+                _links(run[0].folder.parent, (each.folder.name for each in run), outcome) for run in trials.values()
+            ]
             parts.append(code("\n".join(" ".join(each[0].job.command) for each in trials.values() if each)))
         sections.append(Section(takeaway.title, "".join(parts)))
     summary = table(("takeaway", "verdict", "measured"), rows)
@@ -110,7 +118,7 @@ def write_takeaways(
     )  # fmt: skip
 
 
-def findings(trials: Mapping[str, Sequence[TrialRun]], seed_name: str = "seed") -> dict[str, list[Setting]]:
+def findings(trials: Mapping[str, Sequence[TrialRun]]) -> dict[str, list[Setting]]:
     """The scores of finished trials, by sweep and value of what it varies, seeds together; raises ValueError when one failed."""
     found: dict[str, list[Setting]] = {}
     for sweep, runs in trials.items():
@@ -118,7 +126,7 @@ def findings(trials: Mapping[str, Sequence[TrialRun]], seed_name: str = "seed") 
         for run in runs:
             if run.job.state != "finished":
                 raise ValueError(f"{run.job.name} {run.job.state}{f': {run.job.reason}' if run.job.reason else ''}")
-            [value] = [value for name, value in run.parameters.items() if name != seed_name]
+            [value] = [value for name, value in run.parameters.items() if name != SEED]
             by_value.setdefault(str(value), (value, []))[1].append(scores_of(run.folder))
         found[sweep] = [Setting(value, tuple(scores)) for value, scores in by_value.values()]
     return found
@@ -140,6 +148,23 @@ def _provenance(runs: Sequence[Path], outcome: Outcome) -> Section:
     rows = provenance_table(runs, outcome.out)
     body = code(outcome.command) + table(rows.header, rows.rows, caption=rows.caption, fold=True)
     return Section("Provenance", body)
+
+
+def _samples(trials: Mapping[str, Sequence[TrialRun]]) -> str:
+    """Samples of each setting's first seed, by prior."""
+    pictures = []
+    for sweep, runs in trials.items():
+        for number, run in enumerate(runs):
+            values = {name: value for name, value in run.parameters.items() if name != SEED}
+            if all(values.items() - other.parameters.items() for other in runs[:number]):
+                setting = ", ".join(f"{name.rpartition('.')[2]} {shown(value)}" for name, value in values.items())
+                pictures.append(picture(run.folder / "figures" / "priors.png", f"{sweep}: {setting}"))
+    return side_by_side(pictures)
+
+
+def _links(folder: Path, names: Iterable[str], outcome: Outcome) -> str:
+    beside = folder.relative_to(outcome.out).as_posix()
+    return links([(f"{beside}/{name}", name) for name in names])
 
 
 def _cells(scores: Scores, names: Sequence[str]) -> list[str]:

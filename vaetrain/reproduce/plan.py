@@ -145,14 +145,10 @@ class Plan:
         add: bool = True,
     ) -> Job:  # fmt: skip
         start = (*LAUNCH, str(self.launch)) if launched and self.launch is not None else ()
-        file = self.out / "jobs" / name.replace(" ", "-")
-        job = Job(
-            name,
-            (sys.executable, *start, script, *arguments),
-            file.with_suffix(".json"),
-            file.with_suffix(".log"),
-            after,
-        )
+        file = name.replace(" ", "-")
+        folder = self.out / "jobs"
+        command = (sys.executable, *start, script, *arguments)
+        job = Job(name, command, folder / f"{file}.json", folder / f"{file}.log", after)
         if add:
             self.jobs.append(job)
         return job

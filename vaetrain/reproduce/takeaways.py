@@ -339,23 +339,23 @@ def _needed(setting: Setting, score: str) -> Mean:
 TAKEAWAYS = (
     Takeaway(
         "learning_rate", "Learning rate", "“Importance of learning rate”: it decides the result.",
-        "MNIST, dense VAE, two epochs (full: twenty), seven rates a factor of two apart, three seeds.", ("learning_rate",),
+        "MNIST, dense VAE, two epochs (full: twenty), seven rates a factor of two apart.", ("learning_rate",),
         ("mnist",), learning_rate,
     ),
     Takeaway(
         "batch_size", "Batch size", "“Importance of batch size when training with GPUs”.",
         "MNIST, dense VAE, batches 32 to 2,048 for the same number of images, once with all settings kept, once with AdamW "
-        "following by the square-root rule (docs/scaling.md); three seeds.",
+        "following by the square-root rule (docs/scaling.md).",
         ("batch_size", "batch_size_rule"), ("mnist",), batch_size,
     ),
     Takeaway(
         "kl_weight", "KL weight", "“More KL weight: better generation, worse reconstruction.”",
-        "The lecture's loss, Σ(x − m)² + weight · KL: MNIST, dense, seven weights, three seeds; cats, convolutional, six weights.",
+        "The lecture's loss, Σ(x − m)² + weight · KL: MNIST, dense, seven weights; cats, convolutional, six weights.",
         ("kl_weight", "kl_weight_cats"), ("mnist", "cats64"), kl_weight, priors=("standard", "gmm"),
     ),
     Takeaway(
         "epochs", "Number of epochs", "“More epochs give better results.”",
-        "MNIST, dense VAE, lengths that double, each with its own cosine; three seeds.", ("epochs",), ("mnist",), epochs,
+        "MNIST, dense VAE, lengths that double, each with its own cosine.", ("epochs",), ("mnist",), epochs,
     ),
     Takeaway(
         "architecture", "Architecture", "“The architecture decides”: convolutions, and the size of the latent.",
@@ -364,7 +364,7 @@ TAKEAWAYS = (
     ),
     Takeaway(
         "ae_against_vae", "Autoencoder against VAE", "“The autoencoder reconstructs better, the VAE generates better.”",
-        "MNIST, dense, MSE with and without KL, three epochs (full: twenty), three seeds.", ("ae_against_vae",), ("mnist",),
+        "MNIST, dense, MSE with and without KL, three epochs (full: twenty).", ("ae_against_vae",), ("mnist",),
         ae_against_vae, priors=("standard", "gmm"),
     ),
     Takeaway(

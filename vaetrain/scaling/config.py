@@ -58,12 +58,17 @@ class LrRangeConfig:
     num_seeds: int = 3
     """Repetitions with other initial weights, data order and noise."""
 
+    trial_steps: int = 300
+    """Steps of the short trainings that decide between the rates which the test leaves open; 0: none, the test alone suggests."""
+
     def __post_init__(self) -> None:
         """Refuse ranges that are none."""
         if not 0 < self.lowest < self.highest:
             raise ValueError(f"--lr-range.lowest {self.lowest} and --lr-range.highest {self.highest} are no range")
         if self.num_steps < 20 or self.num_seeds < 1:
             raise ValueError("--lr-range.num-steps must be at least 20 and --lr-range.num-seeds at least 1")
+        if self.trial_steps != 0 and self.trial_steps < 20:
+            raise ValueError(f"--lr-range.trial-steps is {self.trial_steps}; give at least 20, or 0 for no trials")
 
 
 @dataclass(frozen=True)

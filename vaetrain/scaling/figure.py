@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from vaetrain.scaling.advice import Advice
 from vaetrain.scaling.lr_range import LrRange
+from vaetrain.scaling.lr_trials import LrTrials
 from vaetrain.scaling.noise_scale import NoiseScale
 from vaetrain.scaling.probe import Probe
 
@@ -17,6 +18,7 @@ from vaetrain.scaling.probe import Probe
 def save_figure(
     probes: Sequence[Probe],
     found_lr: LrRange | None,
+    trials: LrTrials | None,
     noise: Sequence[tuple[int, float | None]],
     noise_scale: NoiseScale | None,
     advice: Sequence[Advice],
@@ -26,7 +28,7 @@ def save_figure(
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     _draw_probes(axes[0, 0], probes)
-    _draw_lr(axes[0, 1], found_lr)
+    _draw_lr(axes[0, 1], found_lr, trials)
     _draw_noise(axes[1, 0], noise, noise_scale)
     _draw_advice(axes[1, 1], advice)
     figure.savefig(file, dpi=120)
@@ -48,8 +50,8 @@ def _draw_probes(axes: Axes, probes: Sequence[Probe]) -> None:
     axes.set_title("Micro-batch")
 
 
-def _draw_lr(axes: Axes, found: LrRange | None) -> None:
-    axes.set_title("Learning-rate range test")
+def _draw_lr(axes: Axes, found: LrRange | None, trials: LrTrials | None) -> None:
+    axes.set_title("Learning-rate range test, and short trainings")
     if found is None:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         return
@@ -57,8 +59,15 @@ def _draw_lr(axes: Axes, found: LrRange | None) -> None:
         [line] = axes.plot(curve.lrs, curve.smoothed, label=f"seed {curve.seed}")
         axes.plot(curve.lrs, curve.losses, ".", ms=2, alpha=0.4, color=line.get_color())
     if found.suggestion is not None and found.interval is not None:
-        axes.axvline(found.suggestion, color="k")
-        axes.axvspan(*found.interval, color="k", alpha=0.1, label=f"suggested {found.suggestion:.2e}")
+        decided, interval = found.suggestion, found.interval
+        if trials is not None:
+            decided, interval = trials.suggestion, trials.interval
+            lived = [each for each in trials.trials if each.final]
+            axes.plot(
+                [each.lr for each in lived], [each.loss for each in lived], "ks-", ms=4, label="end of a training"
+            )
+        axes.axvline(decided, color="k")
+        axes.axvspan(*interval, color="k", alpha=0.1, label=f"suggested {decided:.2e}")
     else:
         axes.text(
             0.5,
@@ -71,7 +80,8 @@ def _draw_lr(axes: Axes, found: LrRange | None) -> None:
             transform=axes.transAxes,
         )
     smoothed = [value for curve in found.curves for value in curve.smoothed]
-    low, high = min(smoothed), max(curve.smoothed[0] for curve in found.curves)
+    ends = [each.loss for each in trials.trials if each.final] if trials is not None else []
+    low, high = min([*smoothed, *ends]), max(curve.smoothed[0] for curve in found.curves)
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per image")
     axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     axes.legend(fontsize=8)

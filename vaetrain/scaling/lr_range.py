@@ -2,7 +2,8 @@
 
 "Cyclical Learning Rates for Training Neural Networks". The rate rises by a constant factor a step; the loss falls, lies flat
 where the rate is too high to go on, and rises. The lowest point of the flat part is an accident of noise; where most of the fall
-is done is not, and that is the suggestion. docs/scaling.md says how it fared against grids.
+is done is not, and that is the suggestion where no short trainings (lr_trials.py) decide. docs/scaling.md says how both fared
+against grids.
 """
 
 from __future__ import annotations
@@ -52,8 +53,13 @@ class Curve:
     @property
     def fallen_at(self) -> float:
         """The rate by which the smoothed loss has done MOST_OF_THE_FALL."""
+        return self.rate_at(MOST_OF_THE_FALL)
+
+    def rate_at(self, share: float) -> float:
+        """The rate by which the smoothed loss has done this share of its whole fall; 1 for its lowest point."""
         smoothed = self.smoothed
-        level = smoothed[0] - MOST_OF_THE_FALL * (smoothed[0] - min(smoothed))
+        lowest = min(smoothed)
+        level = max(lowest, smoothed[0] - share * (smoothed[0] - lowest))
         return next(lr for lr, loss in zip(self.lrs, smoothed, strict=True) if loss <= level)
 
     @property

@@ -1,0 +1,57 @@
+"""Short trainings decide: the parabola through made-up losses, broken trainings, and a real one on tiny images."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from vaetrain.scaling.lr_range import Curve, LrRange
+from vaetrain.scaling.lr_trials import LrTrial, LrTrials, candidates
+
+
+def trials_of(*losses):
+    """At 1e-3, 2e-3, …; None is a training that broke."""
+    return LrTrials(
+        tuple(
+            LrTrial(1e-3 * 2**number, () if loss is None else (loss - 0.1, loss + 0.1, loss))
+            for number, loss in enumerate(losses)
+        )
+    )
+
+
+def test_the_vertex_of_the_parabola_is_suggested():
+    # (log2(lr / 1e-3) − 1.3)² has its vertex at 1e-3 · 2^1.3.
+    found = trials_of(*((number - 1.3) ** 2 for number in range(4)))
+    assert found.best.lr == 2e-3
+    assert found.suggestion == pytest.approx(1e-3 * 2**1.3)
+    assert trials_of(1.0, 2.0, 3.0).suggestion == 1e-3
+    assert trials_of(3.0, 2.0, 1.0).suggestion == 4e-3
+    assert trials_of(3.0, 1.0, None).suggestion == 2e-3
+
+
+def test_a_training_that_broke_never_wins_and_is_outside_the_interval():
+    found = trials_of(2.0, None)
+    assert found.best.lr == 1e-3
+    assert found.trials[1].loss == math.inf
+    assert found.interval == (1e-3, 1e-3)
+
+
+def test_the_interval_holds_what_is_not_clearly_worse():
+    noisy = LrTrials((LrTrial(1e-3, (1.0, 3.0, 2.2)), LrTrial(2e-3, (2.0, 2.0, 2.0)), LrTrial(4e-3, (9.0, 9.1, 9.2))))
+    assert noisy.interval == (1e-3, 2e-3)
+    same_noise = LrTrials((LrTrial(1e-3, (1.1, 5.1, 3.1)), LrTrial(2e-3, (1.0, 5.0, 3.0))))
+    assert same_noise.interval == (2e-3, 2e-3)  # differences of the same steps: the noise is in both
+
+
+def test_candidates_reach_from_most_of_the_fall_to_the_lowest_point():
+    rates = tuple(1e-4 * 2 ** (number / 4) for number in range(40))
+    losses = tuple(abs(number - 24) * 10.0 for number in range(40))
+    found = LrRange((Curve(0, rates, losses),))
+    lowest = found.curves[0].rate_at(1.0)
+    chosen = candidates(found)
+    assert chosen[0] == pytest.approx(found.curves[0].rate_at(0.9))
+    assert chosen[-1] <= lowest * 2**0.5
+    assert chosen[-1] * 2 > lowest
+    assert [b / a for a, b in pairwise(chosen)] == pytest.approx([2.0] * (len(chosen) - 1))
