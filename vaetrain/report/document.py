@@ -23,6 +23,10 @@ SETTINGS = {
 """Of the configuration, what one asks for first."""
 
 
+MAX_RUNS_IN_TITLE = 3
+"""The names of more stand under the title."""
+
+
 def report(paths: Sequence[Path]) -> str:
     """The HTML document of one run, or of several with their comparison first.
 
@@ -38,7 +42,9 @@ def report(paths: Sequence[Path]) -> str:
         inner = _sections(recorded, leave_out=SIDE_BY_SIDE)
         body = "".join(subheading(section.heading) + section.body for section in inner)
         sections.append(Section(label, paragraph(_subtitle(recorded)) + body, f"run-{label}"))
-    return page(" · ".join(labels), f"{len(runs)} runs compared", sections)
+    names, count = " · ".join(labels), f"{len(runs)} runs compared"
+    title, subtitle = (names, count) if len(runs) <= MAX_RUNS_IN_TITLE else (count, names)
+    return page(title, subtitle, sections)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

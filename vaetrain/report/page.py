@@ -95,11 +95,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str 
     kinds = [_kind_of_column([row[column] for row in rows]) for column in range(len(header))]
 
     def cell(text: str, column: int) -> str:
-        if column == 0:  # names of metrics may be broken where they are put together
-            return f'<th scope="row"{kinds[0]}>{escape(text).replace("_", "_<wbr>")}</th>'
+        if column == 0:
+            return f'<th scope="row"{kinds[0]}>{_breakable(text)}</th>'
         return f"<td{kinds[column]}>{escape(text)}</td>"
 
-    head = "".join(f'<th scope="col"{kind}>{escape(text)}</th>' for text, kind in zip(header, kinds, strict=True))
+    head = "".join(f'<th scope="col"{kind}>{_breakable(text)}</th>' for text, kind in zip(header, kinds, strict=True))
     body = "".join(f"<tr>{''.join(cell(text, column) for column, text in enumerate(row))}</tr>\n" for row in rows)
     title = f"<caption>{escape(caption)}</caption>" if caption and not fold else ""
     label = f' role="region" aria-label="{escape(caption)}"' if caption else ""
@@ -186,6 +186,11 @@ def absent(text: str) -> str:
 def fold(summary: str, body: str) -> str:
     """HTML that is shown when its summary, plain text, is opened."""
     return f"<details><summary>{escape(summary)}</summary>\n{body}</details>\n"
+
+
+def _breakable(name: str) -> str:
+    """Names of metrics and runs may be broken where they are put together."""
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _kind_of_column(texts: Sequence[str]) -> str:
