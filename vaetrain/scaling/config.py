@@ -58,7 +58,7 @@ class LrRangeConfig:
     num_seeds: int = 3
     """Repetitions with other initial weights, data order and noise."""
 
-    trial_steps: int = 300
+    trial_steps: int = 400
     """Steps of the short trainings that decide between the rates which the test leaves open; 0: none, the test alone suggests."""
 
     def __post_init__(self) -> None:

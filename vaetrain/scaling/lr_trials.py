@@ -29,8 +29,8 @@ FACTOR = 2.0
 LAST = 0.1
 """Share of the steps, at the end, over which the loss is averaged."""
 
-WARMUP = 0.25
-"""Most of a trial that its warm-up may take."""
+WARMUP = 0.5
+"""Most of a trial that its warm-up may take; cutting it shorter than training's favours low rates."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class LrTrials:
 
 
 def candidates(found: LrRange) -> list[float]:
-    """Rates a factor of two apart, from most of the fall to the highest lowest point of any seed."""
+    """Rates a factor of two apart, from most of the fall to one above the highest lowest point of any seed."""
     low = statistics.geometric_mean(curve.rate_at(LOW_FALL) for curve in found.curves)
     high = max(curve.rate_at(1.0) for curve in found.curves)
-    count = max(2, 1 + round(math.log(high / low, FACTOR)))
+    count = 2 + max(1, round(math.log(high / low, FACTOR)))
     return [low * FACTOR**number for number in range(count)]
 
 
