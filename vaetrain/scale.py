@@ -234,7 +234,7 @@ def describe_lr(found: LrRange, trials: LrTrials | None, optim: OptimConfig) -> 
     text = f"the range test suggests learning rate {found.suggestion:.3g} (seeds {low:.3g} to {high:.3g})"
     if trials is not None:
         low, high = trials.interval
-        text += f"; short trainings: {trials.suggestion:.3g} ({low:.3g} to {high:.3g} not clearly worse)"
+        text += f"; short trainings: {trials.suggestion:.3g} ({low:.3g} to {high:.3g} as good)"
     return f"{text}; the config has {optim.lr:g}"
 
 

@@ -3,7 +3,7 @@
 A range test shows how far a few steps at each rate bring the loss, and how high a rate a training survives. Where the rate that
 trains best lies between the two depends on the model: at the upper end on cats, a factor of five below it on MNIST
 (docs/scaling.md). So each candidate, a factor of two apart, trains for a few hundred steps with the real warm-up and cosine, on
-the same images with the same noise, and the lowest loss in the end wins.
+the same images with the same noise, and the lowest rate wins whose loss in the end is as good as the lowest.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ LOW_FALL = 0.9
 
 FACTOR = 2.0
 """Between candidates."""
+
+AS_GOOD = 0.01
+"""Share of the best loss by which another may be higher and still count as equally good."""
 
 LAST = 0.1
 """Share of the steps, at the end, over which the loss is averaged."""
@@ -59,31 +62,19 @@ class LrTrials:
         return min(self.trials, key=lambda each: each.loss)
 
     @property
+    def as_good(self) -> list[LrTrial]:
+        """Those whose loss is within AS_GOOD of the best."""
+        return [each for each in self.trials if each.loss <= self.best.loss + AS_GOOD * abs(self.best.loss)]
+
+    @property
     def suggestion(self) -> float:
-        """The best rate, or between it and its neighbours the vertex of the parabola through the three, over log lr."""
-        at = self.trials.index(self.best)
-        if at in (0, len(self.trials) - 1):
-            return self.best.lr
-        below, above = self.trials[at - 1].loss, self.trials[at + 1].loss
-        if not math.isfinite(below + above):
-            return self.best.lr
-        curvature = below - 2 * self.best.loss + above
-        shift = 0.0 if curvature <= 0 else 0.5 * (below - above) / curvature
-        return self.best.lr * FACTOR**shift
+        """The lowest rate that is as good as the best: a training of full length wants a lower one than a short training."""
+        return self.as_good[0].lr
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The lowest and the highest rate whose loss is not clearly above the best: within two errors of their difference."""
-        near = [each.lr for each in self.trials if each is self.best or not self._clearly_worse(each)]
-        return min(*near, self.suggestion), max(*near, self.suggestion)
-
-    def _clearly_worse(self, other: LrTrial) -> bool:
-        if len(other.final) < 2:
-            return True
-        # Step by step, for the same images and noise: most of what varies is in both.
-        differences = [theirs - ours for theirs, ours in zip(other.final, self.best.final, strict=True)]
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-        return statistics.fmean(differences) > 2 * error
+        """The lowest and the highest rate that is as good as the best."""
+        return self.as_good[0].lr, self.as_good[-1].lr
 
 
 def candidates(found: LrRange) -> list[float]:
