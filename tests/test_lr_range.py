@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from vaetrain.scaling.lr_range import Curve, LrRange, has_diverged, smooth
+from vaetrain.scaling.lr_range import Curve, LrRange, half_life_steps, has_diverged, smooth
 
 RATES = tuple(1e-5 * 10 ** (number / 30) for number in range(150))
 
@@ -19,12 +19,12 @@ def curve(seed: int = 0, *, noise: float = 1.0, fall: float = 300.0, at: float =
         500 - fall / (1 + (at / lr) ** 2) + fall * min(2.0, (lr / (100 * at)) ** 3) + rng.gauss(0, noise)
         for lr in RATES
     ]
-    return Curve(seed, RATES, tuple(losses))
+    return Curve(seed, RATES, tuple(losses), reached_end=True)
 
 
 def test_smoothing_is_an_average_without_a_bias_at_the_start():
-    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3, 3, 3])
-    first, second = smooth([0.0, 1.0])
+    assert smooth([3.0, 3.0, 3.0], 4.0) == pytest.approx([3, 3, 3])
+    first, second = smooth([0.0, 1.0], 4.0)
     keep = 0.5**0.25
     assert (first, second) == (0.0, pytest.approx(1 / (1 + keep)))
 
@@ -53,14 +53,28 @@ def test_seeds_that_disagree_give_none():
 
 def test_a_range_that_ends_too_early_gives_none():
     short = curve(0, at=1e-3)
-    found = LrRange((Curve(0, short.lrs[:60], short.losses[:60]),))
+    found = LrRange((Curve(0, short.lrs[:60], short.losses[:60], reached_end=True),))
     assert "raise --lr-range.highest" in found.why_none
-    assert "not finite from the start" in LrRange((Curve(0, (1e-5,), (1.0,)),)).why_none
+    assert "not finite from the start" in LrRange((Curve(0, (1e-5,), (1.0,), reached_end=False),)).why_none
+
+
+def test_a_loss_that_stops_being_finite_while_it_falls_ends_the_test_and_no_more():
+    short = curve(0, at=1e-3)
+    found = LrRange((Curve(0, short.lrs[:80], short.losses[:80], reached_end=False),))
+    assert found.why_none == ""
+    assert found.suggestion <= short.lrs[79]
+
+
+def test_fewer_steps_over_the_same_rates_suggest_the_same():
+    full = curve(0, noise=0.1)
+    coarse = Curve(0, full.lrs[::4], full.losses[::4], reached_end=True)
+    assert half_life_steps(coarse.lrs) == pytest.approx(half_life_steps(full.lrs) / 4)
+    assert coarse.fallen_at == pytest.approx(full.fallen_at, rel=0.5)
 
 
 def test_a_test_ends_when_the_loss_is_up_again():
     losses = list(curve(0).losses)
-    ended = next(number for number in range(11, 150) if has_diverged(losses[:number]))
+    ended = next(number for number in range(11, 150) if has_diverged(losses[:number], 4.0))
     assert losses.index(min(losses)) < ended < 149
-    assert not has_diverged(losses[: losses.index(min(losses))])
+    assert not has_diverged(losses[: losses.index(min(losses))], 4.0)
     assert math.isfinite(losses[ended])

@@ -1,4 +1,4 @@
-"""Short trainings decide: the parabola through made-up losses, broken trainings, and a real one on tiny images."""
+"""Short trainings decide: made-up losses, broken trainings, and the rates that are tried."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_training_that_broke_never_wins():
 def test_candidates_reach_from_most_of_the_fall_to_the_lowest_point():
     rates = tuple(1e-4 * 2 ** (number / 4) for number in range(40))
     losses = tuple(abs(number - 24) * 10.0 for number in range(40))
-    found = LrRange((Curve(0, rates, losses),))
+    found = LrRange((Curve(0, rates, losses, reached_end=True),))
     lowest = found.curves[0].rate_at(1.0)
     chosen = candidates(found)
     assert chosen[0] == pytest.approx(found.curves[0].rate_at(0.9))

@@ -23,8 +23,9 @@ from vaetrain.scaling.trial import trial
 MOST_OF_THE_FALL = 0.98
 """Share of the smoothed loss's whole fall at which the rate is taken."""
 
-HALF_LIFE_STEPS = 4.0
-"""Of the smoothing: the average over steps loses half its memory in so many."""
+HALF_LIFE_DECADES = 0.134
+"""Of the smoothing: the average loses half its memory while the rate grows by so many powers of ten (4 steps of 150 over five
+decades). In rates, not steps: more steps then average over more losses, and fewer do not lag behind the curve."""
 
 DIVERGED = 0.5
 """A test ends when the smoothed loss has lost this share of what it had won, and then at once."""
@@ -43,12 +44,14 @@ class Curve:
     seed: int
     lrs: tuple[float, ...]
     losses: tuple[float, ...]
-    """Nats per image at each rate, before the step with it; the test ends where they stop being finite."""
+    """Nats per image at each rate, before the step with it; the test ends where they stop being finite or are far up again."""
+    reached_end: bool
+    """Whether the test lived to see its last rate."""
 
     @property
     def smoothed(self) -> list[float]:
         """Running average of the losses, corrected for its start."""
-        return smooth(self.losses)
+        return smooth(self.losses, half_life_steps(self.lrs))
 
     @property
     def fallen_at(self) -> float:
@@ -88,7 +91,7 @@ class LrRange:
                 f"with seed {noisy[0].seed} the loss falls by {noisy[0].fall:.1f} standard deviations of its noise, less than "
                 f"{MIN_FALL:g}: give a larger --train.global-batch-size or more --lr-range.num-steps"
             )
-        if any(curve.smoothed[-1] == min(curve.smoothed) for curve in self.curves):
+        if any(curve.reached_end and curve.smoothed[-1] == min(curve.smoothed) for curve in self.curves):
             return f"the loss still falls at {self.curves[0].lrs[-1]:.3g}: raise --lr-range.highest"
         rates = [curve.fallen_at for curve in self.curves]
         if max(rates) / min(rates) > MAX_SPREAD:
@@ -114,9 +117,14 @@ class LrRange:
         return min(rates), max(rates)
 
 
-def smooth(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average with HALF_LIFE_STEPS, divided by the weight it has gathered."""
-    keep = 0.5 ** (1 / HALF_LIFE_STEPS)
+def half_life_steps(lrs: Sequence[float]) -> float:
+    """HALF_LIFE_DECADES in steps of rates that rise by a constant factor."""
+    return HALF_LIFE_DECADES / math.log10(lrs[1] / lrs[0]) if len(lrs) > 1 else 1.0
+
+
+def smooth(losses: Sequence[float], half_life: float) -> list[float]:
+    """Exponential moving average that loses half its memory in `half_life` steps, divided by the weight it has gathered."""
+    keep = 0.5 ** (1 / half_life)
     average, weight, smoothed = 0.0, 0.0, []
     for loss in losses:
         average = keep * average + (1 - keep) * loss
@@ -136,10 +144,10 @@ def lr_range(config: Config, options: LrRangeConfig, accelerator: Accelerator, r
         with trial(replace(config, seed=seed), accelerator, reader) as training:
             for lr in rates:
                 loss = training.step(lr).loss
-                if not math.isfinite(loss) or has_diverged([*losses, loss]):
+                if not math.isfinite(loss) or has_diverged([*losses, loss], half_life_steps(rates)):
                     break
                 losses.append(loss)
-        curves.append(Curve(seed, tuple(rates[: len(losses)]), tuple(losses)))
+        curves.append(Curve(seed, tuple(rates[: len(losses)]), tuple(losses), len(losses) == len(rates)))
         if accelerator.is_main_process and len(losses) > 2:
             print(
                 f"learning-rate range, seed {seed}: most of the fall is done by {curves[-1].fallen_at:.3g}", flush=True
@@ -147,9 +155,9 @@ def lr_range(config: Config, options: LrRangeConfig, accelerator: Accelerator, r
     return LrRange(tuple(curves))
 
 
-def has_diverged(losses: Sequence[float]) -> bool:
+def has_diverged(losses: Sequence[float], half_life: float) -> bool:
     """Whether the end of a curve is so far up again that nothing below it will come."""
-    smoothed = smooth(losses)
+    smoothed = smooth(losses, half_life)
     lowest = min(smoothed)
     return (
         smoothed[-1] - lowest > DIVERGED * (smoothed[0] - lowest) and len(losses) > 10 and smoothed[-1] > smoothed[-2]
