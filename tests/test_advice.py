@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from vaetrain.config import OptimConfig
-from vaetrain.scaling.advice import Facts, advise, images_needed, stops_helping, table
+from vaetrain.scaling.advice import Facts, advise, images_needed, stops_helping, table, verdict
 from vaetrain.scaling.all_reduce import Network
 
 FACTS = Facts(
@@ -25,6 +25,7 @@ def test_without_costs_processes_scale_perfectly():
         assert each.global_batch_size == each.num_processes * each.micro_batch_size * each.grad_accum_steps
         assert each.total_images == 100_000
     assert stops_helping(advice) is None
+    assert verdict(advice) == "up to 4 processes each works at 50% of perfect speed-up or more"
 
 
 def test_beyond_the_critical_batch_more_processes_stop_helping_and_it_says_so():
@@ -32,6 +33,8 @@ def test_beyond_the_critical_batch_more_processes_stop_helping_and_it_says_so():
     hours = [each.hours for each in advice]
     assert hours == sorted(hours, reverse=True)
     assert stops_helping(advice) in (8, 16)
+    assert f"stops helping at {stops_helping(advice)} (" in verdict(advice)
+    assert "above the critical batch of 16 images" in verdict(advice)
     assert any("above the critical batch of 16 images" in limit for limit in advice[-1].limits)
     assert advice[-1].total_images > advice[0].total_images
 

@@ -58,5 +58,8 @@ def test_nothing_is_overwritten_and_advice_needs_the_probe(tiny_shards, tmp_path
     result = run("vaetrain/scale.py", *TINY, "--data.train", tiny_shards, "--out", tmp_path)
     assert result.returncode == 1
     assert "already holds a scaling.json; name another folder with --out" in result.stderr
-    with pytest.raises(SystemExit):
-        parse(ScaleConfig, None, [*TINY, "--data.train", "x", "--out", "y", "--phases", "lr"])
+    asked = [*TINY, "--data.train", "x", "--out", "y"]
+    assert parse(ScaleConfig, None, [*asked, "--for-num-processes", "3", "9"]).for_num_processes == (3, 9)
+    for refused in (["--phases", "lr"], ["--for-num-processes", "0"]):
+        with pytest.raises(SystemExit):
+            parse(ScaleConfig, None, [*asked, *refused])

@@ -27,7 +27,7 @@ from vaetrain.data.reader import Reader, open_split
 from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.run import provenance, write_json
-from vaetrain.scaling.advice import Advice, Facts, advise, stops_helping, table
+from vaetrain.scaling.advice import Advice, Facts, advise, stops_helping, table, verdict
 from vaetrain.scaling.all_reduce import Network
 from vaetrain.scaling.figure import save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
@@ -92,7 +92,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         critical_batch=noise.scale.images if noise else None, base_batch=config.train.global_batch_size, optim=optim,
         total_images=total_images, rule=config.advice.rule,
     )  # fmt: skip
-    advice = advise(facts, config.advice.for_num_processes)
+    advice = advise(facts, config.for_num_processes)
     result = {
         "probe": [
             plain(each) | {"knee": plain(each.knee) if each.knee else None, "largest_safe": each.largest_safe} for each in probes
@@ -124,7 +124,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         )  # fmt: skip
         write_json(config.out / "scaling.json", result)  # last: its presence says that all is there
         print(f"\nnetwork: {network.bytes_per_s / 1e9:.3g} GB/s, {network.latency_s * 1e6:.3g} µs, {network.source}")
-        print(f"{table(advice)}\n")
+        print(f"{table(advice)}\n{verdict(advice)}\n")
         print(
             f"recommended.yaml (for {own.num_processes} processes), scaling.json and scaling.png written to {config.out}"
         )

@@ -79,6 +79,16 @@ def stops_helping(advice: Iterable[Advice]) -> int | None:
     return next((each.num_processes for each in advice if each.efficiency < MIN_EFFICIENCY), None)
 
 
+def verdict(advice: Iterable[Advice]) -> str:
+    """Where adding processes stops helping, and why, in a sentence."""
+    advice = list(advice)
+    end = stops_helping(advice)
+    if end is None:
+        return f"up to {advice[-1].num_processes} processes each works at {MIN_EFFICIENCY:.0%} of perfect speed-up or more"
+    why = next(each.limits for each in advice if each.num_processes == end)
+    return f"adding processes stops helping at {end} (below {MIN_EFFICIENCY:.0%} of perfect speed-up): {'; '.join(why)}"
+
+
 def images_needed(facts: Facts, batch: int) -> int:
     """Images at this batch for what the base batch reaches; equally many while nothing is known of the noise."""
     if facts.critical_batch is None:

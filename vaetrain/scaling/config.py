@@ -96,10 +96,7 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class AdviceConfig:
-    """For which numbers of processes, and what joins them."""
-
-    for_num_processes: tuple[int, ...] = (1, 2, 4, 8, 64)
-    """Numbers of processes to advise on."""
+    """What joins the processes, and how the optimizer follows the batch."""
 
     rule: RuleName = "sqrt"
     """How the optimizer follows the batch: sqrt for AdamW, which vaetrain trains with; linear for SGD; none."""
@@ -109,11 +106,6 @@ class AdviceConfig:
 
     latency_us: float | None = None
     """Latency of one message between processes, µs. None: as for the bandwidth; 50 assumed."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers of processes that are none."""
-        if not self.for_num_processes or min(self.for_num_processes) < 1:
-            raise ValueError("--advice.for-num-processes needs numbers of at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +119,18 @@ class ScaleConfig(Config):
     """probe: micro-batches. lr: learning-rate range test. noise: gradient noise scale. Advice uses what was measured: without
     lr it takes the config's own learning rate, without noise it knows no bound on the batch. It always needs the probe."""
 
+    for_num_processes: tuple[int, ...] = (1, 2, 4, 8, 64)
+    """Numbers of processes to advise on."""
+
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     lr_range: LrRangeConfig = field(default_factory=LrRangeConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     advice: AdviceConfig = field(default_factory=AdviceConfig)
 
     def __post_init__(self) -> None:
-        """Advice stands on the probe."""
+        """Advice stands on the probe; refuse numbers of processes that are none."""
         super().__post_init__()
+        if not self.for_num_processes or min(self.for_num_processes) < 1:
+            raise ValueError("--for-num-processes needs numbers of at least 1")
         if "probe" not in self.phases:
             raise ValueError("--phases must name probe: all advice stands on it")
