@@ -33,8 +33,7 @@ def test_beyond_the_critical_batch_more_processes_stop_helping_and_it_says_so():
     hours = [each.hours for each in advice]
     assert hours == sorted(hours, reverse=True)
     assert stops_helping(advice) in (8, 16)
-    assert f"stops helping at {stops_helping(advice)} (" in verdict(advice)
-    assert "above the critical batch of 16 images" in verdict(advice)
+    assert f"stops helping at {stops_helping(advice)}: at the critical batch of 16 images; " in verdict(advice)
     assert any("above the critical batch of 16 images" in limit for limit in advice[-1].limits)
     assert advice[-1].total_images > advice[0].total_images
 

@@ -84,9 +84,11 @@ def verdict(advice: Iterable[Advice]) -> str:
     advice = list(advice)
     end = stops_helping(advice)
     if end is None:
-        return f"up to {advice[-1].num_processes} processes each works at {MIN_EFFICIENCY:.0%} of perfect speed-up or more"
+        return (
+            f"up to {advice[-1].num_processes} processes each works at {MIN_EFFICIENCY:.0%} of perfect speed-up or more"
+        )
     why = next(each.limits for each in advice if each.num_processes == end)
-    return f"adding processes stops helping at {end} (below {MIN_EFFICIENCY:.0%} of perfect speed-up): {'; '.join(why)}"
+    return f"adding processes stops helping at {end}: {'; '.join(why)}"
 
 
 def images_needed(facts: Facts, batch: int) -> int:
@@ -129,8 +131,9 @@ def _at(facts: Facts, num_processes: int, batch: int, *, beyond_rule: bool = Fal
     limits = []
     if communication > 0.2 * (compute + communication):
         limits.append("communication")
-    if facts.critical_batch is not None and batch > facts.critical_batch:
-        limits.append(f"above the critical batch of {facts.critical_batch:,.0f} images")
+    if facts.critical_batch is not None and 2 * batch > facts.critical_batch:
+        where = "above" if batch > facts.critical_batch else "at"
+        limits.append(f"{where} the critical batch of {facts.critical_batch:,.0f} images")
     if micro < facts.knee:
         limits.append(f"micro-batches below {facts.knee}, where a process is slower")
     if facts.rule == "sqrt" and 2 * ratio > largest_ratio(facts.optim):
