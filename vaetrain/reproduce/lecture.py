@@ -59,7 +59,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "ae_conv_mnist", "Fig. 2", "Convolutional autoencoder, MNIST", "20 epochs; sharper than without convolutions.",
-        "mnist", "mnist", "3 epochs", (RECONSTRUCTIONS, INTERPOLATIONS, PCA),
+        "mnist", "mnist", "2 epochs", (RECONSTRUCTIONS, INTERPOLATIONS, PCA),
     ),
     Experiment(
         "ae_faces_gray", "Fig. 3", "Autoencoder, Animal Faces, grayscale", "Faces come back with their pose.", "afhq128gray",
@@ -72,7 +72,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "vae_mnist", "Figs. 6–7", "VAE, MNIST", "20 epochs; new digits, some of them between two.", "mnist", "mnist",
-        "3 epochs", (RECONSTRUCTIONS, SAMPLES, INTERPOLATIONS, TRAVERSALS, PCA), priors=("standard", "gmm"),
+        "2 epochs", (RECONSTRUCTIONS, SAMPLES, INTERPOLATIONS, TRAVERSALS, PCA), priors=("standard", "gmm"),
     ),
     Experiment(
         "vae_cats", "Figs. 8–10", "VAE, cats", "5,153 / 500 images, 40 epochs; blurred cats.", "afhq128", "cats64", CATS_ONLY,
