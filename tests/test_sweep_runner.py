@@ -13,7 +13,7 @@ from launching import TINY, finish, run, start
 from vaetrain.jobs import Job
 from vaetrain.run import RunDirectory
 from vaetrain.sweeps.results import best_row, rows_of, table
-from vaetrain.sweeps.runner import TrialRun
+from vaetrain.sweeps.runner import TrialRun, trial_name
 from vaetrain.sweeps.sweep_file import Sweep
 
 COMMAND = [
@@ -65,6 +65,23 @@ def test_trials_train_side_by_side_and_only_once(sweep_file, tiny_shards, tmp_pa
     assert "2 trials, 1 of them finished already" in again.stdout
     assert (out / good["run"] / "provenance.json").stat().st_mtime_ns == written
     assert again.stdout.count("started") == 1  # the failed one, whose cause may be mended
+
+
+def test_an_edited_sweep_or_config_trains_in_folders_of_its_own(sweep_file, tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 1\n")
+
+    def names(extra=(), **parameters):
+        sweep = Sweep.read(sweep_file(**parameters))
+        return [trial_name(sweep, trial, extra, tmp_path) for trial in sweep.trials()]
+
+    varied = {"optim.lr": {"values": [1e-3, 2e-3]}, "config": {"value": "base.yaml"}}
+    before = names(**varied)
+    assert len(set(before)) == 2
+    assert names(**varied) == before
+    assert set(names(**varied, seed={"value": 1})).isdisjoint(before)
+    assert set(names(("--train.epochs", "3"), **varied)).isdisjoint(before)
+    (tmp_path / "base.yaml").write_text("seed: 2\n")
+    assert set(names(**varied)).isdisjoint(before)
 
 
 SLOW = """

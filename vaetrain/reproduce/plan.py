@@ -67,7 +67,7 @@ class Plan:
             return None
         for sweep_name in takeaway.sweeps:
             sweep = Sweep.read(self.root / takeaway.sweep_file(sweep_name, self.scale))
-            trials = trial_runs(sweep, sweep.trials(), self.out / "runs" / sweep_name, [])
+            trials = trial_runs(sweep, sweep.trials(), self.out / "runs" / sweep_name, root=self.root)
             found[sweep_name] = trials
             for trial in trials:
                 trial.job.after = needs[sweep_name]

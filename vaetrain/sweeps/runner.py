@@ -30,18 +30,26 @@ class TrialRun:
         return RunDirectory(self.folder).metrics()
 
 
-def trial_name(sweep: Sweep, parameters: Trial, extra: Sequence[str]) -> str:
-    """What a trial's folder is called: what it varies, and a hash over all parameters and the extra arguments."""
-    digest = hashlib.sha256(json.dumps([parameters, list(extra)], sort_keys=True).encode()).hexdigest()[:8]
+def trial_name(sweep: Sweep, parameters: Trial, extra: Sequence[str], root: Path) -> str:
+    """What a trial's folder is called: what it varies, and a hash over its command and the config files that this names.
+
+    So a sweep or config that was edited trains anew, in folders of its own, instead of going on with what another trained.
+    """
+    command = [*sweep.command_of(parameters, "${interpreter}"), *extra]
+    files = [root / word.rpartition("=")[2] for word in command if word.endswith(".yaml")]
+    contents = [file.read_text() for file in files if file.is_file()]
+    digest = hashlib.sha256(json.dumps([command, contents]).encode()).hexdigest()[:8]
     values = "_".join(f"{name.rpartition('.')[2]}={parameters[name]}" for name in sweep.varied)
     return f"{re.sub(r'[^A-Za-z0-9=._+-]', '-', values)[:100]}_{digest}"
 
 
-def trial_runs(sweep: Sweep, trials: Sequence[Trial], out: Path, extra: Sequence[str]) -> list[TrialRun]:
-    """The trials as jobs below `out`; record and log lie beside the run, which is train.py's to write."""
+def trial_runs(
+    sweep: Sweep, trials: Sequence[Trial], out: Path, *, extra: Sequence[str] = (), root: Path
+) -> list[TrialRun]:
+    """The trials as jobs below `out`, to be run in `root`; record and log lie beside the run, which is train.py's to write."""
     runs = []
     for parameters in trials:
-        folder = out / trial_name(sweep, parameters, extra)
+        folder = out / trial_name(sweep, parameters, extra, root)
         # Later arguments win: the folder and the silence of W&B are ours.
         own = ["--run-dir", str(folder.absolute()), "--log.wandb", "disabled"]
         job = Job(
@@ -61,7 +69,7 @@ def run_sweep(
     A trial whose record says finished is not run again; others resume by themselves where their run directory left off.
     Raises KeyboardInterrupt when told to stop (jobs.py).
     """
-    runs = trial_runs(sweep, trials, out, extra)
+    runs = trial_runs(sweep, trials, out, extra=extra, root=root)
     for run in runs:
         run.job.read_record()
     finished = sum(run.job.state == "finished" for run in runs)
