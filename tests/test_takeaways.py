@@ -41,6 +41,8 @@ def test_a_learning_rate_decides_where_a_wrong_one_costs(worst, kind):
     if kind == "holds":
         assert "falls by 50.0%" in judgement.verdict
         assert "Rates from 0.001 to 0.004, a factor of 4" in judgement.verdict
+        alone = JUDGES["learning_rate"]({"learning_rate": sweep[:2]})
+        assert alone.verdict.endswith("No other rate is within 2% of it.")
 
 
 @pytest.mark.parametrize(

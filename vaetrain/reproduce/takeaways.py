@@ -128,7 +128,11 @@ def learning_rate(findings: Findings) -> Judgement:
         "holds" if decisive else "fails",
         f"From the best rate ({best.value:g}, {top} nats) to the worst ({worst.value:g}, {bottom} nats) the ELBO falls by "
         f"{loss:.1%}. "
-        f"Rates from {lowest:g} to {highest:g}, a factor of {highest / lowest:.3g}, are within {SAME:.0%} of the best.",
+        + (
+            f"Rates from {lowest:g} to {highest:g}, a factor of {highest / lowest:.3g}, are within {SAME:.0%} of the best."
+            if len(near) > 1
+            else f"No other rate is within {SAME:.0%} of it."
+        ),
         (
             Chart("Validation ELBO over the learning rate", (curve("ELBO", settings, ELBO),), "learning rate", "ELBO, nats", True),
             table_of(settings, "learning rate", (ELBO, PSNR)),
