@@ -1,0 +1,76 @@
+"""What advice is held against: lengths are read off between trainings, a batch is worth what the noise scale says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from launching import succeed
+
+from vaetrain.scaling.evidence import Point, Run, points, predicted, runs_below, shortfall, worth
+
+LENGTHS = [Point(1000.0, (-200.0,)), Point(2000.0, (-150.0, -152.0)), Point(4000.0, (-120.0,))]
+
+
+def write_run(folder, *, lr=1e-3, batch=32, images=4000, seed=0, score=-120.0):
+    folder.mkdir(parents=True)
+    config = {"seed": seed, "optim": {"lr": lr}, "train": {"global_batch_size": batch}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    records = [
+        {"split": "train", "images_seen": images},
+        {"split": "val", "images_seen": images // 2, "val/elbo_nats": score - 50},
+        {"split": "val", "images_seen": images, "val/elbo_nats": score},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_images_are_worth_what_trainings_of_their_length_reached():
+    assert worth(LENGTHS, 1000) == pytest.approx(-200)
+    assert worth(LENGTHS, 2000) == pytest.approx(-151)
+    assert worth(LENGTHS, 2000 * 2**0.5) == pytest.approx((-151 - 120) / 2)
+    assert worth(LENGTHS, 500) == pytest.approx(-249)
+    assert worth(LENGTHS, 8000) == pytest.approx(-89)
+
+
+def test_a_batch_is_worth_fewer_images_beyond_the_noise_scale():
+    # (1 + 32/96) / (1 + 544/96) = 1/5 of the images at 544; the small batch itself loses nothing.
+    assert predicted(LENGTHS, 4000, 32, 32, 96.0) == pytest.approx(-120)
+    assert predicted(LENGTHS, 5000, 32, 544, 96.0) == pytest.approx(-200)
+    assert predicted(LENGTHS, 4000, 32, 544, 1e9) == pytest.approx(-120, abs=1e-3)
+    assert shortfall(-102.0, -100.0) == pytest.approx(0.02)
+    assert shortfall(3920.0, 4000.0) == pytest.approx(0.02)
+
+
+def test_runs_are_read_and_seeds_averaged(tmp_path):
+    write_run(tmp_path / "a", seed=0, score=-100)
+    write_run(tmp_path / "b", seed=1, score=-110)
+    write_run(tmp_path / "c", batch=128, score=-90)
+    assert Run.read(tmp_path / "c") == Run(1e-3, 128, 4000, 0, -90.0)
+    small, large = points(runs_below(tmp_path), lambda run: run.batch)
+    assert (small.x, small.mean, small.error) == (32, -105, pytest.approx(5.0))
+    assert (large.mean, large.error) == (-90, None)
+    with pytest.raises(ValueError, match="no run below"):
+        runs_below(tmp_path / "a" / "nothing")
+    with pytest.raises(ValueError, match=r"no run directory: .*config\.yaml is missing"):
+        Run.read(tmp_path)
+
+
+def test_the_tool_prints_both_tables_and_draws(tmp_path):
+    for number, lr in enumerate((1e-3, 4e-3)):
+        write_run(tmp_path / "grid" / str(number), lr=lr, score=-100 - number)
+    write_run(tmp_path / "own", lr=2e-3, score=-101.5)
+    for batch, score in ((32, -120.0), (544, -210.0)):
+        write_run(tmp_path / "rule" / str(batch), batch=batch, images=5000, score=score)
+    for point in LENGTHS:
+        write_run(tmp_path / "lengths" / str(point.x), images=int(point.x), score=point.mean)
+    found = {"noise_scale": {"scale": {"images": 96.0, "standard_error": 4.0}}}
+    (tmp_path / "scaling.json").write_text(json.dumps(found))
+    printed = succeed(
+        "tools/check_scaling.py", "--lr-grid", tmp_path / "grid", "--suggested", tmp_path / "own", "--rule", tmp_path / "rule",
+        "--lengths", tmp_path / "lengths", "--scaling", tmp_path / "scaling.json", "--out", tmp_path / "x.png",
+    )  # fmt: skip
+    assert "| **0.002, suggested** | -101.5 | 1.5% |" in printed
+    assert "| 544 | -210.0 | 75.0% | -200.0 (66.7%) |" in printed
+    assert "noise scale 96 ± 4 images; 5,000 images each" in printed
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,110 @@
+"""Hold scale.py's advice against trainings: the suggested rate against a grid, the batch rule against its prediction.
+
+python tools/check_scaling.py --lr-grid DIR --suggested DIR --rule DIR --lengths DIR --scaling FILE --out FILE.png
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vaetrain.command_line import parse, user_errors
+
+
+@dataclass(frozen=True)
+class CheckArguments:
+    """Folders of finished runs (tools/sweep.py's, tools/reproduce.py's), and what scale.py measured."""
+
+    lr_grid: Path
+    """Runs that differ in learning rate and seed."""
+
+    suggested: tuple[Path, ...]
+    """Runs with the rate that scale.py suggested, else like the grid's."""
+
+    rule: Path
+    """Runs whose batch differs, the optimizer following it, for the same number of images."""
+
+    lengths: Path
+    """Runs at the smallest of these batches for several numbers of images."""
+
+    scaling: Path
+    """scaling.json with the gradient noise scale at that batch."""
+
+    out: Path
+    """Picture to write."""
+
+    title: str = ""
+    """Of the picture."""
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse(CheckArguments, __doc__, flags=True)
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vaetrain.scaling.evidence import Point, points, predicted, runs_below, shortfall
+
+
+def main(arguments: CheckArguments) -> None:
+    """Print both tables as Markdown and draw them."""
+    grid = points(runs_below(arguments.lr_grid), lambda run: run.lr)
+    [own] = points([run for folder in arguments.suggested for run in runs_below(folder)], lambda run: run.lr)
+    best = max(point.mean for point in grid)
+    print("| learning rate | ELBO, nats | below the best |\n|---|---|---|")
+    for point in sorted([*grid, own], key=lambda each: each.x):
+        name = f"**{point.x:.3g}, suggested**" if point is own else f"{point.x:.3g}"
+        print(f"| {name} | {shown(point)} | {shortfall(point.mean, best):.1%} |")
+
+    noise = json.loads(arguments.scaling.read_text())["noise_scale"]["scale"]
+    critical, error = noise["images"], noise["standard_error"]
+    runs = runs_below(arguments.rule)
+    batches, lengths = (
+        points(runs, lambda run: run.batch),
+        points(runs_below(arguments.lengths), lambda run: run.images),
+    )
+    images, smallest = min(run.images for run in runs), batches[0]
+    expected = [predicted(lengths, images, smallest.x, point.x, critical) for point in batches]
+    print(f"\nnoise scale {critical:,.0f} ± {error or 0:,.0f} images; {images:,} images each\n")
+    print("| batch | ELBO, nats | below the smallest batch | predicted |\n|---|---|---|---|")
+    for point, score in zip(batches, expected, strict=True):
+        below, foretold = (shortfall(each, smallest.mean) for each in (point.mean, score))
+        print(f"| {point.x:,.0f} | {shown(point)} | {below:.1%} | {score:,.1f} ({foretold:.1%}) |")
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(arguments.title)
+    draw(left, grid, "grid")
+    draw(left, [own], "suggested by scale.py", "s")
+    left.axhspan(best - 0.02 * abs(best), best, alpha=0.15, color="k", label="within 2 % of the best")
+    left.set(
+        xscale="log", xlabel="learning rate", ylabel="validation ELBO, nats", title="The suggested rate against a grid"
+    )
+    draw(right, batches, "measured, square-root rule")
+    right.plot([point.x for point in batches], expected, "--", label="predicted from the noise scale")
+    right.axvline(critical, color="k", alpha=0.4, label=f"noise scale, {critical:,.0f} images")
+    right.set(xscale="log", xlabel="batch, images", ylabel="validation ELBO, nats", title=f"The same {images:,} images")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(arguments.out, dpi=110)
+    print(f"\npicture written to {arguments.out}")
+
+
+def draw(axes: Axes, found: list[Point], label: str, marker: str = "o-") -> None:
+    """Means with their errors."""
+    axes.errorbar(
+        [point.x for point in found], [point.mean for point in found], [point.error or 0.0 for point in found],
+        fmt=marker, capsize=3, label=label,
+    )  # fmt: skip
+
+
+def shown(point: Point) -> str:
+    """Mean and its error."""
+    return f"{point.mean:,.1f}" + ("" if point.error is None else f" ± {point.error:,.1f}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(ARGUMENTS)

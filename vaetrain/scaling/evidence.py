@@ -1,0 +1,107 @@
+"""Whether advice came true: what finished trainings gave beside what scale.py's numbers predict of them.
+
+A learning-rate grid says how far the suggested rate is from the best. Trainings of several lengths at a small batch say what a
+number of images is worth; with McCandlish et al. 2018, Eq. 2.11, that predicts what a larger batch reaches with the same images.
+Without importing torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SCORE = "val/elbo_nats"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Trainings that differ in their seed alone."""
+
+    x: float
+    """The rate, the batch or the number of images."""
+    scores: tuple[float, ...]
+    """Validation ELBO at the end of each, nats per image."""
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean; None with one seed."""
+        return statistics.stdev(self.scores) / math.sqrt(len(self.scores)) if len(self.scores) > 1 else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says of itself."""
+
+    lr: float
+    batch: int
+    images: int
+    seed: int
+    score: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Raises ValueError, naming the folder, when it holds no run that has been validated."""
+        try:
+            config: Mapping[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} is no run directory: {error.filename} is missing") from error
+        validated = [record for record in records if record["split"] == "val" and record.get(SCORE) is not None]
+        if not validated:
+            raise ValueError(f"{folder} has no validation with {SCORE}")
+        return cls(
+            float(config["optim"]["lr"]), int(config["train"]["global_batch_size"]), int(validated[-1]["images_seen"]),
+            int(config["seed"]), float(validated[-1][SCORE]),
+        )  # fmt: skip
+
+
+def runs_below(folder: Path) -> list[Run]:
+    """All runs of a sweep's folder that were validated, or the one run that the folder is."""
+    files = sorted(folder.rglob("metrics.jsonl"))
+    if not files:
+        raise ValueError(f"there is no run below {folder}")
+    return [Run.read(file.parent) for file in files]
+
+
+def points(runs: Sequence[Run], x: Callable[[Run], float | int]) -> list[Point]:
+    """Runs by what they vary, ascending."""
+    groups: dict[float, list[float]] = {}
+    for run in runs:
+        groups.setdefault(float(x(run)), []).append(run.score)
+    return [Point(at, tuple(scores)) for at, scores in sorted(groups.items())]
+
+
+def worth(lengths: Sequence[Point], images: float | int) -> float:
+    """The score after so many images at the small batch, from trainings of several lengths: linear in log(images).
+
+    Beyond the first and the last length the nearest two go on.
+    """
+    assert len(lengths) > 1
+    at = next((n for n, point in enumerate(lengths) if point.x >= images), len(lengths) - 1)
+    low, high = lengths[max(1, at) - 1], lengths[max(1, at)]
+    share = math.log(images / low.x) / math.log(high.x / low.x)
+    return low.mean + share * (high.mean - low.mean)
+
+
+def predicted(
+    lengths: Sequence[Point], images: float | int, small_batch: float | int, batch: float | int, critical: float
+) -> float:
+    """The score at `batch` after `images`: that of the small batch after the images that these are worth to it."""
+    return worth(lengths, images * (1 + small_batch / critical) / (1 + batch / critical))
+
+
+def shortfall(score: float, best: float) -> float:
+    """How far a score lies below the best, as a share of the best's size."""
+    return (best - score) / abs(best)
