@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,12 @@ from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.metrics.config import FidConfig
-from vaetrain.metrics.extractor import FeatureExtractor
-from vaetrain.metrics.generation import inception_score, precision_recall
+from vaetrain.metrics.extractor import FeatureExtractor, Features
+from vaetrain.metrics.features import FeatureSet
+from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance
+from vaetrain.metrics.generation import Reference, inception_score, precision_recall
+from vaetrain.metrics.protocol import Protocol
+from vaetrain.metrics.reference import RealImages
 from vaetrain.run import RunDirectory
 
 
@@ -121,10 +126,8 @@ def test_two_processes_give_the_same_scores_as_one_and_find_its_features_in_the_
     assert two["provenance"]["num_processes"] == 2
     numbers = [name for name in one if name.startswith("eval/")]
     assert len(numbers) == 13
-    numbers.remove("eval/fid_gap_std_error")
-    assert one["eval/fid_gap_std_error"] is two["eval/fid_gap_std_error"] is None  # of one set of 23 training images
     assert one["eval/fid_gap"] == one["eval/fid_val"] - one["eval/fid_train"]
-    assert one["fid_protocol"]["num_gap"] == 23
+    assert one["fid_protocol"]["num_gap"] == 18  # a quarter of the 74 training images, for want of 4 times 23
     for name in numbers:
         assert two[name] == pytest.approx(one[name], rel=1e-6), name
     for protocol in ("fid_protocol", "rfid_protocol"):
@@ -215,6 +218,93 @@ def test_per_class_scores_the_samples_against_the_whole_split_and_each_class(
     assert scores["eval/fid"] == standard["eval/fid"]
     assert len({scores["eval/fid"], *(scores[f"eval/fid/{name}"] for name in counts)}) == 1 + len(counts)
     assert not [name for name in standard if name.startswith("eval/fid/")]
+
+
+class Drawn(RealImages):
+    """A split of Gaussian features in place of images: two ordinary classes and one of three images."""
+
+    num_images = 0
+    manifest = SimpleNamespace(classes=["cat", "dog", "axolotl"], fingerprint="f")
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images = num_images
+        self.all = torch.randn(num_images, 4, generator=torch.Generator().manual_seed(seed))
+        labels = np.arange(num_images) % 2
+        labels[:3] = 2
+        self.images = SimpleNamespace(selection=SimpleNamespace(index=SimpleNamespace(label=labels)))
+
+    def features(self, positions, extractor, accelerator) -> FeatureSet:
+        features = self.all[torch.from_numpy(positions)]
+        statistics = FeatureStatistics.empty(4)
+        statistics.update(features)
+        return FeatureSet(features, statistics)
+
+
+class Unchanged(FeatureExtractor):
+    """An extractor of images that are features already."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, images):
+        return Features(images, None)
+
+    def describe(self):
+        return {}
+
+
+def reference_of(protocol: Protocol, accelerator) -> Reference:
+    fid = FidConfig(num_images=20)
+    return Reference.open(Drawn(protocol.num_split, 0), Drawn(30, 1), protocol, fid, Unchanged(), accelerator)
+
+
+def samples(num_images: int, seed: int = 2):
+    return iter([(range(num_images), torch.randn(num_images, 4, generator=torch.Generator().manual_seed(seed)))])
+
+
+def test_every_image_of_an_odd_split_counts_and_a_class_without_a_score_says_why(accelerator):
+    reference = reference_of(Protocol("per-class", 50, 41, 41, seed=0), accelerator)
+    found = reference.score(samples(50), accelerator)
+    assert found["fid_protocol"]["per_class"] == {"cat": 19, "dog": 19, "axolotl": 3}
+    assert found["eval/fid/axolotl"] is None
+    assert found["eval/fid/axolotl_reason"] == "the train split has 3 image(s) of this class; it takes at least 4"
+    cats = reference.real.all[4::2]
+    assert found["eval/fid/cat"] == pytest.approx(
+        frechet_distance(Gaussian.of_features(next(samples(50))[1]), Gaussian.of_features(cats)), rel=1e-6
+    )
+
+
+def test_beside_the_floor_stands_the_fid_of_as_many_images(accelerator):
+    protocol = Protocol("standard", 50, 41, 41, seed=0)
+    found = reference_of(protocol, accelerator).score(samples(50), accelerator)
+    real = Drawn(41, 0).all[torch.from_numpy(protocol.halves()[0])]
+    assert found["eval/fid_at_num_floor"] == pytest.approx(
+        frechet_distance(Gaussian.of_features(next(samples(50))[1][:20]), Gaussian.of_features(real)), rel=1e-6
+    )
+    enough = reference_of(Protocol("custom", 20, 41, 20, seed=0), accelerator).score(samples(20), accelerator)
+    assert "eval/fid_at_num_floor" not in enough  # eval/fid is of as many already
+
+
+@pytest.mark.parametrize("name", ["custom", "per-class"])
+def test_what_concerns_real_images_alone_is_computed_once(accelerator, monkeypatch, name):
+    num_distances = []
+
+    def counting(a, b):
+        num_distances.append(1)
+        return frechet_distance(a, b)
+
+    for module in ("generation", "fidelity", "fid_gap"):
+        monkeypatch.setattr(f"vaetrain.metrics.{module}.frechet_distance", counting)
+    size = 20 if name == "custom" else 41
+    reference = reference_of(Protocol(name, size, 41, size, seed=0), accelerator)
+    assert len(num_distances) == (1 if name == "custom" else 1 + 2)  # floors
+    num_distances.clear()
+    found = reference.score(samples(size), accelerator)
+    line, gap, at_num_floor = len(found["fid_protocol"]["fid_against_count"]["counts"]), 1 + 4, 1
+    assert len(num_distances) == (line + gap if name == "custom" else 3 * line + gap + at_num_floor)
+    seconds = found["fid_protocol"]["seconds"]
+    assert min(seconds.values()) > 0
+    assert seconds.keys() == {"distances_of_real_images", "distances"}
 
 
 def test_without_weights_the_other_scores_are_written_and_fid_alone_fails(run_dir, accelerator, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from launching import TINY
@@ -83,6 +84,12 @@ def test_a_missing_lpips_file_is_told_before_anything_is_computed(run_dir, accel
     lpips.heads.unlink()
     with pytest.raises(FileNotFoundError, match=r"--lpips\.heads .*alex-heads\.pth is no file"):
         evaluate(EvaluateConfig(run_dir, scores=("elbo", "lpips"), lpips=lpips), accelerator)
+
+
+def test_the_first_prior_is_the_one_named_first():
+    assert EvaluateConfig(Path("run"), priors=("gmm", "standard", "gmm")).chosen_priors == ("gmm", "standard")
+    assert EvaluateConfig(Path("run"), priors=("all",)).chosen_priors == PRIOR_NAMES
+    assert EvaluateConfig(Path("run"), priors=("flow", "all")).chosen_priors[:2] == ("flow", "standard")
 
 
 def test_priors_are_named(run_dir):

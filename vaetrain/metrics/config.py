@@ -123,8 +123,9 @@ class EvaluateConfig:
 
     @property
     def chosen_priors(self) -> tuple[PriorName, ...]:
-        """The priors by name."""
-        return PRIOR_NAMES if "all" in self.priors else tuple(name for name in PRIOR_NAMES if name in self.priors)
+        """The priors by name, in the order in which they were asked for, since the first is the one that `eval/fid` is of."""
+        named = (name for asked in self.priors for name in (PRIOR_NAMES if asked == "all" else (asked,)))
+        return tuple(dict.fromkeys(named))
 
     def __post_init__(self) -> None:
         """Refuse to score nothing, and to keep samples that are not drawn."""

@@ -21,6 +21,7 @@ MEANINGS = {
     "val/ssim": "structural similarity, at most 1; larger is better",
     "eval/fid": "samples against real images; smaller is better",
     "eval/fid_floor": "real images against other real ones: what a perfect generator would score",
+    "eval/fid_at_num_floor": "FID of as many images on either side as the floor has: what to hold against it",
     "eval/fid_infinity": "FID extrapolated to endlessly many images",
     "eval/fid_val": "samples against the val split",
     "eval/fid_train": "samples against as many training images",
