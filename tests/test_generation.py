@@ -98,6 +98,7 @@ def test_anybody_gets_the_same_scores_with_torch_fidelity_from_the_kept_samples_
     assert not protocol["weights_are_published"]
     manifest = json.loads((tmp_path / "kept" / "manifest.json").read_text())
     assert (manifest["count"], manifest["seed"], manifest["prior"]) == (10, 0, "standard")
+    assert {**manifest, **protocol["samples"]} == manifest
     assert sum(shard["num_images"] for shard in manifest["shards"]) == 10
 
 
@@ -310,13 +311,15 @@ def test_what_concerns_real_images_alone_is_computed_once(accelerator, monkeypat
 def test_without_weights_the_other_scores_are_written_and_fid_alone_fails(run_dir, accelerator, tmp_path):
     out = tmp_path / "scores.json"
     scores = evaluate(EvaluateConfig(run_dir, out=out), accelerator)
-    for name in ("eval/fid", "eval/rfid"):
+    for name in ("eval/fid", "eval/rfid", "eval/kid", "eval/precision", "eval/recall"):
         assert scores[name] is None
         assert "--fid.weights FILE" in scores[f"{name}_reason"]
     assert json.loads(out.read_text())["val/psnr_db"] > 0
-    for alone in (("fid",), ("rfid", "fid")):
+    for alone in (("fid",), ("rfid", "fid"), ("lpips", "fid")):
         with pytest.raises(ValueError, match=r"--scores .*fid: no weights .* were given.*weights-inception-2015-12-05"):
             evaluate(EvaluateConfig(run_dir, out=out, scores=alone), accelerator)
+    with pytest.raises(ValueError, match=r"--scores lpips: .*--lpips\.heads"):
+        evaluate(EvaluateConfig(run_dir, out=out, scores=("lpips",)), accelerator)
     with pytest.raises(ValueError, match=r"--keep-samples .*samples are drawn for FID, and no weights"):
         evaluate(EvaluateConfig(run_dir, out=out, keep_samples=tmp_path / "kept"), accelerator)
 
