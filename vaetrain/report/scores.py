@@ -46,9 +46,9 @@ MEANINGS = {
     "eval/nearest_pixel_distance_ratio": "distance of samples to training images over that of validation images: near 0 for copies",
     "eval/nearest_pixel_distance_ratio_to_recon": "the same over reconstructions, which are as blurred as samples",
     "eval/nearest_pixel_closer_than_val": "½ where nothing is copied, 1 for copies",
-    "eval/nearest_feature_distance_ratio": "as above, in codes of the encoder",
-    "eval/nearest_feature_distance_ratio_to_recon": "as above, in codes of the encoder",
-    "eval/nearest_feature_closer_than_val": "as above, in codes of the encoder",
+    "eval/nearest_feature_distance_ratio": "as above, in the features that nearest_protocol names",
+    "eval/nearest_feature_distance_ratio_to_recon": "as above, in the features that nearest_protocol names",
+    "eval/nearest_feature_closer_than_val": "as above, in the features that nearest_protocol names",
 }
 """By contract name."""
 
