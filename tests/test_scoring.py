@@ -14,6 +14,7 @@ from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.evaluate import evaluate
 from vaetrain.metrics.config import EvaluateConfig, FidConfig
+from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
 from vaetrain.run import RunDirectory
@@ -171,6 +172,35 @@ def test_scores_of_their_own_place_leave_the_runs_pictures_alone(run_dir, accele
     }  # fmt: skip
     assert scores["priors"]["gaussian"]["heldout_nats_per_dim"] < 0
     assert scores["nearest_protocol"]["features"] == "posterior means of the model's own encoder"
+
+
+def test_neighbours_are_those_in_the_features_behind_fid_extracted_once(run_dir, accelerator, tmp_path, monkeypatch):
+    monkeypatch.setattr("vaetrain.metrics.protocol.STANDARD_MIN_GENERATED", 120)
+    seen: list[int] = []
+    call = FeatureExtractor.__call__
+
+    def counting(self, images):
+        seen.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(FeatureExtractor, "__call__", counting)
+    fid = small_fid(tmp_path)
+
+    def images_seen(fid, **options):
+        seen.clear()
+        config = EvaluateConfig(run_dir, tmp_path / "s.json", scores=("fid", "nearest"), fid=fid, **QUICK, **options)
+        return evaluate(config, accelerator), sum(seen)
+
+    samples, train, val, queries = 120, 100, 23, 3 * 12
+    scores, count = images_seen(replace(fid, protocol="standard", num_images=None))
+    assert count == samples + train + val + queries
+    assert scores["nearest_protocol"]["features"]["extractor"] == fid.extractor
+    scores, count = images_seen(fid)
+    assert count == 20 + 20 + 20 + 20 + queries + train  # samples, reference, floor, validation images
+    own, count = images_seen(fid, nearest_features="encoder")
+    assert count == 20
+    assert own["eval/nearest_feature_distance_ratio"] != scores["eval/nearest_feature_distance_ratio"]
+    assert "encoder" in own["nearest_protocol"]["features"]
 
 
 def test_the_record_says_how_far_training_was(run_dir, accelerator, tmp_path):
