@@ -80,6 +80,22 @@ def test_every_part_is_that_of_the_brute_force(latents_per_image: int, accelerat
     assert surgery.dimension_kl.sum().item() == pytest.approx(surgery.dimension_kl_sum.mean, rel=1e-9)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_latents_are_drawn_a_block_at_a_time(accelerator, monkeypatch):
+    """In float64, and with their noise, those of all images would be five times what the moments hold."""
+    sizes = []
+
+    def counting(seed, indices, shape):
+        sizes.append(len(indices))
+        return noise_of_images(seed, indices, shape)
+
+    monkeypatch.setattr(module, "noise_of_images", counting)
+    config = ModelConfig(image_size=8, base_channels=8, channel_mult=(1, 2), num_res_blocks=1, latent_channels=2)
+    reader = MemoryReader(torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8))
+    elbo_surgery(VAE(config).eval(), reader, accelerator, LikelihoodConfig(), batch_size=7)
+    assert sizes == [16, 16, 16, 2]
+
+
 def test_exact_posteriors_of_many_images_make_up_the_prior(accelerator):
     """I(x; z) = ½ log det(I + WᵀW/σ²), and nothing is left for the marginal KL."""
     vae = LinearGaussian((0.4, 0.2))

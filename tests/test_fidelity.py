@@ -86,18 +86,18 @@ def test_extrapolation_of_both_sides_finds_the_distance_of_the_distributions() -
     std_a, std_b = torch.arange(1, 65) ** -0.5, torch.arange(1, 65) ** -0.3
     truth = float((std_a - std_b).square().sum()) + 64 * 0.1**2
     a, b = draw(500, std_a), draw(500, std_b, 0.1, seed=1)
-    line = fid_against_count(a, b, cut_reference=True)
+    line = fid_against_count(a, b)
     assert line.counts[0] == 250
     assert line.counts[-1] == 500
     assert len(line.counts) == 15
     assert line.fids[-1] == pytest.approx(distance(a, b), rel=1e-9)
     assert line.fids[0] > line.fids[-1] > 1.15 * truth
     assert line.at_infinity == pytest.approx(truth, rel=0.05)
-    half_done = fid_against_count(a, b, cut_reference=False)
+    half_done = fid_against_count(a, Gaussian.of_features(b))
     assert half_done.fids[-1] == pytest.approx(line.fids[-1], rel=1e-9)
     assert truth < half_done.at_infinity < line.fids[-1]
 
 
 def test_extrapolation_of_a_handful_of_images_uses_each_count_once() -> None:
-    line = fid_against_count(draw(10, torch.ones(4)), draw(30, torch.ones(4), seed=1), cut_reference=False)
+    line = fid_against_count(draw(10, torch.ones(4)), Gaussian.of_features(draw(30, torch.ones(4), seed=1)))
     assert line.counts == (5, 6, 7, 8, 9, 10)

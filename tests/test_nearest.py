@@ -1,15 +1,26 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from vaetrain import nearest
+from vaetrain.data.chosen import ChosenImages
 from vaetrain.data.config import DataConfig
+from vaetrain.data.decode import decode_into
 from vaetrain.data.reader import open_reader
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.nearest import draw_images, encoder_features, memorisation, nearest_images, pixels, probability_of_less
+from vaetrain.nearest import (
+    describe_neighbours,
+    draw_images,
+    encoder_features,
+    memorisation,
+    nearest_images,
+    pixels,
+    probability_of_less,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +63,8 @@ def test_copies_are_found_and_the_first_of_equals_is_taken(readers, accelerator)
 
 def test_scores_tell_copies_from_new_images(vae, readers, accelerator, tmp_path):
     train, val = (reader.first(1000).images.contiguous() for reader in readers)
-    copies = memorisation(vae, train[40:60], *readers, accelerator, tmp_path / "copies.png", num_shown=6)
-    new = memorisation(vae, val, *readers, accelerator, tmp_path / "new.png")
+    copies = memorisation(vae, train[40:60], *readers, accelerator, tmp_path / "copies.png", num_shown=6).scores
+    new = memorisation(vae, val, *readers, accelerator, tmp_path / "new.png").scores
     for space in ("pixel", "feature"):
         assert copies[f"eval/nearest_{space}_distance_ratio"] == pytest.approx(0, abs=1e-3)
         assert copies[f"eval/nearest_{space}_closer_than_val"] == 1
@@ -66,6 +77,37 @@ def test_scores_tell_copies_from_new_images(vae, readers, accelerator, tmp_path)
         assert 80 < picture.height < 80 + 120
     with Image.open(tmp_path / "new.png") as picture:
         assert 4 * 80 < picture.height < 4 * 80 + 180
+
+
+def test_features_that_are_known_are_not_computed_again(vae, readers, accelerator, tmp_path):
+    train = readers[0].first(1000).images.contiguous()
+    seen = []
+
+    def features(images):
+        seen.append(len(images))
+        return pixels(images)
+
+    found = memorisation(
+        vae, train[40:60], *readers, accelerator, tmp_path / "n.png", features=features, known=pixels(train)
+    )
+    assert sum(seen) == 3 * 20  # samples, validation images, reconstructions
+    assert found.neighbours["feature"].index.tolist() == found.neighbours["pixel"].index.tolist() == [*range(40, 60)]
+
+
+def test_a_neighbour_is_described_so_that_anyone_finds_it(tiny_shards, vae, readers, accelerator, tmp_path):
+    train = readers[0].first(1000).images.contiguous()
+    found = memorisation(vae, train[[99, 3, 99]], *readers, accelerator, tmp_path / "n.png").neighbours
+    lines = describe_neighbours(found, ChosenImages.all_of(DataConfig(str(tiny_shards)), "train"))
+    assert [line["sample"] for line in lines] == [0, 1, 2]
+    assert [line["pixel"]["index"] for line in lines] == [99, 3, 99]
+    assert lines[0]["pixel"] == lines[2]["pixel"]
+    for line, position in zip(lines, (99, 3, 99), strict=True):
+        place = line["feature"]
+        content = (tiny_shards / place["shard"]).read_bytes()[place["offset"] :][: place["num_bytes"]]
+        pixels_found = np.empty((16, 16, 3), np.uint8)
+        decode_into(content, pixels_found)
+        assert torch.equal(torch.from_numpy(pixels_found).permute(2, 0, 1), train[position])
+        assert line["pixel"]["distance"] == 0
 
 
 def test_probability_of_less_counts_ties_half():

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -258,6 +259,11 @@ def test_a_prior_of_something_else_is_refused(fit_all):
     file = fit(["gaussian"])["gaussian"].file
     with pytest.raises(ValueError, match=r"made for --fit.*delete .*gaussian.safetensors"):
         fit(["gaussian"], PriorFitConfig(num_codes=7))
+    file_of_codes = fit(["mean-code"])["mean-code"].file
+    other_flow = replace(FIT, flow_steps=7, gmm_components=(3,))
+    assert fit(["mean-code"], other_flow)["mean-code"].file == file_of_codes  # what it does not look at may change
+    with pytest.raises(ValueError, match=r"made for --fit.mean-code-images 4, now it is 5; delete .*mean-code"):
+        fit(["mean-code"], replace(FIT, mean_code_images=5))
     checksums = run / trained.checkpoint / "checksums.json"
     content = json.loads(checksums.read_text())
     checksums.write_text(json.dumps(content | {"ema.safetensors": "0" * 64}))

@@ -108,6 +108,19 @@ def test_the_manifest_says_what_the_samples_are(tiny_run, accelerator, tmp_path)
     assert not set(read_samples(tmp_path / "a").values()) & set(read_samples(tmp_path / "b").values())
 
 
+def test_a_command_that_is_run_again_when_all_is_done_succeeds(tiny_run, accelerator, tmp_path, monkeypatch, capsys):
+    tiny_run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = SampleConfig(tiny_run, tmp_path / "out", num_images=9, prior="gaussian")
+    assert sample_and_count(config, accelerator, monkeypatch) == 9
+    manifest = (config.out / "manifest.json").read_bytes()
+    assert sample_and_count(config, accelerator, monkeypatch) == 0
+    assert "already holds these 9 samples" in capsys.readouterr().out
+    assert (config.out / "manifest.json").read_bytes() == manifest
+    monkeypatch.setattr(sample_module, "fitted_prior", None)  # no prior is fitted for nothing
+    with pytest.raises(FileExistsError, match=r"prior was gaussian, now gmm.*choose another --out"):
+        sample(replace(config, prior="gmm"), accelerator)
+
+
 def test_what_makes_no_sense_is_said_before_anything_is_loaded():
     result = run("vaetrain/sample.py", "--run", "nowhere", "--out", "x", "--prior", "mean-code", "--temperature", 0.5)
     assert result.returncode == 2

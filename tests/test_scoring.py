@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from launching import TINY
+from launching import TINY, succeed
 from lpips_weights import write_random_lpips_weights
 from PIL import Image
 from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.evaluate import evaluate
 from vaetrain.metrics.config import EvaluateConfig, FidConfig
+from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
+from vaetrain.run import RunDirectory
+from vaetrain.sample import SampleConfig, sample
 
 QUICK = {
     "num_pictures": 12,
@@ -66,6 +71,145 @@ def test_the_first_prior_that_was_chosen_is_the_one_scored(run_dir, accelerator,
     assert standard["eval/fid"] != scores["eval/fid"]
 
 
+def small_fid(tmp_path) -> FidConfig:
+    extractor = tmp_path / "mine.pt"
+    if not extractor.exists():
+        write_torchscript_extractor(extractor)
+    return FidConfig(num_images=20, extractor=str(extractor), cache_dir=tmp_path / "cache")
+
+
+def numbers(scores):
+    return {name: value for name, value in scores.items() if name.startswith("eval/")}
+
+
+def test_a_sample_set_scores_as_samples_drawn_now_do_on_one_and_two_processes(run_dir, accelerator, tmp_path):
+    fid, scores = small_fid(tmp_path), ("fid", "nearest")
+    drawn = tmp_path / "drawn"
+    sample(SampleConfig(run_dir, drawn, 23, batch_size=4, images_per_shard=5, temperature=0.5), accelerator)
+    options = {"scores": scores, "fid": fid, "batch_size": 4, **QUICK}
+    given = evaluate(EvaluateConfig(run_dir, tmp_path / "given.json", samples=drawn, **options), accelerator)
+    now = evaluate(EvaluateConfig(run_dir, tmp_path / "now.json", temperature=0.5, **options), accelerator)
+    warm = evaluate(EvaluateConfig(run_dir, tmp_path / "warm.json", **options), accelerator)
+    assert numbers(given) == pytest.approx(numbers(now), rel=1e-6)  # batches end where shards do, and round otherwise
+    assert warm["eval/fid"] != now["eval/fid"]
+    assert warm["eval/nearest_pixel_distance_ratio"] != now["eval/nearest_pixel_distance_ratio"]
+    manifest = json.loads((drawn / "manifest.json").read_text())
+    for protocol in (given["fid_protocol"], given["nearest_protocol"]):
+        assert protocol["samples"].pop("read_from") == str(drawn)
+        assert {**manifest, **protocol["samples"]} == manifest
+        assert protocol["samples"]["temperature"] == 0.5
+    assert now["fid_protocol"]["samples"].items() <= {**manifest, "count": 20}.items()
+    succeed(
+        "vaetrain/evaluate.py", "--run", run_dir, "--out", tmp_path / "two.json", "--samples", drawn, "--scores", *scores,
+        "--batch-size", 4, "--num-pictures", 12, "--fid.num-images", 20, "--fid.extractor", fid.extractor,
+        "--fid.cache-dir", fid.cache_dir, two_processes=True,
+    )  # fmt: skip
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert numbers(two) == pytest.approx(numbers(given), rel=1e-6)
+    lines = [(tmp_path / f"{name}.nearest.jsonl").read_text() for name in ("given", "now", "two")]
+    assert lines[0] == lines[1]
+    found, found_by_two = ([json.loads(line) for line in text.splitlines()] for text in lines[1:])
+    assert len(found) == 12
+    assert [line["feature"]["index"] for line in found_by_two] == [line["feature"]["index"] for line in found]
+
+
+def test_a_sample_set_that_cannot_be_scored_is_refused(run_dir, tiny_run, accelerator, tmp_path, monkeypatch):
+    drawn, options = tmp_path / "drawn", {"scores": ("fid",), "fid": small_fid(tmp_path), "out": tmp_path / "s.json"}
+    sample(SampleConfig(run_dir, drawn, 19, images_per_shard=10), accelerator)
+    with pytest.raises(
+        ValueError, match=r"holds 19 images .* compares 20; .*--num-images 20, or .*--fid.num-images 19"
+    ):
+        evaluate(EvaluateConfig(run_dir, samples=drawn, **options), accelerator)
+    with pytest.raises(FileNotFoundError, match=r"no finished sample set"):
+        evaluate(EvaluateConfig(run_dir, samples=tmp_path, **options), accelerator)
+    for refused in ({"temperature": 0.5}, {"priors": ("gmm",)}, {"keep_samples": tmp_path}):
+        with pytest.raises(ValueError, match=r"drawn already; leave out --(temperature|priors|keep-samples)"):
+            EvaluateConfig(run_dir, samples=drawn, **refused)
+    with pytest.raises(ValueError, match="--priors random-code have no noise to scale"):
+        EvaluateConfig(run_dir, priors=("random-code",), temperature=0.5)
+    fewer = {**options, "fid": replace(options["fid"], num_images=19)}
+    monkeypatch.setattr("vaetrain.scoring.weights_sha256", lambda *_: "0" * 64)
+    with pytest.raises(ValueError, match=r"whose weights are not those of"):
+        evaluate(EvaluateConfig(run_dir, samples=drawn, **fewer), accelerator)
+    monkeypatch.undo()
+    shard = drawn / "rank-0000-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match=r"rank-0000-000001.tar is missing or not the file"):
+        evaluate(EvaluateConfig(run_dir, samples=drawn, **fewer), accelerator)
+
+
+def test_samples_of_several_priors_are_kept_side_by_side(run_dir, accelerator, tmp_path):
+    kept, fid = tmp_path / "kept", small_fid(tmp_path)
+    config = EvaluateConfig(
+        run_dir, tmp_path / "s.json", scores=("fid",), priors=("gaussian", "standard"), keep_samples=kept, fid=fid, **QUICK
+    )  # fmt: skip
+    scores = evaluate(config, accelerator)
+    assert {path.name for path in kept.iterdir()} == {"gaussian", "standard"}
+    assert scores["fid_protocol"]["kept_samples"] == str(kept / "gaussian")
+    manifests = {path.name: json.loads((path / "manifest.json").read_text()) for path in kept.iterdir()}
+    sample(SampleConfig(run_dir, tmp_path / "drawn", 20, prior="gaussian", fit=QUICK["fit"]), accelerator)
+    drawn = json.loads((tmp_path / "drawn" / "manifest.json").read_text())
+    assert manifests["gaussian"].keys() == drawn.keys()
+    for name in drawn.keys() - {"provenance", "shards"}:
+        assert manifests["gaussian"][name] == drawn[name], name
+    assert "nearest of 256 levels" in drawn["pixels"]
+    assert drawn["prior_facts"]["prior"] == "gaussian"
+    again = evaluate(
+        EvaluateConfig(run_dir, tmp_path / "t.json", scores=("fid",), samples=kept / "standard", fid=fid), accelerator
+    )
+    assert again["eval/fid"] == scores["priors"]["standard"]["eval/fid"]
+
+
+def test_scores_of_their_own_place_leave_the_runs_pictures_alone(run_dir, accelerator, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.png")}
+    config = EvaluateConfig(
+        run_dir, tmp_path / "mine.json", scores=("nearest", "latents"), priors=("gaussian", "standard"), **QUICK
+    )  # fmt: skip
+    scores = evaluate(config, accelerator)
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.png")} == before
+    assert {path.name for path in (tmp_path / "mine.figures").iterdir()} == {
+        "priors.png", "nearest.png", "latent_interpolations.png", "latent_traversals.png", "latent_pca.png",
+    }  # fmt: skip
+    assert scores["priors"]["gaussian"]["heldout_nats_per_dim"] < 0
+    assert scores["nearest_protocol"]["features"] == "posterior means of the model's own encoder"
+
+
+def test_neighbours_are_those_in_the_features_behind_fid_extracted_once(run_dir, accelerator, tmp_path, monkeypatch):
+    monkeypatch.setattr("vaetrain.metrics.protocol.STANDARD_MIN_GENERATED", 120)
+    seen: list[int] = []
+    call = FeatureExtractor.__call__
+
+    def counting(self, images):
+        seen.append(len(images))
+        return call(self, images)
+
+    monkeypatch.setattr(FeatureExtractor, "__call__", counting)
+    fid = small_fid(tmp_path)
+
+    def images_seen(fid, **options):
+        seen.clear()
+        config = EvaluateConfig(run_dir, tmp_path / "s.json", scores=("fid", "nearest"), fid=fid, **QUICK, **options)
+        return evaluate(config, accelerator), sum(seen)
+
+    samples, train, val, queries = 120, 100, 23, 3 * 12
+    scores, count = images_seen(replace(fid, protocol="standard", num_images=None))
+    assert count == samples + train + val + queries
+    assert scores["nearest_protocol"]["features"]["extractor"] == fid.extractor
+    scores, count = images_seen(fid)
+    assert count == 20 + 20 + 20 + 20 + queries + train  # samples, reference, floor, validation images
+    own, count = images_seen(fid, nearest_features="encoder")
+    assert count == 20
+    assert own["eval/nearest_feature_distance_ratio"] != scores["eval/nearest_feature_distance_ratio"]
+    assert "encoder" in own["nearest_protocol"]["features"]
+
+
+def test_the_record_says_how_far_training_was(run_dir, accelerator, tmp_path):
+    scores = evaluate(EvaluateConfig(run_dir, tmp_path / "s.json", scores=("elbo",)), accelerator)
+    [last] = [record for record in RunDirectory(run_dir).metrics() if record["split"] == "val"]
+    for name in ("step", "images_seen", "epoch", "split"):
+        assert scores[name] == last[name]
+
+
 def test_likelihood_and_lpips_are_in_the_record(run_dir, accelerator, tmp_path):
     lpips = write_random_lpips_weights(tmp_path, "vgg")
     scores = evaluate(EvaluateConfig(run_dir, scores=("likelihood", "lpips"), lpips=lpips, **QUICK), accelerator)
@@ -83,6 +227,12 @@ def test_a_missing_lpips_file_is_told_before_anything_is_computed(run_dir, accel
     lpips.heads.unlink()
     with pytest.raises(FileNotFoundError, match=r"--lpips\.heads .*alex-heads\.pth is no file"):
         evaluate(EvaluateConfig(run_dir, scores=("elbo", "lpips"), lpips=lpips), accelerator)
+
+
+def test_the_first_prior_is_the_one_named_first():
+    assert EvaluateConfig(Path("run"), priors=("gmm", "standard", "gmm")).chosen_priors == ("gmm", "standard")
+    assert EvaluateConfig(Path("run"), priors=("all",)).chosen_priors == PRIOR_NAMES
+    assert EvaluateConfig(Path("run"), priors=("flow", "all")).chosen_priors[:2] == ("flow", "standard")
 
 
 def test_priors_are_named(run_dir):

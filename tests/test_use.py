@@ -51,8 +51,8 @@ def test_another_seed_draws_others_and_a_sample_set_is_not_overwritten(train_tin
     sample(SampleConfig(run_dir, tmp_path / "a", num_images=3), accelerator)
     sample(SampleConfig(run_dir, tmp_path / "b", num_images=3, seed=1), accelerator)
     assert not set(read_samples(tmp_path / "a").values()) & set(read_samples(tmp_path / "b").values())
-    with pytest.raises(FileExistsError, match="choose another --out"):
-        sample(SampleConfig(run_dir, tmp_path / "a", num_images=3), accelerator)
+    with pytest.raises(FileExistsError, match=r"sample set \(seed was 0, now 2\); choose another --out"):
+        sample(SampleConfig(run_dir, tmp_path / "a", num_images=3, seed=2), accelerator)
 
 
 def test_scores(train_tiny, accelerator):

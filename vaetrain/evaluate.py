@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
         "nearest": scoring.nearest,
         "latents": scoring.latents,
     }
-    scores: dict[str, Any] = {}
+    scores = scoring.compare_priors()
     for name, measure in parts.items():
         if name in config.scores:
             scores |= measure()
@@ -49,6 +49,8 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     record: dict[str, Any] = {
         "run": str(config.run),
         "checkpoint": str(trained.checkpoint),
+        **trained.position(),
+        "split": "val",
         **scores,
         "protocol": {
             "evaluate": plain(config),
@@ -70,9 +72,12 @@ def print_scores(record: dict[str, Any]) -> None:
     for name, value in record.items():
         if "/" in name and not isinstance(value, str):
             print(f"{name:38s} {value if value is None else format(value, ',.6g')}")
-    for name in ("eval/fid", "eval/rfid", "eval/lpips", "eval/nll_nats"):
-        if f"{name}_reason" in record:
-            print(f"{name} is not measured: {record[f'{name}_reason']}")
+    missing: dict[str, list[str]] = {}  # one line for all that lack the same
+    for name, value in record.items():
+        if name.endswith("_reason"):
+            missing.setdefault(value, []).append(name.removesuffix("_reason"))
+    for reason, names in missing.items():
+        print(f"not measured: {', '.join(names)}: {reason}")
     for name, row in record.get("priors", {}).items():
         numbers = {
             "held-out nats/dim": row["heldout_nats_per_dim"],

@@ -41,6 +41,19 @@ class TrainedModel:
     dataset: dict[str, Any]
     progress: dict[str, Any]
 
+    def position(self) -> dict[str, int | float]:
+        """How far training was at the checkpoint, under the names that training's own records have."""
+        step, images_seen = self.progress["step"], self.progress["images_seen"]
+        split, classes = self.dataset["train"]["splits"]["train"], self.config["data"]["classes"]
+        num_images = sum(split["class_counts"][name] for name in classes) if classes else split["num_images"]
+        batch_size = self.config["train"]["global_batch_size"]
+        return {
+            "step": step,
+            "images_seen": images_seen,
+            # An epoch is whole global batches.
+            "epoch": round(images_seen / (num_images // batch_size * batch_size), 6),
+        }
+
 
 def load(
     path: str | Path,

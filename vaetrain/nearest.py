@@ -7,10 +7,12 @@ which the model cannot have memorised, and for their reconstructions, which are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Float64, Int64, UInt8
@@ -18,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaetrain import distributed
+from vaetrain.data.chosen import ChosenImages
 from vaetrain.data.reader import Reader
 from vaetrain.labelled_grid import save_labelled_grid
 from vaetrain.metrics.subset import choose_images, subset_batches
@@ -59,6 +62,14 @@ class Neighbours:
     """The nearest images of the first queries."""
 
 
+class Memorisation(NamedTuple):
+    """How close samples are to the training images."""
+
+    scores: dict[str, float | None]
+    neighbours: dict[str, Neighbours]
+    """Of each sample, in pixels and in features."""
+
+
 class NearestSearch:
     """Exact nearest neighbours of queries among images that pass by in batches, in one space."""
 
@@ -70,9 +81,11 @@ class NearestSearch:
         self.index = torch.full_like(self.norms, -1, dtype=torch.int64)
         self.image = torch.zeros_like(shown)
 
-    def update(self, images: UInt8[Tensor, "b c h w"], indices: Int64[Tensor, " b"]) -> None:
+    def update(
+        self, images: UInt8[Tensor, "b c h w"], indices: Int64[Tensor, " b"], features: Float[Tensor, "b d"]
+    ) -> None:
         """Compare every query with every image of a batch; ‖a − b‖² = ‖a‖² − 2 a·b + ‖b‖² in float64."""
-        passing = self.features(images).flatten(1).double()
+        passing = features.double()
         norms = passing.square().sum(1)
         block = max(1, MAX_DISTANCES // len(passing))
         for start in range(0, len(self.queries), block):
@@ -108,15 +121,17 @@ def nearest_images(
     accelerator: Accelerator,
     spaces: dict[str, Features],
     *,
+    known: Mapping[str, Float[Tensor, "m ..."]] | None = None,
     num_shown: int = 0,
     batch_size: int = BATCH_SIZE,
 ) -> dict[str, Neighbours]:
     """Each query's exact nearest image of the reader's split in every space, in one pass shared by all processes.
 
     A collective. All processes give the same queries and get the same answer, whatever their number; memory is bounded by
-    the queries and their features, not by the split.
+    the queries and their features, not by the split. `known` has the features of the whole split for spaces where these
+    have been computed already.
     """
-    device = accelerator.device
+    device, known = accelerator.device, known or {}
     searches = {}
     for name, features in spaces.items():
         rows = [features(block.to(device)).flatten(1) for block in queries.split(batch_size)]
@@ -127,8 +142,10 @@ def nearest_images(
         unit="batch",
         disable=None if accelerator.is_main_process else True,
     ):
-        for search in searches.values():
-            search.update(batch.images.to(device), batch.indices.to(device))
+        indices = batch.indices.to(device)
+        for name, search in searches.items():
+            passing = known[name][indices] if name in known else search.features(batch.images.to(device))
+            search.update(batch.images.to(device), indices, passing.flatten(1))
     return {name: search.finish(accelerator) for name, search in searches.items()}
 
 
@@ -142,13 +159,15 @@ def memorisation(
     file: Path,
     *,
     features: Features | None = None,
+    known: Float[Tensor, "m ..."] | None = None,
     num_shown: int = 16,
     seed: int = 0,
-) -> dict[str, float | None]:
+) -> Memorisation:
     """Scores of how much closer samples are to training images than held-out images are, and the picture `file`. A collective.
 
     `samples` are the same on every process (`vaetrain.sampling.gather_samples`) and compared with as many validation
-    images, drawn by `seed`, or all. `features` defaults to the encoder's mean. For the spaces S pixel and feature:
+    images, drawn by `seed`, or all. `features` defaults to the encoder's mean; `known` are those of the whole train split, if
+    they have been computed already. For the spaces S pixel and feature:
 
     - eval/nearest_S_distance_ratio: median distance of samples to their nearest training image / that of validation
       images. Near 0: copies. About 1: as far from the training images as new images are.
@@ -163,7 +182,14 @@ def memorisation(
     recon = [vae.reconstruct(vae.from_uint8(block.to(accelerator.device))) for block in val.split(BATCH_SIZE)]
     queries = torch.cat([samples, val, *(vae.likelihood.to_uint8(block).cpu() for block in recon)])
     spaces = {"pixel": pixels, "feature": features or encoder_features(vae)}
-    found = nearest_images(queries, train_reader, accelerator, spaces, num_shown=min(num_shown, len(samples)))
+    found = nearest_images(
+        queries,
+        train_reader,
+        accelerator,
+        spaces,
+        known=None if known is None else {"feature": known},
+        num_shown=min(num_shown, len(samples)),
+    )
     scores: dict[str, float | None] = {}
     references: dict[str, float] = {}
     for space, neighbours in found.items():
@@ -174,7 +200,11 @@ def memorisation(
         scores[f"eval/nearest_{space}_closer_than_val"] = probability_of_less(of_samples, of_val)
     if accelerator.is_main_process:
         save_nearest(samples, found, references, file)
-    return scores
+    of_samples_alone = {
+        space: Neighbours(each.distance[: len(samples)], each.index[: len(samples)], each.image)
+        for space, each in found.items()
+    }
+    return Memorisation(scores, of_samples_alone)
 
 
 def ratio(distance: float, reference: float) -> float | None:
@@ -229,3 +259,14 @@ def save_nearest(
         "(number: distance over the median distance of validation images to their nearest)",
         column_labels=["sample", *found] * per_row, captions=captions, columns_per_group=len(triples[0]),
     )  # fmt: skip
+
+
+def describe_neighbours(neighbours: dict[str, Neighbours], train: ChosenImages) -> list[dict[str, Any]]:
+    """For each sample its number and, in each space, its nearest training image: index, distance, and where it lies."""
+    lines: list[dict[str, Any]] = [{"sample": number} for number in range(len(neighbours["pixel"].index))]
+    for space, found in neighbours.items():
+        positions, of_sample = np.unique(found.index.numpy(), return_inverse=True)
+        places = train.at(positions).describe()
+        for line, index, distance, place in zip(lines, found.index, found.distance, of_sample, strict=True):
+            line[space] = {"index": int(index), "distance": float(distance), **places[place]}
+    return lines

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vaetrain.command_line import parse, plain, user_errors
 from vaetrain.priors.config import PriorFitConfig, PriorName
@@ -22,7 +22,7 @@ class SampleConfig:
     """Run directory of the trained model."""
 
     out: Path
-    """Folder for shards and manifest; must not hold another sample set."""
+    """Folder for shards and manifest; must not hold another sample set. When it holds this very one, nothing is done."""
 
     num_images: int = 2000
     """Images to draw."""
@@ -82,33 +82,36 @@ from vaetrain.data.reader import Reader, open_split
 from vaetrain.data.shard_writer import ShardWriter
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.priors.fit import fitted_priors
-from vaetrain.priors.saved import SavedPrior, weights_sha256
+from vaetrain.priors.saved import SavedPrior
 from vaetrain.run import RunDirectory, provenance
-from vaetrain.sample_set import Share, refuse_other_content, write_manifest, write_request
+from vaetrain.sample_manifest import content_of, manifest_of
+from vaetrain.sample_set import Share, is_finished, refuse_other_content, write_manifest, write_request
 from vaetrain.sampling import generate
 
 
 def sample(config: SampleConfig, accelerator: Accelerator) -> None:
     """Write `config.num_images` PNG images (decoder means, rounded to the nearest of 256 levels) and the manifest.
 
-    Every process calls this and writes shards of its own, rank-RRRR-NNNNNN.tar; the manifest is written last.
+    Every process calls this and writes shards of its own, rank-RRRR-NNNNNN.tar; the manifest is written last. A set that is
+    already whole is left as it is, so that a job put back into the queue succeeds. Raises FileExistsError for another one.
     """
-    if (config.out / "manifest.json").exists():  # before a prior is fitted for nothing
-        raise FileExistsError(f"{config.out} already holds a sample set; choose another --out")
     trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
+
+    def content(saved: SavedPrior | None) -> dict[str, Any]:
+        return content_of(
+            config.run, trained, config.prior, saved, temperature=config.temperature, seed=config.seed,
+            count=config.num_images, batch_size=config.batch_size,
+        )  # fmt: skip
+
+    known = content(None)
+    del known["prior_sha256"]
+    is_finished(config.out, known)  # raises before a prior is fitted for nothing
     saved = fitted_prior(config, trained, accelerator)
-    what = {
-        "run": str(config.run),
-        "checkpoint": str(trained.checkpoint),
-        "checkpoint_sha256": weights_sha256(config.run, trained),
-        "prior": config.prior,
-        "prior_sha256": saved.sha256 if saved else None,
-        "temperature": config.temperature,
-        "seed": config.seed,
-        "count": config.num_images,
-        "pixels": "decoder mean, rounded to the nearest of 256 levels, halves to the even one",
-        "batch_size": config.batch_size,
-    }
+    what = content(saved)
+    if is_finished(config.out, what):
+        if accelerator.is_main_process:
+            print(f"{config.out} already holds these {config.num_images:,} samples, nothing is left to do")
+        return
     layout = {"images_per_shard": config.images_per_shard, "num_processes": accelerator.num_processes}
     request = {**what, **layout, "device": accelerator.device.type}
     refuse_other_content(config.out, request)
@@ -141,21 +144,13 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
                 to_skip = 0
     shards = gather_object([plain(shard) for shard in [*whole, *writer.shards]])
     if accelerator.is_main_process:
-        manifest = {
-            "format_version": 1,
-            "kind": "sample set",
-            **what,
-            "prior_facts": plain(saved.facts) if saved else None,
-            "shards": shards,
-            "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
-            "provenance": provenance(
-                device=distributed.device_name(accelerator.device),
-                num_processes=accelerator.num_processes,
-                processes_per_node=distributed.processes_per_node(),
-                dataset_fingerprint=trained.dataset["train"]["fingerprint"],
-            ),
-        }
-        write_manifest(config.out, manifest)
+        made_by = provenance(
+            device=distributed.device_name(accelerator.device),
+            num_processes=accelerator.num_processes,
+            processes_per_node=distributed.processes_per_node(),
+            dataset_fingerprint=trained.dataset["train"]["fingerprint"],
+        )
+        write_manifest(config.out, manifest_of(what, saved, trained, made_by, shards))
         print(f"{config.num_images:,} samples in {len(shards)} shard(s) written to {config.out}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from vaetrain.data.shards import Shard
 from vaetrain.files import sha256_of_file
 from vaetrain.run import write_json
+from vaetrain.sample_manifest import differences
 
 MANIFEST_NAME = "manifest.json"
 REQUEST_NAME = "request.json"
@@ -66,10 +67,20 @@ def images_in(shard: Path) -> list[int] | None:
         return None
 
 
+def is_finished(out: Path, content: Mapping[str, Any]) -> bool:
+    """Whether `out` already holds the whole sample set of this content, as a job that is started again finds it.
+
+    Raises FileExistsError when it holds another one.
+    """
+    if not (out / MANIFEST_NAME).is_file():
+        return False
+    if changes := differences(json.loads((out / MANIFEST_NAME).read_text()), content):
+        raise FileExistsError(f"{out} already holds a sample set ({changes}); choose another --out")
+    return True
+
+
 def refuse_other_content(out: Path, request: Mapping[str, Any]) -> None:
     """Raise FileExistsError unless `out` is free for this request, or holds the beginning of the very same."""
-    if (out / MANIFEST_NAME).exists():
-        raise FileExistsError(f"{out} already holds a sample set; choose another --out")
     if not (out / REQUEST_NAME).is_file():
         if any(out.glob("rank-*.tar")):
             raise FileExistsError(
@@ -77,9 +88,7 @@ def refuse_other_content(out: Path, request: Mapping[str, Any]) -> None:
             )
         return
     begun = json.loads((out / REQUEST_NAME).read_text())
-    differing = [name for name in begun.keys() | request.keys() if begun.get(name) != request.get(name)]
-    if differing:
-        changes = "; ".join(f"{name} was {begun.get(name)}, now {request.get(name)}" for name in sorted(differing))
+    if changes := differences(begun, request):
         raise FileExistsError(
             f"{out} holds the beginning of another sample set ({changes}); repeat that command to finish it, delete it, or "
             "choose another --out"

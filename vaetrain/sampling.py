@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -44,18 +44,33 @@ def generate(
 
 
 def gather_samples(
-    vae: VAE, accelerator: Accelerator, num_images: int, *, seed: int, batch_size: int, prior: Prior | None = None
+    vae: VAE,
+    accelerator: Accelerator,
+    num_images: int,
+    *,
+    seed: int,
+    batch_size: int,
+    prior: Prior | None = None,
+    temperature: float = 1.0,
 ) -> UInt8[Tensor, "n c h w"]:
-    """The first images of a sample set at temperature 1, on every process's CPU; a collective.
+    """The first images of a sample set, on every process's CPU; a collective."""
+    blocks = generate(
+        vae, accelerator, num_images, seed=seed, temperature=temperature, batch_size=batch_size, prior=prior
+    )
+    return gather_images(vae, accelerator, blocks)
+
+
+def gather_images(
+    vae: VAE, accelerator: Accelerator, blocks: Iterable[tuple[Sequence[int], UInt8[Tensor, "b c h w"]]]
+) -> UInt8[Tensor, "n c h w"]:
+    """All processes' images in the order of their numbers, on every process's CPU; a collective.
 
     For pictures and for comparisons of a few thousand images: every process holds all of them.
     """
     side = vae.config.image_size
     images = [torch.empty(0, vae.config.in_channels, side, side, dtype=torch.uint8)]
     indices: list[int] = []
-    for numbers, block in generate(
-        vae, accelerator, num_images, seed=seed, temperature=1.0, batch_size=batch_size, prior=prior
-    ):
+    for numbers, block in blocks:
         indices += numbers
         images.append(block.cpu())
     return distributed.gather_by_index(accelerator, torch.tensor(indices, dtype=torch.int64), torch.cat(images))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
 from vaetrain import distributed, latent_pictures
 from vaetrain.command_line import plain
 from vaetrain.data.reader import Reader, open_split
-from vaetrain.export import load_run
-from vaetrain.files import sha256_of_file
-from vaetrain.metrics.config import EvaluateConfig
+from vaetrain.export import TrainedModel, load_run
+from vaetrain.files import replace_file
+from vaetrain.metrics.config import EvaluateConfig, ScoreName
 from vaetrain.metrics.extractor import FeatureExtractor, missing_weights
 from vaetrain.metrics.features import NumberedImages
-from vaetrain.metrics.generation import Reference, reconstruct, reconstruction_fid
+from vaetrain.metrics.generation import Reference, describe_extractor, reconstruct, reconstruction_fid
 from vaetrain.metrics.kept_samples import keep
 from vaetrain.metrics.likelihood_scores import likelihood_scores
 from vaetrain.metrics.perceptual_distance import PerceptualDistance, how_to_get_weights, reconstruction_lpips
@@ -27,12 +29,14 @@ from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
 from vaetrain.metrics.validation import validate
 from vaetrain.model.prior import Prior, StandardNormal
-from vaetrain.nearest import draw_images, memorisation
+from vaetrain.nearest import describe_neighbours, draw_images, memorisation
 from vaetrain.priors.config import PriorName
 from vaetrain.priors.fit import fitted_priors, prior_table, priors_for
-from vaetrain.priors.saved import SavedPrior
+from vaetrain.priors.saved import SavedPrior, weights_sha256
 from vaetrain.run import RunDirectory, provenance
-from vaetrain.sampling import gather_samples, generate
+from vaetrain.sample_manifest import content_of, manifest_of
+from vaetrain.sample_reader import SampleReader
+from vaetrain.sampling import gather_images, gather_samples, generate
 
 PRIOR_COLUMNS = 12
 """Samples of each prior in their picture."""
@@ -44,10 +48,12 @@ class Scoring:
     def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
+        refuse_to_measure_nothing(config)
         self.extractor = open_extractor(config, accelerator)
         measures_lpips = "lpips" in config.scores and config.lpips.backbone is not None
         self.distance = PerceptualDistance(config.lpips).to(accelerator.device) if measures_lpips else None
         self.trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
+        self.given = open_given_samples(config, self.trained)
         self.run = RunDirectory.open(config.run)
         data = replace(self.run.config().data, allow_pipe=config.allow_pipe)
         self.data = data if config.data is None else replace(data, train=config.data, val=None)
@@ -82,7 +88,16 @@ class Scoring:
     @property
     def first_prior(self) -> PriorName:
         """The prior that `eval/fid` is of."""
+        if self.given is not None:
+            name: PriorName = self.given.manifest["prior"]
+            return name
         return next(iter(self.priors), "standard")
+
+    def figure(self, name: str) -> Path:
+        """Where a picture goes: among the run's figures, or beside the scores when these have a file of their own."""
+        folder = self.run.figures if self.config.out is None else self.config.out.with_suffix(".figures")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.png"
 
     def prior(self, name: PriorName) -> Prior:
         """What samples are drawn from."""
@@ -95,32 +110,32 @@ class Scoring:
 
     def generation(self) -> dict[str, Any]:
         """Samples of each prior against training images, and what they were computed from."""
-        self._draw_priors()
-        table = {row.pop("prior"): row for row in prior_table(self.priors)}
         if self.extractor is None:
             reason = missing_weights(self.config.fid)
-            return {"eval/fid": None, "eval/fid_reason": reason, "priors": table}
+            missing = ("eval/fid", "eval/kid", "eval/precision", "eval/recall")
+            return {**dict.fromkeys(missing), **{f"{name}_reason": reason for name in missing}}
         real = RealImages(self.data, "train", self.config.fid)
         protocol = Protocol.of(self.config.fid, real.num_images)
         first = self.first_prior
-        # Before the reference, to find fault with where samples are to be kept.
-        images = self._samples(first, protocol.num_generated)
+        table = self._prior_rows()
+        # Before the reference, to find fault with where samples are to be kept, or with those that are given.
+        images = {name: self._samples(name, protocol.num_generated) for name in self.priors or (first,)}
         val = RealImages(self.data, "val", self.config.fid)
         reference = Reference.open(real, val, protocol, self.config.fid, self.extractor, self.accelerator)
-        scores = reference.score(images, self.accelerator)
+        scores = reference.score(images[first], self.accelerator)
         for name, row in table.items():
             if name == first:
                 row |= {score: value for score, value in scores.items() if score.startswith("eval/")}
             else:
-                images = self._samples(name, protocol.num_generated)
-                row |= reference.score(images, self.accelerator, what=f"samples of {name}")
+                row |= reference.score(images[name], self.accelerator, what=f"samples of {name}")
         listing = out_file(self.config).with_suffix(".reference_images.jsonl")
         if self.accelerator.is_main_process:
             reference.write_images(listing)
         scores["fid_protocol"] |= {
             "prior": first,
             "reference_images": listing.name,
-            "kept_samples": str(self.config.keep_samples) if self.config.keep_samples else None,
+            "samples": self._content(first, protocol.num_generated) if self.given is None else self._given_content(),
+            "kept_samples": str(kept) if (kept := self._kept_folder(first)) else None,
         }
         return {**scores, "priors": table}
 
@@ -158,28 +173,48 @@ class Scoring:
         )  # fmt: skip
 
     def nearest(self) -> dict[str, Any]:
-        """Whether samples of the first prior repeat training images; figures/nearest.png."""
-        config, vae = self.config, self.trained.vae
-        samples = gather_samples(
-            vae, self.accelerator, config.num_pictures, seed=config.seed, batch_size=config.batch_size,
-            prior=self.prior(self.first_prior),
+        """Whether samples of the first prior repeat training images; figures/nearest.png, and a line for each sample."""
+        config, vae, accelerator = self.config, self.trained.vae, self.accelerator
+        if self.given is None:
+            samples = gather_samples(
+                vae, accelerator, config.num_pictures, seed=config.seed, batch_size=config.batch_size,
+                prior=self.prior(self.first_prior), temperature=config.temperature,
+            )  # fmt: skip
+        else:
+            num_images = min(config.num_pictures, self.given.num_images)
+            samples = gather_images(vae, accelerator, self.given.batches(accelerator, num_images, config.batch_size))
+        extractor = self.extractor if config.nearest_features == "extractor" else None
+        real = RealImages(self.data, "train", config.fid)
+        known = None
+        if extractor is not None and config.fid.protocol in ("standard", "per-class"):  # in the cache by now
+            known = real.features(np.arange(real.num_images), extractor, accelerator).features
+        found = memorisation(
+            vae, samples, self.train_reader, self.val_reader, accelerator, self.figure("nearest"), known=known,
+            features=None if extractor is None else lambda images: extractor(images).features, seed=config.seed,
         )  # fmt: skip
-        return dict(
-            memorisation(
-                vae, samples, self.train_reader, self.val_reader, self.accelerator, self.run.figures / "nearest.png",
-                seed=config.seed,
-            )
-        )  # fmt: skip
+        listing = out_file(config).with_suffix(".nearest.jsonl")
+        if accelerator.is_main_process:
+            lines = [
+                json.dumps(line, ensure_ascii=False) for line in describe_neighbours(found.neighbours, real.images)
+            ]
+            replace_file(listing, "".join(f"{line}\n" for line in lines).encode())
+        protocol = {
+            "neighbours": listing.name,
+            "num_samples": len(samples),
+            "samples": self._content(self.first_prior, len(samples)) if self.given is None else self._given_content(),
+            "features": describe_extractor(extractor) if extractor else "posterior means of the model's own encoder",
+        }
+        return {**found.scores, "nearest_protocol": protocol}
 
     def latents(self) -> dict[str, Any]:
         """Pictures of the latent space in the run's figures: interpolations, traversals and the codes' principal axes."""
         images, labels = draw_images(self.val_reader, self.config.num_pictures, self.accelerator, self.config.seed)
         if self.accelerator.is_main_process:
-            vae, figures = self.trained.vae, self.run.figures
-            latent_pictures.save_interpolations(vae, images[:12], figures / "latent_interpolations.png")
-            latent_pictures.save_traversals(vae, images, figures / "latent_traversals.png")
+            vae = self.trained.vae
+            latent_pictures.save_interpolations(vae, images[:12], self.figure("latent_interpolations"))
+            latent_pictures.save_traversals(vae, images, self.figure("latent_traversals"))
             classes = self.val_reader.manifest.classes
-            latent_pictures.save_latent_pca(vae, images, labels, classes, figures / "latent_pca.png")
+            latent_pictures.save_latent_pca(vae, images, labels, classes, self.figure("latent_pca"))
         return {}
 
     def provenance(self, fingerprint: str) -> dict[str, Any]:
@@ -191,46 +226,71 @@ class Scoring:
             dataset_fingerprint=fingerprint,
         )
 
-    def _draw_priors(self) -> None:
+    def compare_priors(self) -> dict[str, Any]:
+        """The table of the chosen priors, without scores of their samples, and figures/priors.png; nothing for N(0, I) alone."""
         vae, config = self.trained.vae, self.config
         samples: dict[str, Tensor] = {}
         for name, saved in self.priors.items():
             nats = saved.facts.heldout_nats_per_dim
             label = name if nats is None else f"{name}\n{nats:.2f} nats/dim"
             samples[label] = gather_samples(
-                vae, self.accelerator, PRIOR_COLUMNS, seed=config.seed, batch_size=PRIOR_COLUMNS, prior=saved.prior
-            )
+                vae, self.accelerator, PRIOR_COLUMNS, seed=config.seed, batch_size=PRIOR_COLUMNS, prior=saved.prior,
+                temperature=config.temperature,
+            )  # fmt: skip
         if not samples:
-            return
+            return {}
         real, _ = draw_images(self.val_reader, PRIOR_COLUMNS, self.accelerator, config.seed)
         if self.accelerator.is_main_process:
-            latent_pictures.save_prior_comparison(samples, self.run.figures / "priors.png", real=real)
+            latent_pictures.save_prior_comparison(samples, self.figure("priors"), real=real)
+        return {"priors": self._prior_rows()}
+
+    def _prior_rows(self) -> dict[PriorName, dict[str, Any]]:
+        return {row.pop("prior"): row for row in prior_table(self.priors)}
+
+    def _content(self, name: PriorName, num_images: int) -> dict[str, Any]:
+        """What decides the samples of a prior that are drawn now."""
+        config = self.config
+        return content_of(
+            config.run, self.trained, name, self.priors.get(name), temperature=config.temperature, seed=config.seed,
+            count=num_images, batch_size=config.batch_size,
+        )  # fmt: skip
+
+    def _given_content(self) -> dict[str, Any]:
+        """What decided the samples that were given, as their manifest has it."""
+        assert self.given is not None
+        own = self._content("standard", 0)
+        return {"read_from": str(self.given.folder), **{name: self.given.manifest.get(name) for name in own}}
+
+    def _kept_folder(self, name: PriorName) -> Path | None:
+        """Where the samples of a prior are kept: with several, each in a folder of its own."""
+        folder = self.config.keep_samples
+        return folder / name if folder is not None and len(self.priors) > 1 else folder
 
     def _samples(self, name: PriorName, num_images: int) -> Iterable[NumberedImages]:
-        """This process's part of the sample set that is scored; that of the first prior is kept if that was asked for."""
+        """This process's part of the sample set that is scored, kept on its way if that was asked for."""
         config, trained = self.config, self.trained
+        if self.given is not None:
+            if self.given.num_images < num_images:
+                raise ValueError(
+                    f"--samples {self.given.folder} holds {self.given.num_images} images and the protocol compares "
+                    f"{num_images}; draw more with sample.py --num-images {num_images}, or pass --fid.num-images "
+                    f"{self.given.num_images}"
+                )
+            return self.given.batches(self.accelerator, num_images, config.batch_size)
         images = generate(
-            trained.vae, self.accelerator, num_images, seed=config.seed, temperature=1.0,
+            trained.vae, self.accelerator, num_images, seed=config.seed, temperature=config.temperature,
             batch_size=config.batch_size, prior=self.prior(name),
         )  # fmt: skip
-        if config.keep_samples is None or name != self.first_prior:
+        folder = self._kept_folder(name)
+        if folder is None:
             return images
-        content = {
-            "run": str(config.run),
-            "checkpoint": str(trained.checkpoint),
-            "checkpoint_sha256": sha256_of_file(config.run / trained.checkpoint / "ema.safetensors"),
-            "prior": name,
-            "prior_sha256": self.priors[name].sha256 if self.priors else None,
-            "temperature": 1.0,
-            "seed": config.seed,
-            "count": num_images,
-            "batch_size": config.batch_size,
-        }
-        details = {
-            "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
-            "provenance": self.provenance(trained.dataset["train"]["fingerprint"]),
-        }
-        return keep(images, config.keep_samples, content, details, self.accelerator)
+        content = self._content(name, num_images)
+
+        def manifest(shards: list[dict[str, Any]]) -> dict[str, Any]:
+            made_by = self.provenance(trained.dataset["train"]["fingerprint"])
+            return manifest_of(content, self.priors.get(name), trained, made_by, shards)
+
+        return keep(images, folder, content, manifest, self.accelerator)
 
 
 def out_file(config: EvaluateConfig) -> Path:
@@ -238,19 +298,42 @@ def out_file(config: EvaluateConfig) -> Path:
     return config.out or RunDirectory(config.run).evaluation_file
 
 
+def unmeasured(config: EvaluateConfig) -> dict[ScoreName, str]:
+    """Those of the scores asked for that need a file which is not given, and which file to put where."""
+    reasons: dict[ScoreName, str] = {}
+    if (missing := missing_weights(config.fid)) is not None:
+        reasons |= {"fid": missing, "rfid": missing}
+    if config.lpips.backbone is None:
+        reasons["lpips"] = how_to_get_weights(config.lpips.net)
+    return {name: reasons[name] for name in config.scores if name in reasons}
+
+
+def refuse_to_measure_nothing(config: EvaluateConfig) -> None:
+    """Raise ValueError when every score that was asked for lacks its weights, or samples are to be kept that nobody draws."""
+    missing = unmeasured(config)
+    if set(config.scores) <= missing.keys():
+        raise ValueError(f"--scores {' '.join(config.scores)}: {' '.join(dict.fromkeys(missing.values()))}")
+    if config.keep_samples is not None and "fid" in missing:
+        raise ValueError(f"--keep-samples {config.keep_samples}: samples are drawn for FID, and {missing['fid']}")
+
+
 def open_extractor(config: EvaluateConfig, accelerator: Accelerator) -> FeatureExtractor | None:
     """The network that FID compares images through, first of all, so that a wrong file costs nobody an evaluation.
 
-    None when no weights are given and other scores were asked for; raises ValueError when none were, or when samples are to
-    be kept that nobody would draw.
+    None when no weights are given or no FID is asked for.
     """
-    if "fid" not in config.scores and "rfid" not in config.scores:
+    wanted = {"fid", "rfid"} & set(config.scores)
+    return FeatureExtractor(config.fid, accelerator.device) if wanted - unmeasured(config).keys() else None
+
+
+def open_given_samples(config: EvaluateConfig, trained: TrainedModel) -> SampleReader | None:
+    """The sample set to be scored; raises ValueError when another model drew it."""
+    if config.samples is None:
         return None
-    missing = missing_weights(config.fid)
-    if missing is None:
-        return FeatureExtractor(config.fid, accelerator.device)
-    if not set(config.scores) - {"fid", "rfid"}:
-        raise ValueError(f"--scores {' '.join(config.scores)}: {missing}")
-    if config.keep_samples is not None:
-        raise ValueError(f"--keep-samples {config.keep_samples}: samples are drawn for FID, and {missing}")
-    return None
+    found = SampleReader.open(config.samples)
+    if found.manifest["checkpoint_sha256"] != weights_sha256(config.run, trained):
+        raise ValueError(
+            f"--samples {config.samples} was drawn from {found.manifest['run']}/{found.manifest['checkpoint']}, whose weights "
+            f"are not those of {config.run / trained.checkpoint}; name that run and --checkpoint, or draw samples of this one"
+        )
+    return found

@@ -110,11 +110,22 @@ class EvaluateConfig:
     """Priors that samples are drawn from, fitted to the run's checkpoint where they have not been; `eval/fid` is of the first,
     the others' scores stand under `priors`, and figures/priors.png shows all side by side."""
 
+    temperature: float = 1.0
+    """Factor on the latents' noise of the samples, as in sample.py."""
+
+    samples: Path | None = None
+    """Sample set of this checkpoint, drawn by sample.py, to score in place of samples drawn now."""
+
     keep_samples: Path | None = None
-    """Folder to keep the scored samples in, as the sample set that sample.py writes; None: they are not kept."""
+    """Folder to keep the scored samples in, as the sample set that sample.py writes; with several priors each in a folder
+    of its own in it. None: they are not kept."""
 
     num_pictures: int = 500
     """Samples compared with their nearest training images, and validation images shown in pictures of the latent space."""
+
+    nearest_features: Literal["extractor", "encoder"] = "extractor"
+    """Features in which `nearest` looks for training images: of the network behind FID, when one is loaded (it then sees every
+    training image once), or the model's own posterior means."""
 
     fid: FidConfig = field(default_factory=FidConfig)
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
@@ -123,16 +134,39 @@ class EvaluateConfig:
 
     @property
     def chosen_priors(self) -> tuple[PriorName, ...]:
-        """The priors by name."""
-        return PRIOR_NAMES if "all" in self.priors else tuple(name for name in PRIOR_NAMES if name in self.priors)
+        """The priors by name, in the order in which they were asked for, since the first is the one that `eval/fid` is of."""
+        named = (name for asked in self.priors for name in (PRIOR_NAMES if asked == "all" else (asked,)))
+        return tuple(dict.fromkeys(named))
 
     def __post_init__(self) -> None:
-        """Refuse to score nothing, and to keep samples that are not drawn."""
+        """Refuse to score nothing, to keep samples that are not drawn, and samples that cannot be."""
         if not self.scores:
             raise ValueError("--scores names none; leave it out for all of them")
         if self.keep_samples is not None and "fid" not in self.scores:
             raise ValueError(f"--keep-samples {self.keep_samples}: only --scores fid draws samples")
         if not self.priors:
             raise ValueError("--priors names none; leave it out for the standard normal")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature is {self.temperature}; it must not be negative")
+        noiseless = [name for name in ("mean-code", "random-code") if name in self.chosen_priors]
+        if noiseless and self.temperature != 1:
+            raise ValueError(
+                f"--temperature is {self.temperature}; --priors {' '.join(noiseless)} have no noise to scale: leave it at 1, "
+                "or name other priors"
+            )
+        if self.samples is not None:
+            self._check_samples(self.samples)
         if self.num_pictures < 2:
             raise ValueError(f"--num-pictures is {self.num_pictures}; give at least 2")
+
+    def _check_samples(self, folder: Path) -> None:
+        """A sample set has its own prior, temperature and place."""
+        if not {"fid", "nearest"} & set(self.scores):
+            raise ValueError(f"--samples {folder}: only --scores fid and nearest look at samples")
+        given = {
+            "--priors": self.chosen_priors != ("standard",),
+            "--temperature": self.temperature != 1,
+            "--keep-samples": self.keep_samples is not None,
+        }
+        if refused := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"--samples {folder}: the set has been drawn already; leave out {', '.join(refused)}")

@@ -82,21 +82,31 @@ def elbo_surgery(
     chosen = choose_images(reader.num_images, config.num_posteriors, config.seed)
     posteriors = gather_posteriors(vae, reader, accelerator, chosen, batch_size)
     mine = np.arange(accelerator.process_index, len(chosen), accelerator.num_processes)
-    own = DiagonalGaussian(posteriors.mean[mine], posteriors.logvar[mine])
-    rates = rate(own.kl().double())
-    information = torch.zeros_like(rates)
     # Evenly spaced, because neighbours in a split may be of one class.
     spaced = np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_DIMENSION_LATENTS)).round()
-    for draw in range(config.latents_per_image):
-        seed = mixed_seed(config.seed, draw, SURGERY)
-        noise = noise_of_images(seed, chosen[mine].tolist(), vae.config.latent_shape).flatten(1)
-        noise = noise.to(rates.device).double()
-        z = own.mean + (0.5 * own.logvar.double()).exp() * noise
-        log_own = -0.5 * (noise.square() + own.logvar + LOG_2PI).sum(1)
-        information += (log_own - log_aggregate(z, posteriors)) / config.latents_per_image
-        if draw == 0:
-            z = z[np.isin(mine, spaced)]
-            kl = log_dimension_aggregates(z, posteriors) + 0.5 * (z.square() + LOG_2PI)
+    num_dimensions = posteriors.mean.shape[1]
+    device = posteriors.mean.device
+    rates = torch.zeros(len(mine), dtype=torch.float64, device=device)
+    information = torch.zeros_like(rates)
+    judged = [torch.zeros(0, num_dimensions, dtype=torch.float64, device=device)]
+    for start in range(
+        0, len(mine), BLOCK
+    ):  # noise and latents are float64: of all images they would outweigh the moments
+        rows = mine[start : start + BLOCK]
+        block = slice(start, start + len(rows))
+        own = DiagonalGaussian(posteriors.mean[rows], posteriors.logvar[rows])
+        rates[block] = rate(own.kl().double())
+        for draw in range(config.latents_per_image):
+            seed = mixed_seed(config.seed, draw, SURGERY)
+            noise = noise_of_images(seed, chosen[rows].tolist(), vae.config.latent_shape).flatten(1)
+            noise = noise.to(device).double()
+            z = own.mean + (0.5 * own.logvar.double()).exp() * noise
+            log_own = -0.5 * (noise.square() + own.logvar + LOG_2PI).sum(1)
+            information[block] += (log_own - log_aggregate(z, posteriors)) / config.latents_per_image
+            if draw == 0:
+                judged.append(z[np.isin(rows, spaced)])
+    z = torch.cat(judged)
+    kl = log_dimension_aggregates(z, posteriors) + 0.5 * (z.square() + LOG_2PI)
     return ElboSurgery(
         rate=Estimate.of(rates, accelerator),
         mutual_information=Estimate.of(information, accelerator),

@@ -12,8 +12,9 @@ from torch import Tensor
 from vaetrain.data.order import epoch_order
 from vaetrain.metrics.fidelity import Gaussian, frechet_distance
 
-MAX_TRAIN_SETS = 5
-"""Sets of training images that the validation images are held against."""
+MIN_TRAIN_SETS, MAX_TRAIN_SETS = 4, 5
+"""Sets of training images that the validation images are held against: of fewer than four the deviation is hardly known, and
+sets become smaller instead."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,38 @@ class FidGap:
         return self.val - float(np.mean(self.train))
 
     @property
-    def standard_error(self) -> float | None:
+    def standard_error(self) -> float:
         """Of the gap: the deviation between the sets of training images, of which the validation images would be another.
 
-        It holds the samples fixed. None with a single set.
+        It holds the samples fixed.
         """
-        if len(self.train) < 2:
-            return None
         return float(np.std(self.train, ddof=1) * (1 + 1 / len(self.train)) ** 0.5)
 
 
-def fid_gap(samples: Float[Tensor, "n d"], train: Float[Tensor, "m d"], val: Float[Tensor, "v d"], seed: int) -> FidGap:
-    """The gap from features of the samples and of images of both splits; `seed` picks the sets."""
-    num_real = min(len(train), len(val))
-    order = epoch_order(len(train), seed, 0)
-    sets = [order[start : start + num_real] for start in range(0, len(train) - num_real + 1, num_real)]
-    generated = Gaussian.of_features(samples)
+@dataclass(frozen=True)
+class GapSets:
+    """The real images' side of the gap, the same for all samples."""
 
-    def against(real: Float[Tensor, "n d"]) -> float:
-        return frechet_distance(generated, Gaussian.of_features(real))
+    num_real: int
+    val: Gaussian
+    train: tuple[Gaussian, ...]
 
-    return FidGap(
-        num_real,
-        against(val[torch.from_numpy(epoch_order(len(val), seed, 0)[:num_real]).to(val.device)]),
-        tuple(against(train[torch.from_numpy(rows).to(train.device)]) for rows in sets[:MAX_TRAIN_SETS]),
-    )
+    @classmethod
+    def draw(cls, train: Float[Tensor, "m d"], val: Float[Tensor, "v d"], seed: int) -> GapSets:
+        """From features of images of both splits, at least 8 of `train`; `seed` picks the sets.
+
+        They are as large as `val`, or smaller where `train` would not make `MIN_TRAIN_SETS` of them.
+        """
+        num_real = min(len(train) // MIN_TRAIN_SETS, len(val))
+
+        def sets(features: Float[Tensor, "n d"], most: int) -> tuple[Gaussian, ...]:
+            order = torch.from_numpy(epoch_order(len(features), seed, 0)).to(features.device)
+            chunks = order[: len(order) // num_real * num_real].split(num_real)[:most]
+            return tuple(Gaussian.of_features(features[rows]) for rows in chunks)
+
+        return cls(num_real, sets(val, 1)[0], sets(train, MAX_TRAIN_SETS))
+
+    def gap(self, samples: Gaussian) -> FidGap:
+        """Of these samples."""
+        train = tuple(frechet_distance(samples, real) for real in self.train)
+        return FidGap(self.num_real, frechet_distance(samples, self.val), train)

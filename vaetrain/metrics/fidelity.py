@@ -140,26 +140,23 @@ NUM_COUNTS = 15
 """Points of the line, as many as Chong & Forsyth's."""
 
 
-def fid_against_count(
-    generated: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, cut_reference: bool
-) -> FidAgainstCount:
+def fid_against_count(generated: Float[Tensor, "n d"], reference: Float[Tensor, "n d"] | Gaussian) -> FidAgainstCount:
     """FID at up to 15 numbers of images, evenly spaced from half of the generated ones to all of them.
 
-    With `cut_reference` both sides, which must be equally many, are cut to the same number, so that the line extrapolates
-    the reference too: right when it is itself a sample. Smaller numbers than half would bend the line: FID is not yet linear
-    in 1/n where there are fewer images than features. Each set holds the next smaller one.
+    A reference of features, equally many, is cut to the same number, so that the line extrapolates it too: right when it is
+    itself a sample. A `Gaussian` stays whole. The last point is the FID of all images. Smaller numbers than half would bend
+    the line: FID is not yet linear in 1/n where there are fewer images than features. Each set holds the next smaller one.
     """
     num_images = len(generated)
-    assert not cut_reference or len(reference) == num_images
     counts = sorted({round(count) for count in np.linspace(num_images / 2, num_images, NUM_COUNTS)})
     order = torch.from_numpy(epoch_order(num_images, 0, 0)).to(generated.device)
     cuts = _growing(generated[order], counts)
-    if cut_reference:
-        fids = [frechet_distance(*pair) for pair in zip(cuts, _growing(reference[order], counts), strict=True)]
+    if isinstance(reference, Gaussian):
+        fids = [frechet_distance(cut, reference) for cut in cuts]
     else:
-        whole = Gaussian.of_features(reference)
-        fids = [frechet_distance(cut, whole) for cut in cuts]
-    return FidAgainstCount(tuple(counts), tuple(fids), cut_reference)
+        assert len(reference) == num_images
+        fids = [frechet_distance(*pair) for pair in zip(cuts, _growing(reference[order], counts), strict=True)]
+    return FidAgainstCount(tuple(counts), tuple(fids), not isinstance(reference, Gaussian))
 
 
 def _growing(features: Float[Tensor, "n d"], counts: Sequence[int]) -> Iterator[Gaussian]:

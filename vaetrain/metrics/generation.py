@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from accelerate import Accelerator
 from jaxtyping import Float32, Int64
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from vaetrain.data.reader import Reader
@@ -23,16 +23,13 @@ from vaetrain.files import replace_file
 from vaetrain.metrics.config import MIN_NUM_IMAGES, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, NumberedImages, extract
-from vaetrain.metrics.fid_gap import fid_gap
+from vaetrain.metrics.fid_gap import GapSets
 from vaetrain.metrics.fidelity import FidAgainstCount, Gaussian, fid_against_count, frechet_distance
+from vaetrain.metrics.kid import kid
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
 from vaetrain.metrics.subset import choose_images
 from vaetrain.model.autoencoder import VAE
-
-KID_SUBSETS = 100
-KID_SUBSET_SIZE = 1000
-"""Images of each side in a subset, as torch-fidelity has it; half of the images where there are fewer than 2,000."""
 
 PRC_NEIGHBORHOOD = 3
 PRC_BLOCK = 1000
@@ -43,21 +40,46 @@ MIN_CLASS = 4
 
 
 @dataclass(frozen=True)
+class ClassReference:
+    """The real images of one class."""
+
+    num_images: int
+    whole: Gaussian | None
+    """None for fewer than `MIN_CLASS` images."""
+    floor: float | None
+    """Distance between two disjoint random halves."""
+
+    @classmethod
+    def of(cls, features: Float32[Tensor, "n d"]) -> ClassReference:
+        """From the class's features in random order."""
+        half = len(features) // 2
+        if len(features) < MIN_CLASS:
+            return cls(len(features), None, None)
+        first, second = (Gaussian.of_features(part) for part in (features[:half], features[half : 2 * half]))
+        return cls(len(features), Gaussian.of_features(features), frechet_distance(first, second))
+
+
+@dataclass(frozen=True)
 class Reference:
-    """The real images that generated ones are compared with, their features extracted or read from the cache."""
+    """The real images that generated ones are compared with, and all that is computed from these alone, once for all priors."""
 
     protocol: Protocol
     real: RealImages
-    features: FeatureSet
-    extra: Float32[Tensor, "m d"]
-    """Features of the real images beyond these that the floor needs; may be none."""
-    held_out: Float32[Tensor, "v d"] | None
-    """Features of images that the model was not trained on; None where there are fewer than a score takes."""
+    features: Float32[Tensor, "n d"]
+    whole: Gaussian | None
+    """Mean and covariance of all of them, where the line of FIDs holds them whole."""
+    floor: float
+    as_floor: Gaussian | None
+    """Of as many as either side of the floor has, where these are fewer than are compared."""
+    gap: GapSets | None
+    """None where too few images were held out."""
+    classes: dict[str, ClassReference]
+    """Under `per-class`; otherwise empty."""
     extractor: FeatureExtractor
     batch_size: int
     """Images per forward pass through the extractor."""
-    seed: int
-    """Picks which real images the gap between the splits is of."""
+    seconds: float
+    """That the distances and covariances here took; not the features."""
 
     @classmethod
     def open(
@@ -73,15 +95,37 @@ class Reference:
 
         Extracts what the cache does not hold.
         """
-        features = real.features(protocol.reference(), extractor, accelerator)
-        extra = features.features[:0]
+        reference = real.features(protocol.reference(), extractor, accelerator)
+        train = reference.features
         if len(protocol.extra()):
-            extra = real.features(protocol.extra(), extractor, accelerator).features
+            train = torch.cat([train, real.features(protocol.extra(), extractor, accelerator).features])
         held_out = None
         if val.num_images >= MIN_NUM_IMAGES:
             chosen = choose_images(val.num_images, protocol.num_reference, config.seed)
             held_out = val.features(chosen, extractor, accelerator).features
-        return cls(protocol, real, features, extra, held_out, extractor, config.batch_size, config.seed)
+        row = np.zeros(protocol.num_split, dtype=np.int64)
+        known = np.concatenate([protocol.reference(), protocol.extra()])
+        row[known] = np.arange(len(known))
+
+        def at(positions: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n d"]:
+            return train[torch.from_numpy(row[positions]).to(train.device)]
+
+        start = time.perf_counter()
+        first, second = (Gaussian.of_features(at(positions)) for positions in protocol.halves())
+        classes: dict[str, ClassReference] = {}
+        if protocol.name == "per-class":
+            order = protocol.order()  # random, so that halves of a class are random too
+            labels = real.images.selection.index.label[order]
+            for label in np.unique(labels):
+                classes[real.manifest.classes[label]] = ClassReference.of(at(order[labels == label]))
+        return cls(
+            protocol, real, reference.features,
+            whole=reference.gaussian() if protocol.whole_split else None,
+            floor=frechet_distance(first, second),
+            as_floor=first if protocol.num_floor < protocol.num_generated else None,
+            gap=None if held_out is None else GapSets.draw(train, held_out, config.seed),
+            classes=classes, extractor=extractor, batch_size=config.batch_size, seconds=time.perf_counter() - start,
+        )  # fmt: skip
 
     def score(
         self, images: Iterable[NumberedImages], accelerator: Accelerator, what: str = "samples"
@@ -91,12 +135,12 @@ class Reference:
         `images` are this process's part of images 0 … `protocol.num_generated` − 1. The names are those of a score's
         record (`eval/fid`, …); `fid_protocol` says what they were computed from.
         """
-        protocol, real = self.protocol, self.features.features
+        protocol = self.protocol
         generated = extract(
             self.extractor, images, protocol.num_generated, accelerator, batch_size=self.batch_size, what=what
         )
-        line = fid_against_count(generated.features, real, cut_reference=not protocol.whole_split)
-        first, second = (self._at(positions) for positions in protocol.halves())
+        start = time.perf_counter()
+        distances, details = self._distances(generated)
         record: dict[str, Any] = {
             "name": protocol.name,
             "num_generated": protocol.num_generated,
@@ -105,25 +149,18 @@ class Reference:
             "dataset_fingerprint": self.real.manifest.fingerprint,
             "num_floor": protocol.num_floor,
             "floor": f"two disjoint sets of {protocol.num_floor} real images of the train split",
-            "fid_against_count": describe_line(line),
+            **details,
+            "seconds": {"distances_of_real_images": self.seconds, "distances": time.perf_counter() - start},
             **describe_extractor(self.extractor),
         }
-        scores: dict[str, float | None] = {
-            "eval/fid": frechet_distance(generated.gaussian(), self.features.gaussian()),
-            "eval/fid_floor": frechet_distance(Gaussian.of_features(first), Gaussian.of_features(second)),
-            "eval/fid_infinity": line.at_infinity,
-        }
+        scores: dict[str, Any] = distances
         for values, details in (
-            self._gap(generated.features),
-            kid(generated.features, real),
-            precision_recall(generated.features, real),
+            kid(generated.features, self.features),
+            precision_recall(generated.features, self.features),
             inception_score(generated.logits),
         ):
             scores |= values
             record |= details
-        if protocol.name == "per-class":
-            record["per_class"], of_class = self._per_class(generated)
-            scores |= of_class
         return {**scores, "fid_protocol": record}
 
     def write_images(self, path: Path) -> None:
@@ -133,65 +170,41 @@ class Reference:
         ]
         replace_file(path, "".join(f"{line}\n" for line in lines).encode())
 
-    def _gap(self, generated: Float32[Tensor, "n d"]) -> tuple[dict[str, float | None], dict[str, Any]]:
-        """How much nearer the samples are to the training images than to held-out ones, and how that was computed."""
-        if self.held_out is None:
-            return {"eval/fid_gap": None}, {"gap": f"the val split has fewer than {MIN_NUM_IMAGES} images"}
-        found = fid_gap(generated, self.features.features, self.held_out, self.seed)
-        scores = {
-            "eval/fid_val": found.val,
-            "eval/fid_train": float(np.mean(found.train)),
-            "eval/fid_gap": found.gap,
-            "eval/fid_gap_std_error": found.standard_error,
-        }
-        details = {"num_gap": found.num_real, "gap_train_fids": list(found.train)}
-        return scores, details
-
-    def _at(self, positions: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n d"]:
-        row = np.zeros(self.protocol.num_split, dtype=np.int64)
-        known = np.concatenate([self.protocol.reference(), self.protocol.extra()])
-        row[known] = np.arange(len(known))
-        rows = torch.from_numpy(row[positions]).to(self.extra.device)
-        return torch.cat([self.features.features, self.extra])[rows]
-
-    def _per_class(self, generated: FeatureSet) -> tuple[dict[str, int], dict[str, float | None]]:
-        """The number of real images of each class, and the FID of all samples against each, with floor and extrapolation."""
-        manifest = self.real.manifest
-        labels = self.real.images.selection.index.label
-        order = np.concatenate(self.protocol.halves())  # random, so that halves of a class are random too
-        counts: dict[str, int] = {}
-        scores: dict[str, float | None] = {}
-        for label in np.unique(labels):
-            name = manifest.classes[label]
-            members = self._at(order[labels[order] == label])
-            counts[name] = len(members)
-            if len(members) < MIN_CLASS:
+    def _distances(self, generated: FeatureSet) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Every Fréchet distance of the samples, and how they were computed."""
+        line = fid_against_count(generated.features, self.features if self.whole is None else self.whole)
+        scores: dict[str, Any] = {"eval/fid": line.fids[-1], "eval/fid_floor": self.floor}
+        details: dict[str, Any] = {"fid_against_count": describe_line(line)}
+        if self.as_floor is not None:
+            as_many = Gaussian.of_features(generated.features[: self.protocol.num_floor])
+            scores["eval/fid_at_num_floor"] = frechet_distance(as_many, self.as_floor)
+        scores["eval/fid_infinity"] = line.at_infinity
+        if self.gap is None:
+            scores["eval/fid_gap"] = None
+            details["gap"] = f"the val split has fewer than {MIN_NUM_IMAGES} images"
+        else:
+            found = self.gap.gap(generated.gaussian())
+            scores |= {
+                "eval/fid_val": found.val,
+                "eval/fid_train": float(np.mean(found.train)),
+                "eval/fid_gap": found.gap,
+                "eval/fid_gap_std_error": found.standard_error,
+            }
+            details |= {"num_gap": found.num_real, "gap_train_fids": list(found.train)}
+        if self.classes:
+            details["per_class"] = {name: reference.num_images for name, reference in self.classes.items()}
+        for name, reference in self.classes.items():
+            if reference.whole is None:
                 scores[f"eval/fid/{name}"] = None
+                scores[f"eval/fid/{name}_reason"] = (
+                    f"the train split has {reference.num_images} image(s) of this class; it takes at least {MIN_CLASS}"
+                )
                 continue
-            line = fid_against_count(generated.features, members, cut_reference=False)
-            half = len(members) // 2
-            first, second = members[:half], members[half : 2 * half]
+            line = fid_against_count(generated.features, reference.whole)
             scores[f"eval/fid/{name}"] = line.fids[-1]
-            scores[f"eval/fid_floor/{name}"] = frechet_distance(
-                Gaussian.of_features(first), Gaussian.of_features(second)
-            )
+            scores[f"eval/fid_floor/{name}"] = reference.floor
             scores[f"eval/fid_infinity/{name}"] = line.at_infinity
-        return counts, scores
-
-
-def kid(generated: Float32[Tensor, "n d"], real: Float32[Tensor, "m d"]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Kernel inception distance (Bińkowski et al. 2018, Sec. 3.1) and its standard error, and how they were computed.
-
-    Mean over subsets of the unbiased squared MMD under the kernel (x·y / d + 1)³, computed by torch-fidelity; the standard
-    error is the deviation between subsets over the root of their number. Subsets overlap, so it is a little too small.
-    """
-    size = min(KID_SUBSET_SIZE, len(generated) // 2, len(real) // 2)
-    result = kid_features_to_metric(generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
-    scores = {
-        "eval/kid": result[KEY_METRIC_KID_MEAN],
-        "eval/kid_std_error": result[KEY_METRIC_KID_STD] / KID_SUBSETS**0.5,
-    }
-    return scores, {"kid_subsets": KID_SUBSETS, "kid_subset_size": size}
+        return scores, details
 
 
 def precision_recall(
@@ -239,9 +252,10 @@ def reconstruction_fid(
     found = extract(
         extractor, reconstructions, real.num_images, accelerator, batch_size=batch_size, what="reconstructions"
     )
-    line = fid_against_count(found.features, originals.features, cut_reference=True)
+    start = time.perf_counter()
+    line = fid_against_count(found.features, originals.features)
     return {
-        "eval/rfid": frechet_distance(found.gaussian(), originals.gaussian()),
+        "eval/rfid": line.fids[-1],
         "eval/rfid_infinity": line.at_infinity,
         "rfid_protocol": {
             "num_generated": real.num_images,
@@ -250,6 +264,7 @@ def reconstruction_fid(
             "dataset_fingerprint": real.manifest.fingerprint,
             "floor": "0: perfect reconstructions have the features of their images",
             "fid_against_count": describe_line(line),
+            "seconds": {"distances": time.perf_counter() - start},
             **describe_extractor(extractor),
         },
     }

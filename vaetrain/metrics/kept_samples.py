@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vaetrain.command_line import plain
 from vaetrain.data.encode import png
 from vaetrain.data.shard_writer import ShardWriter
 from vaetrain.metrics.features import NumberedImages
+from vaetrain.sample_manifest import differences
 from vaetrain.sample_set import write_manifest
 
 
@@ -24,10 +25,8 @@ def check_free(folder: Path, content: Mapping[str, Any]) -> bool:
     Raises FileExistsError when it holds anything else.
     """
     manifest = folder / "manifest.json"
-    if manifest.is_file():
-        found = json.loads(manifest.read_text())
-        if all(found.get(name) == value for name, value in content.items()):
-            return False
+    if manifest.is_file() and not differences(json.loads(manifest.read_text()), content):
+        return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"--keep-samples {folder} holds something else; delete it or name another folder")
     return True
@@ -37,21 +36,25 @@ def keep(
     images: Iterable[NumberedImages],
     folder: Path,
     content: Mapping[str, Any],
-    details: Mapping[str, Any],
+    manifest: Callable[[list[dict[str, Any]]], dict[str, Any]],
     accelerator: Accelerator,
 ) -> Iterable[NumberedImages]:
     """This process's images, each written as a PNG of the sample set on its way. A collective.
 
-    `content` decides the images (seed, prior, …) and goes into the manifest with `details`. The set is written into
-    FOLDER.partial and renamed when it is whole; what an earlier process left there is deleted. Raises FileExistsError, at
-    once, when `folder` holds anything but this very set, which is then left as it is.
+    `content` decides the images (seed, prior, …), and `manifest` makes the whole manifest from the list of shards. The set
+    is written into FOLDER.partial and renamed when it is whole; what an earlier process left there is deleted. Raises
+    FileExistsError, at once, when `folder` holds anything but this very set, which is then left as it is.
     """
     [free] = broadcast_object_list([accelerator.is_main_process and check_free(folder, content)])
-    return _writing(images, folder, {**content, **details}, accelerator) if free else images
+    return _writing(images, folder, content["seed"], manifest, accelerator) if free else images
 
 
 def _writing(
-    images: Iterable[NumberedImages], folder: Path, facts: Mapping[str, Any], accelerator: Accelerator
+    images: Iterable[NumberedImages],
+    folder: Path,
+    seed: int,
+    manifest: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    accelerator: Accelerator,
 ) -> Iterator[NumberedImages]:
     aside = folder.with_name(f"{folder.name}.partial")
     if accelerator.is_main_process:
@@ -61,10 +64,10 @@ def _writing(
     with ShardWriter(aside, f"rank-{accelerator.process_index:04d}") as writer:
         for indices, block in images:
             for index, image in zip(indices, block.cpu(), strict=True):
-                writer.write(f"{int(index):08d}", png(image), "png", {"index": int(index), "seed": facts["seed"]})
+                writer.write(f"{int(index):08d}", png(image), "png", {"index": int(index), "seed": seed})
             yield indices, block
     shards = gather_object([plain(shard) for shard in writer.shards])
     if accelerator.is_main_process:
-        write_manifest(aside, {"format_version": 1, "kind": "sample set", **facts, "shards": shards})
+        write_manifest(aside, manifest(shards))
         aside.replace(folder)
     accelerator.wait_for_everyone()

@@ -59,25 +59,26 @@ class Protocol:
         """Images in each of the two disjoint halves of real images whose distance is the floor."""
         return min(self.num_reference, self.num_split // 2)
 
+    def order(self) -> Int64[np.ndarray, " n"]:
+        """The random order of the split."""
+        # That of a training epoch: its stream is frozen, so the same seed names the same images for good.
+        return epoch_order(self.num_split, self.seed, 0)
+
     def reference(self) -> Int64[np.ndarray, " n"]:
         """Positions in the split of the reference images, ascending."""
-        return np.sort(self._order()[: self.num_reference])
+        return np.sort(self.order()[: self.num_reference])
 
     def halves(self) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """Positions of the two halves behind the floor; the first is the reference where the split is large enough."""
-        order = self._order()
+        order = self.order()
         return order[: self.num_floor], order[self.num_floor : 2 * self.num_floor]
 
     def extra(self) -> Int64[np.ndarray, " n"]:
         """Positions of the real images beyond the reference that the floor needs, ascending; may be none."""
-        return np.sort(self._order()[self.num_reference : 2 * self.num_floor])
+        return np.sort(self.order()[self.num_reference : 2 * self.num_floor])
 
     def describe(self) -> str:
         """The real images in words."""
         if self.whole_split:
             return f"all {self.num_reference} images of the train split"
         return f"train split, {self.num_reference} of {self.num_split} drawn without replacement by seed {self.seed}"
-
-    def _order(self) -> Int64[np.ndarray, " n"]:
-        # The order of a training epoch: its stream is frozen, so the same seed names the same images for good.
-        return epoch_order(self.num_split, self.seed, 0)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 PriorName = Literal["standard", "gaussian", "gmm", "flow", "mean-code", "random-code"]
 
 PRIOR_NAMES: tuple[PriorName, ...] = ("standard", "gaussian", "gmm", "flow", "mean-code", "random-code")
 """In the order of tables and pictures."""
+
+
+OWN_SETTINGS: dict[PriorName, tuple[str, ...]] = {
+    "gmm": ("gmm_components", "leading_dims"),
+    "flow": ("flow_steps", "leading_dims"),
+    "mean-code": ("mean_code_images",),
+}
+"""Settings that some priors alone look at; the others concern which images are encoded."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +51,8 @@ class PriorFitConfig:
             raise ValueError(f"--fit.gmm-components is {self.gmm_components}; give one or more counts of at least 1")
         if self.seed < 0:
             raise ValueError(f"--fit.seed is {self.seed}; it must not be negative")
+
+    def settings_of(self, prior: PriorName) -> list[str]:
+        """Names of those that decide the fit of this prior."""
+        others = {name for names in OWN_SETTINGS.values() for name in names} - set(OWN_SETTINGS.get(prior, ()))
+        return [setting.name for setting in fields(self) if setting.name not in others]

@@ -106,7 +106,12 @@ def load_prior(file: Path, trained: TrainedModel, checkpoint_sha256: str, fit: P
         "format": (facts.format_version, FORMAT_VERSION),
         "weights with SHA-256": (facts.checkpoint_sha256, checkpoint_sha256),
         "the shard set with fingerprint": (facts.dataset_fingerprint, fingerprint),
-        "--fit.*": (facts.fit, plain(fit)),
+    }
+    # Only what this prior's fit looks at: other steps for the flow leave the mixture what it is.
+    settings = plain(fit)
+    asked |= {
+        f"--fit.{name.replace('_', '-')}": (facts.fit.get(name), settings[name])
+        for name in fit.settings_of(facts.prior)
     }
     for what, (saved, wanted) in asked.items():
         if saved != wanted:

@@ -21,6 +21,7 @@ MEANINGS = {
     "val/ssim": "structural similarity, at most 1; larger is better",
     "eval/fid": "samples against real images; smaller is better",
     "eval/fid_floor": "real images against other real ones: what a perfect generator would score",
+    "eval/fid_at_num_floor": "FID of as many images on either side as the floor has: what to hold against it",
     "eval/fid_infinity": "FID extrapolated to endlessly many images",
     "eval/fid_val": "samples against the val split",
     "eval/fid_train": "samples against as many training images",
@@ -45,9 +46,9 @@ MEANINGS = {
     "eval/nearest_pixel_distance_ratio": "distance of samples to training images over that of validation images: near 0 for copies",
     "eval/nearest_pixel_distance_ratio_to_recon": "the same over reconstructions, which are as blurred as samples",
     "eval/nearest_pixel_closer_than_val": "½ where nothing is copied, 1 for copies",
-    "eval/nearest_feature_distance_ratio": "as above, in codes of the encoder",
-    "eval/nearest_feature_distance_ratio_to_recon": "as above, in codes of the encoder",
-    "eval/nearest_feature_closer_than_val": "as above, in codes of the encoder",
+    "eval/nearest_feature_distance_ratio": "as above, in the features that nearest_protocol names",
+    "eval/nearest_feature_distance_ratio_to_recon": "as above, in the features that nearest_protocol names",
+    "eval/nearest_feature_closer_than_val": "as above, in the features that nearest_protocol names",
 }
 """By contract name."""
 
