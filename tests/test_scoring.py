@@ -195,9 +195,9 @@ def test_neighbours_are_those_in_the_features_behind_fid_extracted_once(run_dir,
     scores, count = images_seen(replace(fid, protocol="standard", num_images=None))
     assert count == samples + train + val + queries
     assert scores["nearest_protocol"]["features"]["extractor"] == fid.extractor
-    scores, count = images_seen(fid)
+    scores, count = images_seen(fid, nearest_features="extractor")
     assert count == 20 + 20 + 20 + 20 + queries + train  # samples, reference, floor, validation images
-    own, count = images_seen(fid, nearest_features="encoder")
+    own, count = images_seen(fid)
     assert count == 20
     assert own["eval/nearest_feature_distance_ratio"] != scores["eval/nearest_feature_distance_ratio"]
     assert "encoder" in own["nearest_protocol"]["features"]

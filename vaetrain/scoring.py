@@ -183,10 +183,12 @@ class Scoring:
         else:
             num_images = min(config.num_pictures, self.given.num_images)
             samples = gather_images(vae, accelerator, self.given.batches(accelerator, num_images, config.batch_size))
-        extractor = self.extractor if config.nearest_features == "extractor" else None
+        all_are_known = config.fid.protocol in ("standard", "per-class")  # in the cache by now
+        by_network = config.nearest_features == "extractor" or (config.nearest_features == "auto" and all_are_known)
+        extractor = self.extractor if by_network else None
         real = RealImages(self.data, "train", config.fid)
         known = None
-        if extractor is not None and config.fid.protocol in ("standard", "per-class"):  # in the cache by now
+        if extractor is not None and all_are_known:
             known = real.features(np.arange(real.num_images), extractor, accelerator).features
         found = memorisation(
             vae, samples, self.train_reader, self.val_reader, accelerator, self.figure("nearest"), known=known,

@@ -123,9 +123,10 @@ class EvaluateConfig:
     num_pictures: int = 500
     """Samples compared with their nearest training images, and validation images shown in pictures of the latent space."""
 
-    nearest_features: Literal["extractor", "encoder"] = "extractor"
+    nearest_features: Literal["auto", "extractor", "encoder"] = "auto"
     """Features in which `nearest` looks for training images: of the network behind FID, when one is loaded (it then sees every
-    training image once), or the model's own posterior means."""
+    training image once), or the model's own posterior means. auto: the network's where --fid.protocol wants them anyway
+    (standard, per-class)."""
 
     fid: FidConfig = field(default_factory=FidConfig)
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
