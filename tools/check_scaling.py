@@ -26,7 +26,7 @@ class CheckArguments:
     """Runs whose batch differs, the optimizer following it, for the same number of images."""
 
     lengths: Path
-    """Runs at the smallest of these batches for several numbers of images."""
+    """Runs at one small batch for several numbers of images: what a number of images is worth."""
 
     scaling: Path
     """scaling.json with the gradient noise scale at that batch."""
@@ -60,12 +60,10 @@ def main(arguments: CheckArguments) -> None:
     noise = json.loads(arguments.scaling.read_text())["noise_scale"]["scale"]
     critical, error = noise["images"], noise["standard_error"]
     runs = runs_below(arguments.rule)
-    batches, lengths = (
-        points(runs, lambda run: run.batch),
-        points(runs_below(arguments.lengths), lambda run: run.images),
-    )
+    by_length = runs_below(arguments.lengths)
+    batches, lengths = points(runs, lambda run: run.batch), points(by_length, lambda run: run.images)
     images, smallest = min(run.images for run in runs), batches[0]
-    expected = [predicted(lengths, images, smallest.x, point.x, critical) for point in batches]
+    expected = [predicted(lengths, images, by_length[0].batch, point.x, critical) for point in batches]
     print(f"\nnoise scale {critical:,.0f} ± {error or 0:,.0f} images; {images:,} images each\n")
     print("| batch | ELBO, nats | below the smallest batch | predicted |\n|---|---|---|---|")
     for point, score in zip(batches, expected, strict=True):

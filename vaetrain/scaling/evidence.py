@@ -98,7 +98,7 @@ def worth(lengths: Sequence[Point], images: float | int) -> float:
 def predicted(
     lengths: Sequence[Point], images: float | int, small_batch: float | int, batch: float | int, critical: float
 ) -> float:
-    """The score at `batch` after `images`: that of the small batch after the images that these are worth to it."""
+    """The score at `batch` after `images`: that of the `small_batch` of `lengths` after the images that these are worth to it."""
     return worth(lengths, images * (1 + small_batch / critical) / (1 + batch / critical))
 
 
