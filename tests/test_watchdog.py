@@ -1,6 +1,7 @@
 """A process that dies, raises or hangs: all end in time, one message names it."""
 
 import contextlib
+import os
 import re
 import threading
 import time
@@ -9,6 +10,7 @@ import pytest
 from fault_scenarios import STEP, train_together
 from launching import TINY
 
+import vaetrain.stacks
 from vaetrain.watchdog import Place, Pulse, Watchdog
 
 
@@ -103,6 +105,21 @@ def test_one_process_alone_is_watched_too(ends, tmp_path, capsys):
     assert re.search(
         r"no progress for 0\.6 s.*step 17, waiting for data \(threading\.py:\d+\)", capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("answers", ["with an error", "never"])
+def test_a_hang_ends_though_its_stacks_cannot_be_written(ends, tmp_path, capsys, monkeypatch, answers):
+    """A full disk raises, a dead file server blocks for ever; here a folder and a pipe that nobody reads."""
+    monkeypatch.setattr(vaetrain.stacks.write_stacks, "__defaults__", (0.2,))
+    file = tmp_path / "hang-rank-0.txt"
+    file.mkdir() if answers == "with an error" else os.mkfifo(file)
+    pulse = Pulse()
+    with alone(pulse, tmp_path):
+        pulse.begin(17)
+        assert ends.wait(10)
+    said = capsys.readouterr().err
+    assert "error: no progress for 0.6 s" in said
+    assert re.search(r"warning: rank 0 could not write its stacks to .*hang-rank-0\.txt: (no answer|.*Is a dir)", said)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ The launcher then ends what is left: with SIGTERM, and SIGKILL after 30 s.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import signal
@@ -33,6 +32,8 @@ from typing import NoReturn, TypeVar
 
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
+
+from vaetrain.stacks import write_stacks
 
 T = TypeVar("T")
 
@@ -286,25 +287,31 @@ class Watchdog:
             time.sleep(0.05)
 
     def _end(self, reason: str, *, stacks: bool) -> NoReturn:
-        if self._first_to_say(reason, stacks=stacks) or self.store is None:
+        try:
+            if not self._first_to_say(reason, stacks=stacks) and self.store is not None:
+                self._leave_after_the_first(self.store)  # two found it out in the same moment
             print(f"error: {reason}", file=sys.stderr, flush=True)
             if stacks:
                 self._write_stacks()  # before the others are gone, and what waits for them fails
             self._wait_to_be_heard()
+        finally:  # whatever fails on the way: a process that stays holds its device
             self._leave()
-        self._leave_after_the_first(self.store)  # two found it out in the same moment
 
     def _leave_after_the_first(self, store: Store) -> NoReturn:
-        end = json.loads(store.get(END))
-        if end["stacks"]:
-            self._write_stacks()
-        store.add(SEEN, 1)
-        self._leave(after=end["rank"])
+        first = None
+        try:
+            end = json.loads(store.get(END))
+            first = end["rank"]
+            if end["stacks"]:
+                self._write_stacks()
+            store.add(SEEN, 1)
+        finally:
+            self._leave(after=first)
 
     def _write_stacks(self) -> None:
-        if self.folder.is_dir():
-            with (self.folder / f"hang-rank-{self.rank}.txt").open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+        file = self.folder / f"hang-rank-{self.rank}.txt"
+        if problem := write_stacks(file):
+            print(f"warning: rank {self.rank} could not write its stacks to {file}: {problem}", file=sys.stderr)
 
     def _leave(self, *, after: int | None = None) -> NoReturn:
         """End this process from outside its main thread, which may be stuck for good.
