@@ -67,6 +67,28 @@ def test_leftovers_of_killed_processes_go(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
 
 
+@pytest.mark.parametrize("refused", ["rename", "delete"])
+def test_what_cannot_be_deleted_is_told_and_ends_nothing(tmp_path, monkeypatch, capsys, refused):
+    """NFS keeps a file that somebody has open; the next checkpoint tries again."""
+
+    def refuse(*_):
+        raise OSError("Device or resource busy")
+
+    write(tmp_path, 1, 2, 3)
+    with monkeypatch.context() as patched:
+        if refused == "rename":
+            patched.setattr(Path, "rename", refuse)
+        else:
+            patched.setattr(shutil, "rmtree", refuse)
+        for _ in range(2):
+            Retention(tmp_path, CheckpointConfig()).drop_old(3, None, images_per_step=1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all("step-00000001" in line and line.endswith("room: Device or resource busy") for line in said)
+    Retention(tmp_path, CheckpointConfig()).drop_old(3, None, images_per_step=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
+
+
 def test_a_kill_while_one_replaces_another_loses_neither_name_nor_content(tmp_path, monkeypatch):
     write(tmp_path, 1, num_bytes=7)
     write(tmp_path / "aside", 1, num_bytes=9)

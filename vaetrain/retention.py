@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 from vaetrain.config import CheckpointConfig
@@ -22,8 +23,25 @@ def step_of(checkpoint: Path) -> int:
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that half of one never has it."""
     nameless = checkpoint.with_name(f".{checkpoint.name}.removed")
-    checkpoint.rename(nameless)
-    shutil.rmtree(nameless)
+    try:
+        checkpoint.rename(nameless)
+    except OSError as error:
+        warn_of_leftover(checkpoint, error)
+    else:
+        delete(nameless)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder; a warning where the file system refuses: what is too much ends no training."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # NFS keeps a file that somebody has open
+        warn_of_leftover(folder, error)
+
+
+def warn_of_leftover(folder: Path, error: OSError) -> None:
+    """Say that something was not deleted; the next checkpoint tries again."""
+    print(f"warning: {folder} could not be deleted and takes up room: {error}", file=sys.stderr)
 
 
 def put_in_place(aside: Path, target: Path) -> None:
@@ -34,7 +52,7 @@ def put_in_place(aside: Path, target: Path) -> None:
     aside.rename(target)
     fsync(target.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        delete(replaced)
 
 
 class Retention:
@@ -67,7 +85,7 @@ class Retention:
             if not original.exists():
                 replaced.rename(original)
         for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
+            delete(leftover)
 
     def check_space(self, checkpoint_bytes: int, total_images: int) -> None:
         """Refuse, with ValueError, a training whose checkpoints will not fit into the free space of the run's file system.
