@@ -285,23 +285,41 @@ def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | 
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest good one of a run directory."""
+    """The checkpoint that `path` names: itself, or the newest good one of a run directory; warns of newer, damaged ones."""
     if (path / "state.json").is_file():
         return path
     checkpoint, damaged = newest_good(path / "checkpoints")
     if checkpoint is None:
         raise FileNotFoundError("; ".join([f"{path} is neither a checkpoint nor a run that has a good one", *damaged]))
+    warn_of_damage(damaged, checkpoint)
     return checkpoint
 
 
+def warn_of_damage(damaged: list[str], used: Path | None) -> None:
+    """Name on stderr the checkpoints that were passed over, and the one that is used in their place."""
+    for problem in damaged:
+        print(f"warning: {problem}" + (f"; {used} is taken" if used else ""), file=sys.stderr)
+
+
 def best(run: Path) -> Path:
-    """The checkpoint of a run with the best validation score, or the newest where none is marked."""
+    """The checkpoint of a run with the best validation score, or the newest where none is marked.
+
+    Raises ValueError when the best is damaged: another one would pass for it.
+    """
     newest = find(run)
     best_step = json.loads((newest / "state.json").read_text())["progress"]["best_step"]
     if best_step is None:
         return newest
     checkpoint = run / "checkpoints" / f"step-{best_step:08d}"
-    check(checkpoint)
+    try:
+        check(checkpoint)
+    except LaterFormat:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"the best checkpoint of {run} cannot be used: {error}. {newest} is the newest good one: take it with "
+            "--checkpoint last (for --init-from give its path), or bring the best back from a copy"
+        ) from error
     return checkpoint
 
 

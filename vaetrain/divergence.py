@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain.checkpoint import Checkpoints, Progress, newest_good
+from vaetrain.checkpoint import Checkpoints, Progress, newest_good, warn_of_damage
 from vaetrain.config import TrainConfig
 from vaetrain.distributed import decided_by_main
 from vaetrain.run import RunDirectory
@@ -103,7 +103,8 @@ def roll_back(
         raise FloatingPointError(f"{reason}{again}; {what_to_do(run)}")
 
     def find_checkpoint() -> Path:
-        checkpoint, _ = newest_good(run.checkpoints, up_to_step=progress.sound_step)
+        checkpoint, damaged = newest_good(run.checkpoints, up_to_step=progress.sound_step)
+        warn_of_damage(damaged, checkpoint)
         if checkpoint is None:
             raise FloatingPointError(f"{reason}, and there is no checkpoint from before them; {what_to_do(run)}")
         return checkpoint

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vaetrain.checkpoint import best, check, find, load_into, newest_good
+from vaetrain.checkpoint import best, check, find, load_into, newest_good, warn_of_damage
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.run import RunDirectory
@@ -25,8 +24,7 @@ def resume_point(run: RunDirectory, config: Config, dataset: Mapping[str, Any]) 
     """
     run.check_format()
     own, damaged = newest_good(run.checkpoints)
-    for problem in damaged:
-        print(f"warning: {problem}", file=sys.stderr)
+    warn_of_damage(damaged, own)
     if own is not None and config.resume == "never":
         raise FileExistsError(
             f"{run.path} already holds a run ({own.name}); choose another --run-dir, or --resume auto"
