@@ -100,6 +100,19 @@ def test_load_restores_what_save_saw(training, monkeypatch):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_resume_takes_the_new_options_of_the_optimizer(training):
+    first = training()
+    first.step()
+    checkpoint = first.save()
+    second = training()
+    new = {"betas": (0.5, 0.7), "eps": 1e-3, "weight_decay": 0.3, "lr": 7.0}
+    second.optimizer.param_groups[0].update(new)
+    second.checkpoints.load(checkpoint)
+    (group,) = second.optimizer.param_groups
+    assert {name: group[name] for name in new} == new
+    assert all(state["step"] == 1 for state in second.optimizer.state.values())
+
+
 def test_its_manifest_names_every_file(training):
     first = training()
     first.step()

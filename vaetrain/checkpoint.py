@@ -369,7 +369,10 @@ def split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, T
 def restore_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """Inverse of `split_optimizer_state`; moments take the memory format of their parameter, as in the run that saved them."""
+    """Inverse of `split_optimizer_state`; moments take the memory format of their parameter, as in the run that saved them.
+
+    Options such as weight decay stay those of `optimizer`: a resume may change them, and config.yaml says so.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -378,5 +381,5 @@ def restore_optimizer_state(
         like_parameter = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
         state.setdefault(int(index), {})[key] = like_parameter.detach()
     current = optimizer.state_dict()["param_groups"]
-    merged = [{**now, **saved, "lr": now["lr"]} for now, saved in zip(current, groups, strict=True)]
+    merged = [{**saved, **now} for now, saved in zip(current, groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
