@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 
@@ -74,8 +75,19 @@ def test_what_is_not_as_it_was_is_listed(recorded, monkeypatch):
     assert "this checkout has uncommitted changes" in here
     assert package.startswith("package torch: 1.0 then, ")
     assert python.startswith("python: 3.0.0 then, ")
+    change(recorded, git_revision=revision, git_dirty=False, packages=packages, python=platform.python_version())
+    monkeypatch.setattr(rerun, "git_state", lambda _: (revision, False))
+    monkeypatch.setattr(rerun, "cpu_model", lambda: "another processor")
+    monkeypatch.setattr(rerun, "device_of_a_start", lambda: "NVIDIA H100")
+    processor, device = rerun.differences(recorded)
+    assert processor == f"processor: {recorded.provenance()['cpu']} then, another processor now"
+    assert device == "device: cpu then, NVIDIA H100 now"
+
+
+def test_the_changes_of_a_run_are_named_where_they_were_kept(recorded):
+    change(recorded, git_dirty=True)
     recorded.patch_file.write_text("diff")
-    assert "run/uncommitted.patch has them" in list(rerun.differences(recorded))[1]
+    assert "run/uncommitted.patch has them" in "\n".join(rerun.differences(recorded))
 
 
 def test_a_difference_is_refused_unless_allowed(recorded):

@@ -18,7 +18,7 @@ from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config
 from vaetrain.data.shards import Manifest
 from vaetrain.files import replace_file
-from vaetrain.machine import num_cores
+from vaetrain.machine import cpu_model, num_cores
 
 FORMAT_VERSION = 1
 """Of a run directory; one without a version, from before it was recorded, has the same layout."""
@@ -194,6 +194,7 @@ def provenance(
         "packages": {name: package_version(name) for name in RECORDED_PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": cpu_model(),
         "device": device,
         "num_processes": num_processes,
         "processes_per_node": processes_per_node,
