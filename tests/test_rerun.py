@@ -13,7 +13,7 @@ from launching import run, succeed
 
 from vaetrain import rerun
 from vaetrain.command_line import to_yaml
-from vaetrain.run import RunDirectory, uncommitted_changes
+from vaetrain.run import RunDirectory, git_state, uncommitted_changes
 
 
 @pytest.fixture
@@ -127,10 +127,18 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
         subprocess.run(["git", "-C", str(tmp_path), *own, *arguments], check=True, capture_output=True)
 
     git("init", "-q")
-    (tmp_path / "file").write_text("before\n")
+    assert git_state(tmp_path) == (None, None)
+    for name in ("file", "vaetrain/run.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before\n")
     git("add", ".")
     git("commit", "-qm", "x")
     assert uncommitted_changes(tmp_path) == b""
+    revision, dirty = git_state(tmp_path)
+    assert (len(revision or ""), dirty) == (40, False)
+    (tmp_path / "vaetrain" / "new.py").touch()
+    assert git_state(tmp_path) == (revision, True)
+    (tmp_path / "vaetrain" / "new.py").unlink()
     (tmp_path / "file").write_text("after\n")
     (tmp_path / "untracked").write_text("private\n")
     patch = uncommitted_changes(tmp_path)
@@ -138,6 +146,12 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
     assert b"private" not in patch
     (tmp_path / "file").write_text("x" * (1 << 21))
     assert uncommitted_changes(tmp_path) == b""
+
+    # An environment inside somebody's repository: its revision says nothing about the code there.
+    (tmp_path / ".venv" / "vaetrain").mkdir(parents=True)
+    (tmp_path / ".venv" / "vaetrain" / "run.py").touch()
+    assert git_state(tmp_path / ".venv") == (None, None)
+    assert uncommitted_changes(tmp_path / ".venv") == b""
 
 
 def test_a_run_without_provenance_is_refused(recorded):

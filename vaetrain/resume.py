@@ -61,6 +61,29 @@ def resume_point(run: RunDirectory, config: Config, dataset: Mapping[str, Any]) 
     return checkpoint
 
 
+def origin(run: RunDirectory, config: Config, resumed_from: Path | None) -> dict[str, Any]:
+    """For provenance: the checkpoint or weights a start goes on from and, where those are another run's, who made them."""
+    if resumed_from is not None:
+        facts: dict[str, Any] = {"resumed_from": str(resumed_from)}
+        return facts if resumed_from.parent == run.checkpoints else facts | {"parent": made_by(resumed_from)}
+    if config.init_from is not None:
+        source = weights_of(config.init_from)
+        return {"init_from": str(source), "parent": made_by(source)}
+    return {}
+
+
+def made_by(source: Path) -> dict[str, Any] | None:
+    """The provenance inside a checkpoint or an export; None for one that has none."""
+    file = source / "provenance.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def weights_of(source: Path) -> Path:
+    """The checkpoint or export whose weights `--init-from` takes: of a run its best checkpoint."""
+    whole = any((source / name).is_file() for name in ("config.json", "state.json"))
+    return source if whole else best(source)
+
+
 def load_weights(source: Path, model: nn.Module, ema: nn.Module) -> None:
     """Start from the weights of a run (its best checkpoint), a checkpoint, or an export, whose only weights are averages.
 
@@ -70,7 +93,7 @@ def load_weights(source: Path, model: nn.Module, ema: nn.Module) -> None:
         load_into(model, source / "model.safetensors")
         load_into(ema, source / "model.safetensors")
         return
-    checkpoint = source if (source / "state.json").is_file() else best(source)
+    checkpoint = weights_of(source)
     check(checkpoint)
     load_into(model, checkpoint / "model.safetensors")
     load_into(ema, checkpoint / "ema.safetensors")

@@ -35,7 +35,7 @@ from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_r
 from vaetrain.plots import RunFigures
 from vaetrain.preemption import EXIT_STOPPED, StopRequest
 from vaetrain.randomness import noise_of_global_batch
-from vaetrain.resume import load_weights, resume_point
+from vaetrain.resume import load_weights, origin, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
 from vaetrain.run_lock import hold
 from vaetrain.scaling.noise_scale import SmallGradient
@@ -114,6 +114,7 @@ def train_with(
             processes_per_node=distributed.processes_per_node(),
             dataset_fingerprint=train_reader.manifest.fingerprint,
         )
+        made_by |= origin(run, config, resumed_from)
         run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)
         for line in (train_reader.description, val_reader.description):
             print(line)
