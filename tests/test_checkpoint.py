@@ -56,6 +56,7 @@ class Training:
         self.meters.add(2, torch.tensor(0.0), torch.tensor(0.0), loss=torch.rand(()))
         self.progress.step += 1
         self.progress.images_seen += 2
+        self.progress.sound_step = self.progress.step
 
     def save(self) -> Path:
         self.checkpoints.save(self.progress)

@@ -9,10 +9,12 @@ import torch
 from fault_scenarios import spoilt_losses, train_together
 from launching import TINY
 
+from vaetrain.checkpoint import Progress
 from vaetrain.config import OptimConfig, TrainConfig
-from vaetrain.divergence import STEPS_BEFORE_JUDGING, StepJudge, skip_where
+from vaetrain.divergence import STEPS_BEFORE_JUDGING, StepJudge, note_steps, skip_where
 from vaetrain.optim import learning_rate_at
 from vaetrain.plots import mark_incidents
+from vaetrain.tracking import Interval
 
 CPU = torch.device("cpu")
 SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--train.ema-half-life-images", 0)
@@ -118,6 +120,32 @@ def test_one_process_goes_back(train_tiny):
     with spoilt_losses():
         run_dir = train_tiny(*SPOILT, epochs=3)
     check_rolled_back(run_dir)
+
+
+def test_the_checkpoint_to_go_back_to_outlives_those_of_the_skipped_steps(train_tiny):
+    """One each step, of which two stay; a validation at step 10, in the midst of them, is not the best."""
+    with spoilt_losses():
+        run_dir = train_tiny(*SPOILT, "--checkpoint.every-steps", 1, "--checkpoint.keep-last", 2, epochs=3)
+    (event,) = records(run_dir, "event")
+    assert (event["from_step"], event["to_step"]) == (12, 6)
+
+
+def test_streaks_that_end_move_the_step_to_go_back_to():
+    def interval(longest, running):
+        return Interval({}, skipped_steps=longest, exploded_steps=0, longest_streak=longest, running_streak=running)
+
+    progress = Progress(step=10)
+    assert not note_steps(progress, interval(3, 0), 20)
+    assert progress.sound_step == 10
+    progress.step = 20
+    assert not note_steps(progress, interval(4, 4), 20)
+    assert progress.sound_step == 16
+    best = Progress(step=20, sound_step=16, best_score=1.0, best_step=16)
+    best.note_validation(2.0)
+    assert (best.best_step, best.validations_without_best) == (16, 0)
+    progress.step = 50
+    assert note_steps(progress, interval(25, 0), 20)  # over by now, and still a divergence
+    assert progress.sound_step == 16
 
 
 def test_the_figure_of_losses_shows_it():

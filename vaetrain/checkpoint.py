@@ -83,15 +83,20 @@ class Progress:
     exploded_steps: int = 0
     """Those of them whose gradient was finite but far larger than of late."""
     sound_step: int = 0
-    """The last step up to which a training record without a skipped step reached."""
+    """As the last training record knew: the last step before those skipped in a row up to now, or that record's step."""
     rollbacks: int = 0
     """Times that training went back to a checkpoint because it diverged."""
     lr_factor: float = 1.0
     """Factor on the learning rate, lowered when that happened."""
 
     def note_validation(self, score: float) -> None:
-        """Remember a validation at the current position, and whether it is the best so far (NaN never is)."""
+        """Remember a validation at the current position, and whether it is the best so far (NaN never is).
+
+        In the middle of skipped steps it is neither better nor worse: the weights are those of `sound_step`.
+        """
         self.validated_at = self.images_seen
+        if self.sound_step < self.step:
+            return
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step, self.validations_without_best = score, self.step, 0
         else:
@@ -260,7 +265,9 @@ class Checkpoints:
                 "room (or lower --checkpoint.keep-last) and start the same command again to go on from the newest"
             ) from error
         images_per_step = progress.images_seen // max(1, progress.step)  # a resume may not change it
-        self.retention.drop_old(progress.step, progress.best_step, images_per_step)
+        self.retention.drop_old(
+            progress.step, progress.best_step, images_per_step, sound_step=min(progress.step, progress.sound_step)
+        )
 
 
 def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | None, list[str]]:

@@ -72,12 +72,14 @@ def skip_where(
         torch.maximum(found, skipped, out=found)
 
 
-def note_steps(progress: Progress, interval: Interval) -> None:
-    """Count an interval's skipped steps."""
+def note_steps(progress: Progress, interval: Interval, max_nonfinite_steps: int) -> bool:
+    """Count an interval's skipped steps; whether so many were in a row that training must go back."""
     progress.skipped_steps += interval.skipped_steps
     progress.exploded_steps += interval.exploded_steps
-    if interval.longest_streak == 0:
-        progress.sound_step = progress.step
+    diverged = interval.longest_streak >= max_nonfinite_steps
+    if not diverged:  # else what lies before those steps stays the point to go back to
+        progress.sound_step = progress.step - interval.running_streak
+    return diverged
 
 
 def roll_back(

@@ -55,6 +55,8 @@ class Interval:
     """Those of them whose gradient was finite."""
     longest_streak: int
     """The most steps in a row that were skipped, counted from before the interval."""
+    running_streak: int
+    """The steps in a row that were skipped up to its end, 0 where the last one was not."""
 
 
 class Meters:
@@ -79,8 +81,10 @@ class Meters:
     def fetch(self, accelerator: Accelerator) -> Interval:
         """The interval that ends now; start the next. A collective and a synchronisation with the device."""
         # The streak is the same on every process, so its sum is too.
-        everything = sum_over_processes(accelerator, torch.cat([self.sums, self.longest[None]])).tolist()
-        *totals, num_images, skipped_steps, exploded_steps, longest = everything
+        everything = sum_over_processes(
+            accelerator, torch.cat([self.sums, self.streak[None], self.longest[None]])
+        ).tolist()
+        *totals, num_images, skipped_steps, exploded_steps, streak, longest = everything
         self.sums.zero_()
         self.longest = self.streak
         return Interval(
@@ -90,6 +94,7 @@ class Meters:
             skipped_steps=round(skipped_steps / accelerator.num_processes),
             exploded_steps=round(exploded_steps / accelerator.num_processes),
             longest_streak=round(longest / accelerator.num_processes),
+            running_streak=round(streak / accelerator.num_processes),
         )
 
     def reset(self) -> None:

@@ -209,11 +209,11 @@ def train_with(
         if progress.step % config.log.every_steps == 0 or validation_is_due():
             pulse.enter("waiting for the device and the others, to log")
             interval = meters.fetch(accelerator)  # the one wait for the device, once per logging interval
-            note_steps(progress, interval)
+            diverged = note_steps(progress, interval, config.train.max_nonfinite_steps)
             performance = stopwatch.lap(accelerator, progress.images_seen)
             small_batch_size = small_gradient.batch_size if small_gradient else None
             tracker.log_training(progress, interval, performance, beta=beta, lr=lr, small_batch_size=small_batch_size)
-            if interval.longest_streak >= config.train.max_nonfinite_steps:
+            if diverged:
                 meters.reset()
                 progress = roll_back(config.train, run, checkpoints, tracker, accelerator, progress, interval)
                 stopwatch = Stopwatch(progress.images_seen)
