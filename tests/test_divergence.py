@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -9,6 +10,7 @@ import torch
 from fault_scenarios import spoilt_losses, train_together
 from launching import TINY
 
+import vaetrain.divergence
 from vaetrain.checkpoint import Progress
 from vaetrain.config import OptimConfig, TrainConfig
 from vaetrain.divergence import STEPS_BEFORE_JUDGING, StepJudge, note_steps, skip_where
@@ -177,7 +179,31 @@ def test_a_second_divergence_stops_the_run_after_a_resume_too(train_tiny):
         pytest.raises(FloatingPointError, match=r"after going back once to learning rates × 0\.5; no weight"),
     ):
         train_tiny(*SPOILT, epochs=6)
-    assert len(records(run_dir, "event")) == 1
+    rollback, end = records(run_dir, "event")
+    assert (rollback["event"], end["event"], end["step"]) == ("rollback", "diverged", 20)
+    assert end["reason"].startswith("5 steps in a row up to step 20")
+
+
+def test_a_kill_while_it_goes_back_leaves_one_event_and_no_record_of_the_skipped_steps(train_tiny, monkeypatch):
+    """After the checkpoint with the lower learning rate is written, before the records are put right; then before that."""
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    for moment in ("log_rollback", "finish"):
+        run_dir = Path(moment)
+        with spoilt_losses(), monkeypatch.context() as patched:
+            if moment == "finish":
+                patched.setattr(vaetrain.divergence.Checkpoints, "load", kill)
+            else:
+                patched.setattr(vaetrain.divergence.Tracker, moment, kill)
+            with pytest.raises(KeyboardInterrupt):
+                train_tiny(*SPOILT, epochs=3, run_dir=run_dir)
+        run_dir = train_tiny(*SPOILT, epochs=3, run_dir=run_dir)
+        events = [(event["event"], event["to_step"], event["lr_factor"]) for event in records(run_dir, "event")]
+        assert events == ([("rollback", 5, 0.5)] if moment == "log_rollback" else [])
+        assert [record["step"] for record in records(run_dir, "train")][-4:] == [10, 12, 14, 15]
+        assert len({record["step"] for record in records(run_dir, "train")}) == len(records(run_dir, "train"))
 
 
 @pytest.mark.parametrize(

@@ -280,15 +280,27 @@ class Tracker:
             above_bar=True,
         )
 
-    def log_rollback(self, diverged: Progress, restored: Progress, reason: str) -> None:
+    def log_divergence(self, progress: Progress, reason: str) -> None:
+        """One record of split "event": training stops here for good."""
+        self.write("event", progress, {"event": "diverged", "from_step": progress.step, "reason": reason})
+
+    def log_missing_rollback(self, progress: Progress) -> None:
+        """Make up, on a resume, for the record of a rollback that a kill kept from being written."""
+        logged = sum(record.get("event") == "rollback" for record in self.run.metrics())
+        if self.accelerator.is_main_process and logged < progress.rollbacks:
+            event = {"event": "rollback", "from_step": None, "to_step": progress.step, "lr_factor": progress.lr_factor}
+            reason = "killed before it could be written why; this was written by the resume"
+            self.write("event", progress, event | {"reason": reason})
+
+    def log_rollback(self, from_step: int, restored: Progress, reason: str) -> None:
         """One record of split "event", in place of the records after the step that training goes back to."""
         if self.accelerator.is_main_process:
             self.run.drop_metrics_after(restored.step, restored.validated_at)
-        event = {"event": "rollback", "from_step": diverged.step, "to_step": restored.step, "reason": reason}
+        event = {"event": "rollback", "from_step": from_step, "to_step": restored.step, "reason": reason}
         self.write("event", restored, event | {"lr_factor": restored.lr_factor})
         self.bar.update(restored.images_seen - self.bar.n)
         self.say(
-            f"rolled back from step {diverged.step:,} to {restored.step:,}, learning rates × {restored.lr_factor:g}: {reason}",
+            f"rolled back from step {from_step:,} to {restored.step:,}, learning rates × {restored.lr_factor:g}: {reason}",
             above_bar=True,
         )
 

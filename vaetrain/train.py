@@ -126,6 +126,8 @@ def train_with(
         accelerator, run, config, vae, step=progress.step, total_images=total_images,
         images_per_epoch=images_per_epoch, dataset_fingerprint=train_reader.manifest.fingerprint,
     )  # fmt: skip
+    if resumed_from and resumed_from.parent == run.checkpoints:
+        tracker.log_missing_rollback(progress)
     figures = RunFigures(run, ema.module, val_reader, num_pictures=config.log.num_pictures)
     stopwatch = Stopwatch(progress.images_seen)
 
