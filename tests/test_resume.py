@@ -139,6 +139,26 @@ def test_a_streak_of_skipped_steps_survives_a_resume(train_tiny, monkeypatch):
         train_tiny("--checkpoint.every-steps", 1, "--train.max-nonfinite-steps", 7, epochs=3)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        (("--data.reader", "stream"), ("--data.reader", "stream", "--data.num-workers", 1), False),  # nobody else reads
+        (("--data.reader", "stream"), ("--data.reader", "stream", "--train.micro-batch-size", 10), True),
+        (("--data.reader", "stream"), ("--data.reader", "resident"), True),
+        ((), ("--data.reader", "indexed", "--train.micro-batch-size", 10), False),
+    ],
+)
+def test_another_order_within_an_epoch_is_refused(train_tiny, first, second, refused):
+    length = ("--train.num-images", 160, "--optim.schedule", "constant")
+    run_dir = train_tiny(*first, *length)
+    if refused:
+        with pytest.raises(ValueError, match=r"60 images into an epoch.*repeat some images.*the saved values"):
+            train_tiny(*second, "--train.num-images", 240)
+        shutil.rmtree(list_checkpoints(run_dir / "checkpoints")[-1])  # of what is left the newest is at an epoch's end
+    train_tiny(*second, "--train.num-images", 240)
+    assert json.loads(timeless(run_dir)[-1])["images_seen"] == 240
+
+
 def test_a_run_of_the_format_before_is_read(train_tiny):
     """As vaetrain wrote it when checkpoints had format 1 and run directories none, and without this version's options."""
     constant = ("--optim.schedule", "constant")

@@ -133,6 +133,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         meters: RunningSums,
         judge: Stateful,
+        reading: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = run
         self.folder = run.checkpoints
@@ -144,6 +145,7 @@ class Checkpoints:
         self.optimizer = optimizer
         self.meters = meters
         self.judge = judge
+        self.reading = reading
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
         self.writer = SnapshotWriter()
         self.newest_step = 0
@@ -174,6 +176,7 @@ class Checkpoints:
             "format_version": FORMAT_VERSION,
             "vaetrain": package_version("vaetrain"),
             "progress": asdict(progress),
+            "reading": self.reading,
             "optimizer": groups,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }

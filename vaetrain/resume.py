@@ -12,15 +12,18 @@ from torch import nn
 from vaetrain.checkpoint import best, check, find, load_into, newest_good, warn_of_damage
 from vaetrain.command_line import parse
 from vaetrain.config import Config
+from vaetrain.reading import Reading
 from vaetrain.run import RunDirectory
 
 
-def resume_point(run: RunDirectory, config: Config, dataset: Mapping[str, Any]) -> Path | None:
+def resume_point(
+    run: RunDirectory, config: Config, dataset: Mapping[str, Any], reading: Reading, images_per_epoch: int
+) -> Path | None:
     """The checkpoint a run goes on from, None where there is none: its own newest good one, then that of `--resume PATH`.
 
     Warns of damaged checkpoints on stderr. Raises FileExistsError when there is one and `--resume never` was given, and
-    ValueError when it is of another model, order of data or data set, when all checkpoints are damaged, or when a later
-    vaetrain wrote them.
+    ValueError when it is of another model, order of data (`check_reading` too) or data set, when all checkpoints are
+    damaged, or when a later vaetrain wrote them.
     """
     run.check_format()
     own, damaged = newest_good(run.checkpoints)
@@ -58,7 +61,22 @@ def resume_point(run: RunDirectory, config: Config, dataset: Mapping[str, Any]) 
                 f"{checkpoint} was trained with {flag} {before}, now it is {now}; resuming would not continue that run. "
                 "Use the saved value, or another --run-dir for a new run"
             )
+    check_reading(checkpoint, reading, images_per_epoch)
     return checkpoint
+
+
+def check_reading(checkpoint: Path, reading: Reading, images_per_epoch: int) -> None:
+    """Refuse, with ValueError, to go on in the middle of an epoch in another order: it would repeat images and leave others out."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    saved = state.get("reading")  # None: written before it was recorded
+    within_epoch = state["progress"]["images_seen"] % images_per_epoch
+    if saved is None or not within_epoch or reading.continues(before := Reading(**saved)):
+        return
+    raise ValueError(
+        f"{checkpoint} lies {within_epoch:,} images into an epoch that was read with {before}; with {reading} the rest of it "
+        "would repeat some images and leave others out. Use the saved values, or go on from a checkpoint at the end of an "
+        "epoch (every validation has one)"
+    )
 
 
 def origin(run: RunDirectory, config: Config, resumed_from: Path | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import contextlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_r
 from vaetrain.plots import RunFigures
 from vaetrain.preemption import EXIT_STOPPED, StopRequest
 from vaetrain.randomness import noise_of_global_batch
+from vaetrain.reading import Reading
 from vaetrain.resume import load_weights, origin, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
 from vaetrain.run_lock import hold
@@ -91,16 +93,17 @@ def train_with(
         small_gradient = SmallGradient(model, layout, accelerator.num_processes)
     norms = ("small_grad_sq", "grad_sq") if small_gradient else ()
     meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm", *norms), device)
+    reading = Reading.of(train_reader, layout)
     checkpoints = Checkpoints(
         run, config.checkpoint, accelerator, model=vae, ema=ema.module, optimizer=optimizer.optimizer, meters=meters,
-        judge=judge,
+        judge=judge, reading=asdict(reading),
     )  # fmt: skip
     dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
 
     def claim_run() -> Path | None:
         opened.enter_context(hold(run.lock_file))
         checkpoints.check_space(total_images)
-        return resume_point(run, config, dataset)
+        return resume_point(run, config, dataset, reading, images_per_epoch)
 
     resumed_from = distributed.decided_by_main(accelerator, claim_run)
     opened.enter_context(checkpoints)
