@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -149,6 +150,8 @@ class Checkpoints:
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
         self.writer = SnapshotWriter()
         self.newest_step = 0
+        self.longest_save_s = 0.0
+        """Of those so far, from `save` until it is on disk; known to the main process."""
 
     def are_due(self, progress: Progress, *, validated: bool, at_end: bool) -> bool:
         """Whether to save now, just `validated` or not; never what was loaded or saved and has not changed since."""
@@ -180,7 +183,9 @@ class Checkpoints:
             "optimizer": groups,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
-        self.writer.start(tensors, partial(self._write, json.dumps(state, indent=2), replace(progress)))
+        self.writer.start(
+            tensors, partial(self._write, json.dumps(state, indent=2), replace(progress), time.monotonic())
+        )
 
     def before_update(self) -> None:
         """Call before weights change: waits until a checkpoint that was begun has its copy of them."""
@@ -236,7 +241,7 @@ class Checkpoints:
         headers = 200 * len(tensors)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + headers + 2**17
 
-    def _write(self, state: str, progress: Progress, tensors: Tensors) -> None:
+    def _write(self, state: str, progress: Progress, began: float, tensors: Tensors) -> None:
         target = self.folder / f"step-{progress.step:08d}"
         aside = self.folder / f".{target.name}.partial"
         file = aside
@@ -267,6 +272,7 @@ class Checkpoints:
                 f"free, and a checkpoint takes {self.num_bytes() / 2**20:,.1f}. The checkpoints before it are whole: make "
                 "room (or lower --checkpoint.keep-last) and start the same command again to go on from the newest"
             ) from error
+        self.longest_save_s = max(self.longest_save_s, time.monotonic() - began)
         images_per_step = progress.images_seen // max(1, progress.step)  # a resume may not change it
         self.retention.drop_old(
             progress.step, progress.best_step, images_per_step, sound_step=min(progress.step, progress.sound_step)

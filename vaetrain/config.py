@@ -86,6 +86,10 @@ class TrainConfig:
     val_every_epochs: int = 1
     """Epochs between validations; the end of training always has one."""
 
+    max_hours: float | None = None
+    """Hours after which training has saved and stopped, to be started again (exit code 75), such as a batch system gives; None:
+    no limit."""
+
     patience: int | None = None
     """Stop after this many validations without a better validation ELBO. None: never."""
 
@@ -119,6 +123,8 @@ class TrainConfig:
             raise ValueError(
                 f"--train.rollback-lr-factor is {self.rollback_lr_factor}; give a factor in (0, 1], or None not to go back"
             )
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ValueError(f"--train.max-hours is {self.max_hours}; give a positive number, or None for no limit")
         if self.timeout_s <= 0:
             raise ValueError(f"--train.timeout-s is {self.timeout_s}; it must be positive")
         if self.ema_half_life_images < 0:

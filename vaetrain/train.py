@@ -41,25 +41,36 @@ from vaetrain.resume import load_weights, origin, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
 from vaetrain.run_lock import hold
 from vaetrain.scaling.noise_scale import SmallGradient
+from vaetrain.time_limit import TimeLimit
 from vaetrain.tracking import Meters, Stopwatch, Tracker
 from vaetrain.watchdog import FIRST_STEP_S, Pulse, Watchdog
 
 
 def train(
-    config: Config, accelerator: Accelerator, pulse: Pulse | None = None, stop: StopRequest | None = None
+    config: Config,
+    accelerator: Accelerator,
+    pulse: Pulse | None = None,
+    stop: StopRequest | None = None,
+    time_limit: TimeLimit | None = None,
 ) -> Progress:
     """Run the training that `config` describes, or go on with it; returns how far it came.
 
-    Every process calls this. `pulse` is told how far it is, `stop` is asked whether to go on.
+    Every process calls this. `pulse` is told how far it is, `stop` is asked whether to go on, `time_limit` whether there is time.
     Raises ValueError, FileNotFoundError or FileExistsError for what the user can mend, and FloatingPointError when
     training diverged.
     """
     with contextlib.ExitStack() as opened:
-        return train_with(config, accelerator, pulse or Pulse(), stop or StopRequest(), opened)
+        time_limit = time_limit or TimeLimit(config.train.max_hours)
+        return train_with(config, accelerator, pulse or Pulse(), stop or StopRequest(), time_limit, opened)
 
 
 def train_with(
-    config: Config, accelerator: Accelerator, pulse: Pulse, stop: StopRequest, opened: contextlib.ExitStack
+    config: Config,
+    accelerator: Accelerator,
+    pulse: Pulse,
+    stop: StopRequest,
+    time_limit: TimeLimit,
+    opened: contextlib.ExitStack,
 ) -> Progress:
     """`train`, with what `opened` closes however it ends: the readers, the lock, the checkpoint being written."""
     device, model_config = accelerator.device, config.model
@@ -141,6 +152,8 @@ def train_with(
     batches = train_reader.train_batches(config.seed, progress.images_seen, layout)
     while True:
         pulse.begin(progress.step)
+        if time_limit.is_near(checkpoints.longest_save_s):
+            stop.reason = time_limit.reason
         if stop.agree():  # before a validation that may be due: whoever resumes makes up for it
             checkpoints.save(progress)
             break
@@ -218,6 +231,8 @@ def train_with(
             performance = stopwatch.lap(accelerator, progress.images_seen)
             small_batch_size = small_gradient.batch_size if small_gradient else None
             tracker.log_training(progress, interval, performance, beta=beta, lr=lr, small_batch_size=small_batch_size)
+            if note := time_limit.forecast(total_images - progress.images_seen, performance["perf/images_per_s"]):
+                tracker.say(note, above_bar=True)
             if diverged:
                 meters.reset()
                 progress = roll_back(config.train, run, checkpoints, tracker, accelerator, progress, interval)
@@ -241,7 +256,7 @@ def nan_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
 
 def main(config: Config) -> None:
     """Join the other processes and train; exits with EXIT_STOPPED when told to stop."""
-    timeout_s, pulse = config.train.timeout_s, Pulse()
+    timeout_s, pulse, time_limit = config.train.timeout_s, Pulse(), TimeLimit(config.train.max_hours)
     longest_wait_s = timeout_s + FIRST_STEP_S  # in a collective; the watchdog, who knows who is missing, speaks before
     with user_errors():
         accelerator = distributed.start(
@@ -260,7 +275,7 @@ def main(config: Config) -> None:
             explained_out_of_memory(config, accelerator),
             distributed.finishing(accelerator),
         ):
-            train(config, accelerator, pulse, stop)
+            train(config, accelerator, pulse, stop, time_limit)
     if stop.agreed:
         raise SystemExit(EXIT_STOPPED)
 
