@@ -108,6 +108,10 @@ class TrainConfig:
     """Seconds without progress in any process after which the run ends with a message that says which process hangs, and
     where. Longer than the slowest step, data wait and checkpoint."""
 
+    start_timeout_s: float = 1800.0
+    """The same before the first step. Longer than opening the data takes, with `--data.verify full` reading them all, and
+    checking and loading a checkpoint."""
+
     def __post_init__(self) -> None:
         """Refuse lengths and batches that mean nothing."""
         for name in ("epochs", "global_batch_size", "val_every_epochs", "max_nonfinite_steps"):
@@ -125,8 +129,9 @@ class TrainConfig:
             )
         if self.max_hours is not None and self.max_hours <= 0:
             raise ValueError(f"--train.max-hours is {self.max_hours}; give a positive number, or None for no limit")
-        if self.timeout_s <= 0:
-            raise ValueError(f"--train.timeout-s is {self.timeout_s}; it must be positive")
+        for name in ("timeout_s", "start_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--train.{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
         if self.ema_half_life_images < 0:
             raise ValueError(f"--train.ema-half-life-images is {self.ema_half_life_images}; give 0 for no EMA")
 

@@ -77,6 +77,7 @@ def train_with(
     run = RunDirectory(config.run_dir)
 
     # Data: an epoch is whole global batches; the length of training is whole global batches.
+    pulse.enter("starting: opening the data")
     layout = BatchLayout.of(
         config.train.global_batch_size, config.train.micro_batch_size,
         accelerator.process_index, accelerator.num_processes,
@@ -90,6 +91,7 @@ def train_with(
     total_images = math.ceil(wanted_images / layout.global_batch_size) * layout.global_batch_size
 
     # Model: all randomness after the initial weights is drawn in randomness.py.
+    pulse.enter("starting: building the model")
     torch.manual_seed(config.seed)
     vae = VAE(model_config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
@@ -99,6 +101,7 @@ def train_with(
     judge = StepJudge(config.train.skip_above, device)
 
     # Run: go on from a checkpoint if there is one, and write down what starts.
+    pulse.enter("starting: looking for a checkpoint")
     small_gradient = None
     if config.log.noise_scale:
         small_gradient = SmallGradient(model, layout, accelerator.num_processes)
@@ -267,7 +270,7 @@ def main(config: Config) -> None:
         watchdog = Watchdog(
             pulse, rank=accelerator.process_index, num_processes=accelerator.num_processes,
             store=distributed.shared_store(), folder=config.run_dir, timeout_s=timeout_s,
-            first_step_s=FIRST_STEP_S if config.train.compile else 0.0,
+            first_step_s=FIRST_STEP_S if config.train.compile else 0.0, start_timeout_s=config.train.start_timeout_s,
         )  # fmt: skip
         with (
             stop.on_signals(),
