@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vaetrain.snapshot
-from vaetrain.checkpoint import CheckpointNotWritten, Checkpoints, Progress, check, find, newest_good
+from vaetrain.checkpoint import CheckpointNotWritten, Checkpoints, Progress, best, check, find, newest_good
 from vaetrain.config import CheckpointConfig
 from vaetrain.divergence import StepJudge
 from vaetrain.files import sha256_of_file
@@ -56,6 +56,7 @@ class Training:
         self.meters.add(2, torch.tensor(0.0), torch.tensor(0.0), loss=torch.rand(()))
         self.progress.step += 1
         self.progress.images_seen += 2
+        self.progress.sound_step = self.progress.step
 
     def save(self) -> Path:
         self.checkpoints.save(self.progress)
@@ -100,6 +101,19 @@ def test_load_restores_what_save_saw(training, monkeypatch):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_resume_takes_the_new_options_of_the_optimizer(training):
+    first = training()
+    first.step()
+    checkpoint = first.save()
+    second = training()
+    new = {"betas": (0.5, 0.7), "eps": 1e-3, "weight_decay": 0.3, "lr": 7.0}
+    second.optimizer.param_groups[0].update(new)
+    second.checkpoints.load(checkpoint)
+    (group,) = second.optimizer.param_groups
+    assert {name: group[name] for name in new} == new
+    assert all(state["step"] == 1 for state in second.optimizer.state.values())
+
+
 def test_its_manifest_names_every_file(training):
     first = training()
     first.step()
@@ -114,7 +128,7 @@ def test_its_manifest_names_every_file(training):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "checksums.json", "config.yaml"])
-def test_a_truncated_file_is_named_and_the_checkpoint_before_used(training, name):
+def test_a_truncated_file_is_named_and_the_checkpoint_before_used(training, capsys, name):
     first = training()
     first.step()
     good = first.save()
@@ -126,11 +140,28 @@ def test_a_truncated_file_is_named_and_the_checkpoint_before_used(training, name
     assert len(damaged) == 1
     assert str(newest) in damaged[0]
     assert name == "checksums.json" or name in damaged[0]
+    capsys.readouterr()
     assert find(first.run.path) == good
+    said = capsys.readouterr().err
+    assert said.startswith("warning: ")
+    assert str(newest) in said
+    assert said.endswith(f"; {good} is taken\n")
     first.progress = first.checkpoints.load(good)
     first.step()
     assert first.save() == newest  # and is whole again
     check(newest)
+
+
+def test_a_damaged_best_is_not_replaced_by_another_without_a_word(training):
+    first = training()
+    first.step()
+    first.progress.note_validation(1.0)
+    best_of_run = first.save()
+    first.step()
+    newest = first.save()
+    (best_of_run / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"ema.* is damaged .*{newest} is the newest good one: .*--checkpoint last"):
+        best(first.run.path)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(training):

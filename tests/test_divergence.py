@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -9,10 +10,13 @@ import torch
 from fault_scenarios import spoilt_losses, train_together
 from launching import TINY
 
+import vaetrain.divergence
+from vaetrain.checkpoint import Progress
 from vaetrain.config import OptimConfig, TrainConfig
-from vaetrain.divergence import STEPS_BEFORE_JUDGING, StepJudge, skip_where
+from vaetrain.divergence import STEPS_BEFORE_JUDGING, StepJudge, note_steps, skip_where
 from vaetrain.optim import learning_rate_at
 from vaetrain.plots import mark_incidents
+from vaetrain.tracking import Interval
 
 CPU = torch.device("cpu")
 SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--train.ema-half-life-images", 0)
@@ -120,6 +124,32 @@ def test_one_process_goes_back(train_tiny):
     check_rolled_back(run_dir)
 
 
+def test_the_checkpoint_to_go_back_to_outlives_those_of_the_skipped_steps(train_tiny):
+    """One each step, of which two stay; a validation at step 10, in the midst of them, is not the best."""
+    with spoilt_losses():
+        run_dir = train_tiny(*SPOILT, "--checkpoint.every-steps", 1, "--checkpoint.keep-last", 2, epochs=3)
+    (event,) = records(run_dir, "event")
+    assert (event["from_step"], event["to_step"]) == (12, 6)
+
+
+def test_streaks_that_end_move_the_step_to_go_back_to():
+    def interval(longest, running):
+        return Interval({}, skipped_steps=longest, exploded_steps=0, longest_streak=longest, running_streak=running)
+
+    progress = Progress(step=10)
+    assert not note_steps(progress, interval(3, 0), 20)
+    assert progress.sound_step == 10
+    progress.step = 20
+    assert not note_steps(progress, interval(4, 4), 20)
+    assert progress.sound_step == 16
+    best = Progress(step=20, sound_step=16, best_score=1.0, best_step=16)
+    best.note_validation(2.0)
+    assert (best.best_step, best.validations_without_best) == (16, 0)
+    progress.step = 50
+    assert note_steps(progress, interval(25, 0), 20)  # over by now, and still a divergence
+    assert progress.sound_step == 16
+
+
 def test_the_figure_of_losses_shows_it():
     train = [{"epoch": epoch, "train/skipped_steps": skipped} for epoch, skipped in ((0.5, 0), (1.0, 2), (1.5, 1))]
     figure, axis = plt.subplots()
@@ -149,7 +179,31 @@ def test_a_second_divergence_stops_the_run_after_a_resume_too(train_tiny):
         pytest.raises(FloatingPointError, match=r"after going back once to learning rates × 0\.5; no weight"),
     ):
         train_tiny(*SPOILT, epochs=6)
-    assert len(records(run_dir, "event")) == 1
+    rollback, end = records(run_dir, "event")
+    assert (rollback["event"], end["event"], end["step"]) == ("rollback", "diverged", 20)
+    assert end["reason"].startswith("5 steps in a row up to step 20")
+
+
+def test_a_kill_while_it_goes_back_leaves_one_event_and_no_record_of_the_skipped_steps(train_tiny, monkeypatch):
+    """After the checkpoint with the lower learning rate is written, before the records are put right; then before that."""
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    for moment in ("log_rollback", "finish"):
+        run_dir = Path(moment)
+        with spoilt_losses(), monkeypatch.context() as patched:
+            if moment == "finish":
+                patched.setattr(vaetrain.divergence.Checkpoints, "load", kill)
+            else:
+                patched.setattr(vaetrain.divergence.Tracker, moment, kill)
+            with pytest.raises(KeyboardInterrupt):
+                train_tiny(*SPOILT, epochs=3, run_dir=run_dir)
+        run_dir = train_tiny(*SPOILT, epochs=3, run_dir=run_dir)
+        events = [(event["event"], event["to_step"], event["lr_factor"]) for event in records(run_dir, "event")]
+        assert events == ([("rollback", 5, 0.5)] if moment == "log_rollback" else [])
+        assert [record["step"] for record in records(run_dir, "train")][-4:] == [10, 12, 14, 15]
+        assert len({record["step"] for record in records(run_dir, "train")}) == len(records(run_dir, "train"))
 
 
 @pytest.mark.parametrize(

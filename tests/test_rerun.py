@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 
@@ -12,7 +13,7 @@ from launching import run, succeed
 
 from vaetrain import rerun
 from vaetrain.command_line import to_yaml
-from vaetrain.run import RunDirectory, uncommitted_changes
+from vaetrain.run import RunDirectory, git_state, uncommitted_changes
 
 
 @pytest.fixture
@@ -74,8 +75,19 @@ def test_what_is_not_as_it_was_is_listed(recorded, monkeypatch):
     assert "this checkout has uncommitted changes" in here
     assert package.startswith("package torch: 1.0 then, ")
     assert python.startswith("python: 3.0.0 then, ")
+    change(recorded, git_revision=revision, git_dirty=False, packages=packages, python=platform.python_version())
+    monkeypatch.setattr(rerun, "git_state", lambda _: (revision, False))
+    monkeypatch.setattr(rerun, "cpu_model", lambda: "another processor")
+    monkeypatch.setattr(rerun, "device_of_a_start", lambda: "NVIDIA H100")
+    processor, device = rerun.differences(recorded)
+    assert processor == f"processor: {recorded.provenance()['cpu']} then, another processor now"
+    assert device == "device: cpu then, NVIDIA H100 now"
+
+
+def test_the_changes_of_a_run_are_named_where_they_were_kept(recorded):
+    change(recorded, git_dirty=True)
     recorded.patch_file.write_text("diff")
-    assert "run/uncommitted.patch has them" in list(rerun.differences(recorded))[1]
+    assert "run/uncommitted.patch has them" in "\n".join(rerun.differences(recorded))
 
 
 def test_a_difference_is_refused_unless_allowed(recorded):
@@ -115,10 +127,18 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
         subprocess.run(["git", "-C", str(tmp_path), *own, *arguments], check=True, capture_output=True)
 
     git("init", "-q")
-    (tmp_path / "file").write_text("before\n")
+    assert git_state(tmp_path) == (None, None)
+    for name in ("file", "vaetrain/run.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before\n")
     git("add", ".")
     git("commit", "-qm", "x")
     assert uncommitted_changes(tmp_path) == b""
+    revision, dirty = git_state(tmp_path)
+    assert (len(revision or ""), dirty) == (40, False)
+    (tmp_path / "vaetrain" / "new.py").touch()
+    assert git_state(tmp_path) == (revision, True)
+    (tmp_path / "vaetrain" / "new.py").unlink()
     (tmp_path / "file").write_text("after\n")
     (tmp_path / "untracked").write_text("private\n")
     patch = uncommitted_changes(tmp_path)
@@ -126,6 +146,12 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
     assert b"private" not in patch
     (tmp_path / "file").write_text("x" * (1 << 21))
     assert uncommitted_changes(tmp_path) == b""
+
+    # An environment inside somebody's repository: its revision says nothing about the code there.
+    (tmp_path / ".venv" / "vaetrain").mkdir(parents=True)
+    (tmp_path / ".venv" / "vaetrain" / "run.py").touch()
+    assert git_state(tmp_path / ".venv") == (None, None)
+    assert uncommitted_changes(tmp_path / ".venv") == b""
 
 
 def test_a_run_without_provenance_is_refused(recorded):

@@ -74,8 +74,7 @@ def runs(tiny_shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     driver = finish(start("tests/killed_training.py", folder, tiny_shards), timeout_s=400)
     assert driver.returncode == 0, driver.stderr
-    kills = json.loads(driver.stdout.splitlines()[-1])
-    assert kills == {"1": 20, "2": 4}
+    assert int(driver.stdout.splitlines()[-1]) > 0, "no kill hit a save"
     return folder
 
 
@@ -140,6 +139,26 @@ def test_a_streak_of_skipped_steps_survives_a_resume(train_tiny, monkeypatch):
         train_tiny("--checkpoint.every-steps", 1, "--train.max-nonfinite-steps", 7, epochs=3)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        (("--data.reader", "stream"), ("--data.reader", "stream", "--data.num-workers", 1), False),  # nobody else reads
+        (("--data.reader", "stream"), ("--data.reader", "stream", "--train.micro-batch-size", 10), True),
+        (("--data.reader", "stream"), ("--data.reader", "resident"), True),
+        ((), ("--data.reader", "indexed", "--train.micro-batch-size", 10), False),
+    ],
+)
+def test_another_order_within_an_epoch_is_refused(train_tiny, first, second, refused):
+    length = ("--train.num-images", 160, "--optim.schedule", "constant")
+    run_dir = train_tiny(*first, *length)
+    if refused:
+        with pytest.raises(ValueError, match=r"60 images into an epoch.*repeat some images.*the saved values"):
+            train_tiny(*second, "--train.num-images", 240)
+        shutil.rmtree(list_checkpoints(run_dir / "checkpoints")[-1])  # of what is left the newest is at an epoch's end
+    train_tiny(*second, "--train.num-images", 240)
+    assert json.loads(timeless(run_dir)[-1])["images_seen"] == 240
+
+
 def test_a_run_of_the_format_before_is_read(train_tiny):
     """As vaetrain wrote it when checkpoints had format 1 and run directories none, and without this version's options."""
     constant = ("--optim.schedule", "constant")
@@ -190,17 +209,29 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(train_tiny)
     assert (run_dir / "metrics.jsonl").read_text() == metrics
 
 
-def test_the_order_of_places_to_start_from(train_tiny, capsys):
+def test_the_order_of_places_to_start_from(train_tiny, capsys, monkeypatch, tmp_path):
     """The run directory's own checkpoint, then --resume PATH, then --init-from."""
     other = train_tiny(run_dir="other", epochs=1)
     third = train_tiny("--seed", 1, run_dir="third", epochs=1)
     capsys.readouterr()
+    patches = iter([b"first", b"second", b"third"])
+    monkeypatch.setattr("vaetrain.run.uncommitted_changes", lambda _: next(patches))
     own = train_tiny("--resume", other, "--init-from", third, run_dir="own", epochs=2)
     assert f"resuming from {other / 'checkpoints' / 'step-00000005'}" in capsys.readouterr().out
     train_tiny("--resume", other, "--init-from", third, run_dir="own", epochs=3)
     assert f"resuming from {own / 'checkpoints' / 'step-00000010'}" in capsys.readouterr().out
     train_tiny("--init-from", third, run_dir="new", epochs=1)
     assert f"starting with the weights of {third}" in capsys.readouterr().out
+    made, other_made, third_made = (RunDirectory(run).provenance() for run in (own, other, third))
+    assert made["resumed_from"] == str(other / "checkpoints" / "step-00000005")
+    assert made["parent"] == other_made
+    (again,) = made["resumes"]
+    assert (again["step"], again["resumed_from"]) == (10, str(own / "checkpoints" / "step-00000010"))
+    assert "parent" not in again
+    new = RunDirectory(tmp_path / "new").provenance()
+    assert (new["init_from"], new["parent"]) == (str(third / "checkpoints" / "step-00000005"), third_made)
+    assert (own / "uncommitted.patch").read_bytes() == b"first"
+    assert (own / "uncommitted-step-00000010.patch").read_bytes() == b"second"
 
 
 def test_starting_from_weights(train_tiny, tmp_path, monkeypatch):

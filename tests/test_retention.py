@@ -48,6 +48,20 @@ def test_what_stays(tmp_path, config, best, kept):
     assert steps(tmp_path / "each") == steps(tmp_path / "once") == kept
 
 
+def test_the_one_to_go_back_to_stays_as_long_as_steps_are_skipped(tmp_path):
+    """All steps from the fourth on are skipped."""
+    retention = Retention(tmp_path, CheckpointConfig(keep_last=2))
+    for step in range(1, 8):
+        write(tmp_path, step)
+        retention.drop_old(step, None, images_per_step=10, sound_step=min(step, 3))
+    assert steps(tmp_path) == [3, 6, 7]
+    retention.drop_old(7, None, images_per_step=10, sound_step=5)
+    assert steps(tmp_path) == [3, 6, 7]
+    write(tmp_path, 8)
+    retention.drop_old(8, None, images_per_step=10, sound_step=8)
+    assert steps(tmp_path) == [7, 8]
+
+
 def test_checkpoints_that_training_passed_over_do_not_count(tmp_path):
     """Step 9 is damaged: training went on from 3, and 4 is its newest checkpoint."""
     write(tmp_path, 3, 9, 4)
@@ -63,6 +77,28 @@ def test_leftovers_of_killed_processes_go(tmp_path, monkeypatch):
         remove(tmp_path / "step-00000001")  # killed after it lost its name
     monkeypatch.undo()
     assert steps(tmp_path) == [2, 3]
+    Retention(tmp_path, CheckpointConfig()).drop_old(3, None, images_per_step=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
+
+
+@pytest.mark.parametrize("refused", ["rename", "delete"])
+def test_what_cannot_be_deleted_is_told_and_ends_nothing(tmp_path, monkeypatch, capsys, refused):
+    """NFS keeps a file that somebody has open; the next checkpoint tries again."""
+
+    def refuse(*_):
+        raise OSError("Device or resource busy")
+
+    write(tmp_path, 1, 2, 3)
+    with monkeypatch.context() as patched:
+        if refused == "rename":
+            patched.setattr(Path, "rename", refuse)
+        else:
+            patched.setattr(shutil, "rmtree", refuse)
+        for _ in range(2):
+            Retention(tmp_path, CheckpointConfig()).drop_old(3, None, images_per_step=1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all("step-00000001" in line and line.endswith("room: Device or resource busy") for line in said)
     Retention(tmp_path, CheckpointConfig()).drop_old(3, None, images_per_step=1)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
 
@@ -88,27 +124,27 @@ def test_a_kill_while_one_replaces_another_loses_neither_name_nor_content(tmp_pa
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
-    """Last two, best, one being written: four of 100 MiB; with a multiple kept for ever, one more for each."""
+    """Last two, best, one to go back to, one being written: five of 100 MiB; with a multiple kept for ever, one more for each."""
 
     def check(free_mib: int, config: CheckpointConfig) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free_mib * MIB))
         Retention(tmp_path, config).check_space(100 * MIB, total_images=1000)
 
-    check(400, CheckpointConfig())
+    check(500, CheckpointConfig())
     with pytest.raises(
-        ValueError, match=r"will need 400\.0 MiB more .* 399\.0 free.*4 checkpoints of 100\.0.*keep-last"
+        ValueError, match=r"will need 500\.0 MiB more .* 499\.0 free.*5 checkpoints of 100\.0.*keep-last"
     ):
-        check(399, CheckpointConfig())
-    check(700, CheckpointConfig(keep_every_images=300))
+        check(499, CheckpointConfig())
+    check(800, CheckpointConfig(keep_every_images=300))
     with pytest.raises(ValueError, match="3 kept for ever"):
-        check(699, CheckpointConfig(keep_every_images=300))
+        check(799, CheckpointConfig(keep_every_images=300))
     # After a resume the room of those that are there will be theirs; what a killed save left makes room for one.
     write(tmp_path, 1, 2, num_bytes=100 * MIB)
     write(tmp_path / ".step-00000009.1234", 0)
-    check(200, CheckpointConfig())
+    check(300, CheckpointConfig())
     assert not (tmp_path / ".step-00000009.1234").exists()
-    with pytest.raises(ValueError, match=r"will need 200\.0 MiB more .* 199\.0 free.*200\.0 MiB are there"):
-        check(199, CheckpointConfig())
+    with pytest.raises(ValueError, match=r"will need 300\.0 MiB more .* 299\.0 free.*200\.0 MiB are there"):
+        check(299, CheckpointConfig())
     # More are there than may stay: they go when the next one is whole, for which there must be room.
     write(tmp_path, 3, 4, 5, num_bytes=100 * MIB)
     check(100, CheckpointConfig())

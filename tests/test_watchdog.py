@@ -1,15 +1,20 @@
 """A process that dies, raises or hangs: all end in time, one message names it."""
 
 import contextlib
+import json
+import os
 import re
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 from fault_scenarios import STEP, train_together
 from launching import TINY
+from torch.distributed import DistNetworkError, HashStore
 
-from vaetrain.watchdog import Place, Pulse, Watchdog
+import vaetrain.stacks
+from vaetrain.watchdog import Place, Pulse, Report, Watchdog
 
 
 @pytest.fixture
@@ -103,6 +108,58 @@ def test_one_process_alone_is_watched_too(ends, tmp_path, capsys):
     assert re.search(
         r"no progress for 0\.6 s.*step 17, waiting for data \(threading\.py:\d+\)", capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("answers", ["with an error", "never"])
+def test_a_hang_ends_though_its_stacks_cannot_be_written(ends, tmp_path, capsys, monkeypatch, answers):
+    """A full disk raises, a dead file server blocks for ever; here a folder and a pipe that nobody reads."""
+    monkeypatch.setattr(vaetrain.stacks.write_stacks, "__defaults__", (0.2,))
+    file = tmp_path / "hang-rank-0.txt"
+    file.mkdir() if answers == "with an error" else os.mkfifo(file)
+    pulse = Pulse()
+    with alone(pulse, tmp_path):
+        pulse.begin(17)
+        assert ends.wait(10)
+    said = capsys.readouterr().err
+    assert "error: no progress for 0.6 s" in said
+    assert re.search(r"warning: rank 0 could not write its stacks to .*hang-rank-0\.txt: (no answer|.*Is a dir)", said)
+
+
+def test_a_start_that_hangs_is_ended_and_named(ends, tmp_path, capsys):
+    pulse = Pulse()
+    pulse.enter("starting: opening the data")
+    with alone(pulse, tmp_path, start_timeout_s=1.2):
+        assert not ends.wait(0.8)  # the time of a step does not count yet
+        assert ends.wait(10)
+    said = capsys.readouterr().err
+    assert re.search(r"no progress for 1\.2 s.*rank 0 \(.*starting: opening the data \(threading\.py:\d+\)", said)
+    assert "--train.start-timeout-s sets the time" in said
+
+
+class LostStore(HashStore):
+    """A key-value store whose host goes away."""
+
+    lost = False
+
+    def set(self, key, value):
+        if self.lost:
+            raise DistNetworkError("Connection reset by peer")
+        super().set(key, value)
+
+
+def test_a_process_that_has_lost_the_store_still_watches_itself(ends, tmp_path, capsys):
+    """The host of rank 0 is gone: nobody tells, and what waits for it would wait for ever."""
+    store, pulse = LostStore(), Pulse()
+    elsewhere = Report(0, "another", "far-away", 1, 17, 3, "forward", "x.py:1", 1, 1, False)
+    store.set("vaetrain/report/0", json.dumps(asdict(elsewhere)))
+    with Watchdog(pulse, rank=1, num_processes=2, store=store, folder=tmp_path, timeout_s=0.6):
+        pulse.begin(17)
+        time.sleep(0.2)
+        store.lost = True
+        assert ends.wait(10)
+    warning, error, *_ = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: rank 1: the store on far-away, the host of rank 0")
+    assert re.search(r"no progress for 0\.6 s.*rank 1 \(.*at step 17.*; the store on far-away", error)
 
 
 @pytest.mark.parametrize(

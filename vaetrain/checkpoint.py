@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -83,15 +84,20 @@ class Progress:
     exploded_steps: int = 0
     """Those of them whose gradient was finite but far larger than of late."""
     sound_step: int = 0
-    """The last step up to which a training record without a skipped step reached."""
+    """As the last training record knew: the last step before those skipped in a row up to now, or that record's step."""
     rollbacks: int = 0
     """Times that training went back to a checkpoint because it diverged."""
     lr_factor: float = 1.0
     """Factor on the learning rate, lowered when that happened."""
 
     def note_validation(self, score: float) -> None:
-        """Remember a validation at the current position, and whether it is the best so far (NaN never is)."""
+        """Remember a validation at the current position, and whether it is the best so far (NaN never is).
+
+        In the middle of skipped steps it is neither better nor worse: the weights are those of `sound_step`.
+        """
         self.validated_at = self.images_seen
+        if self.sound_step < self.step:
+            return
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step, self.validations_without_best = score, self.step, 0
         else:
@@ -128,6 +134,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         meters: RunningSums,
         judge: Stateful,
+        reading: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = run
         self.folder = run.checkpoints
@@ -139,9 +146,12 @@ class Checkpoints:
         self.optimizer = optimizer
         self.meters = meters
         self.judge = judge
+        self.reading = reading
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
         self.writer = SnapshotWriter()
         self.newest_step = 0
+        self.longest_save_s = 0.0
+        """Of those so far, from `save` until it is on disk; known to the main process."""
 
     def are_due(self, progress: Progress, *, validated: bool, at_end: bool) -> bool:
         """Whether to save now, just `validated` or not; never what was loaded or saved and has not changed since."""
@@ -169,10 +179,13 @@ class Checkpoints:
             "format_version": FORMAT_VERSION,
             "vaetrain": package_version("vaetrain"),
             "progress": asdict(progress),
+            "reading": self.reading,
             "optimizer": groups,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
-        self.writer.start(tensors, partial(self._write, json.dumps(state, indent=2), replace(progress)))
+        self.writer.start(
+            tensors, partial(self._write, json.dumps(state, indent=2), replace(progress), time.monotonic())
+        )
 
     def before_update(self) -> None:
         """Call before weights change: waits until a checkpoint that was begun has its copy of them."""
@@ -228,7 +241,7 @@ class Checkpoints:
         headers = 200 * len(tensors)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + headers + 2**17
 
-    def _write(self, state: str, progress: Progress, tensors: Tensors) -> None:
+    def _write(self, state: str, progress: Progress, began: float, tensors: Tensors) -> None:
         target = self.folder / f"step-{progress.step:08d}"
         aside = self.folder / f".{target.name}.partial"
         file = aside
@@ -259,8 +272,11 @@ class Checkpoints:
                 f"free, and a checkpoint takes {self.num_bytes() / 2**20:,.1f}. The checkpoints before it are whole: make "
                 "room (or lower --checkpoint.keep-last) and start the same command again to go on from the newest"
             ) from error
+        self.longest_save_s = max(self.longest_save_s, time.monotonic() - began)
         images_per_step = progress.images_seen // max(1, progress.step)  # a resume may not change it
-        self.retention.drop_old(progress.step, progress.best_step, images_per_step)
+        self.retention.drop_old(
+            progress.step, progress.best_step, images_per_step, sound_step=min(progress.step, progress.sound_step)
+        )
 
 
 def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | None, list[str]]:
@@ -285,23 +301,41 @@ def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | 
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest good one of a run directory."""
+    """The checkpoint that `path` names: itself, or the newest good one of a run directory; warns of newer, damaged ones."""
     if (path / "state.json").is_file():
         return path
     checkpoint, damaged = newest_good(path / "checkpoints")
     if checkpoint is None:
         raise FileNotFoundError("; ".join([f"{path} is neither a checkpoint nor a run that has a good one", *damaged]))
+    warn_of_damage(damaged, checkpoint)
     return checkpoint
 
 
+def warn_of_damage(damaged: list[str], used: Path | None) -> None:
+    """Name on stderr the checkpoints that were passed over, and the one that is used in their place."""
+    for problem in damaged:
+        print(f"warning: {problem}" + (f"; {used} is taken" if used else ""), file=sys.stderr)
+
+
 def best(run: Path) -> Path:
-    """The checkpoint of a run with the best validation score, or the newest where none is marked."""
+    """The checkpoint of a run with the best validation score, or the newest where none is marked.
+
+    Raises ValueError when the best is damaged: another one would pass for it.
+    """
     newest = find(run)
     best_step = json.loads((newest / "state.json").read_text())["progress"]["best_step"]
     if best_step is None:
         return newest
     checkpoint = run / "checkpoints" / f"step-{best_step:08d}"
-    check(checkpoint)
+    try:
+        check(checkpoint)
+    except LaterFormat:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"the best checkpoint of {run} cannot be used: {error}. {newest} is the newest good one: take it with "
+            "--checkpoint last (for --init-from give its path), or bring the best back from a copy"
+        ) from error
     return checkpoint
 
 
@@ -351,7 +385,10 @@ def split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, T
 def restore_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """Inverse of `split_optimizer_state`; moments take the memory format of their parameter, as in the run that saved them."""
+    """Inverse of `split_optimizer_state`; moments take the memory format of their parameter, as in the run that saved them.
+
+    Options such as weight decay stay those of `optimizer`: a resume may change them, and config.yaml says so.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -360,5 +397,5 @@ def restore_optimizer_state(
         like_parameter = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
         state.setdefault(int(index), {})[key] = like_parameter.detach()
     current = optimizer.state_dict()["param_groups"]
-    merged = [{**now, **saved, "lr": now["lr"]} for now, saved in zip(current, groups, strict=True)]
+    merged = [{**saved, **now} for now, saved in zip(current, groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})

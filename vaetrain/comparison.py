@@ -98,6 +98,7 @@ class Result:
                 f"{split} size": [dataset[split]["channels"], *[dataset[split]["image_size"]] * 2],
             }
         machine = (
+            "cpu",
             "device",
             "num_processes",
             "processes_per_node",

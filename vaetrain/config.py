@@ -86,6 +86,10 @@ class TrainConfig:
     val_every_epochs: int = 1
     """Epochs between validations; the end of training always has one."""
 
+    max_hours: float | None = None
+    """Hours after which training has saved and stopped, to be started again (exit code 75), such as a batch system gives; None:
+    no limit."""
+
     patience: int | None = None
     """Stop after this many validations without a better validation ELBO. None: never."""
 
@@ -104,6 +108,10 @@ class TrainConfig:
     """Seconds without progress in any process after which the run ends with a message that says which process hangs, and
     where. Longer than the slowest step, data wait and checkpoint."""
 
+    start_timeout_s: float = 1800.0
+    """The same before the first step. Longer than opening the data takes, with `--data.verify full` reading them all, and
+    checking and loading a checkpoint."""
+
     def __post_init__(self) -> None:
         """Refuse lengths and batches that mean nothing."""
         for name in ("epochs", "global_batch_size", "val_every_epochs", "max_nonfinite_steps"):
@@ -119,8 +127,11 @@ class TrainConfig:
             raise ValueError(
                 f"--train.rollback-lr-factor is {self.rollback_lr_factor}; give a factor in (0, 1], or None not to go back"
             )
-        if self.timeout_s <= 0:
-            raise ValueError(f"--train.timeout-s is {self.timeout_s}; it must be positive")
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ValueError(f"--train.max-hours is {self.max_hours}; give a positive number, or None for no limit")
+        for name in ("timeout_s", "start_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--train.{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
         if self.ema_half_life_images < 0:
             raise ValueError(f"--train.ema-half-life-images is {self.ema_half_life_images}; give 0 for no EMA")
 

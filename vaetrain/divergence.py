@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain.checkpoint import Checkpoints, Progress, newest_good
+from vaetrain.checkpoint import Checkpoints, Progress, newest_good, warn_of_damage
 from vaetrain.config import TrainConfig
 from vaetrain.distributed import decided_by_main
 from vaetrain.run import RunDirectory
@@ -72,12 +72,14 @@ def skip_where(
         torch.maximum(found, skipped, out=found)
 
 
-def note_steps(progress: Progress, interval: Interval) -> None:
-    """Count an interval's skipped steps."""
+def note_steps(progress: Progress, interval: Interval, max_nonfinite_steps: int) -> bool:
+    """Count an interval's skipped steps; whether so many were in a row that training must go back."""
     progress.skipped_steps += interval.skipped_steps
     progress.exploded_steps += interval.exploded_steps
-    if interval.longest_streak == 0:
-        progress.sound_step = progress.step
+    diverged = interval.longest_streak >= max_nonfinite_steps
+    if not diverged:  # else what lies before those steps stays the point to go back to
+        progress.sound_step = progress.step - interval.running_streak
+    return diverged
 
 
 def roll_back(
@@ -92,32 +94,52 @@ def roll_back(
     """Go back to the newest good checkpoint from before the skipped steps, and on with a lower learning rate. A collective.
 
     Raises FloatingPointError, on every process, the second time, when there is no such checkpoint, or when
-    `rollback_lr_factor` is None.
+    `rollback_lr_factor` is None; metrics.jsonl says so too.
     """
-    reason = (
-        f"{interval.longest_streak} steps in a row up to step {progress.step} had a loss or gradient that is not finite, or "
-        f"a gradient norm over {config.skip_above} times the recent mean"
-    )
+    try:
+        checkpoint = checkpoint_to_go_back_to(config, run, accelerator, progress, interval)
+    except FloatingPointError as error:
+        tracker.log_divergence(progress, str(error))
+        raise
+    checkpoints.finish()
+    restored = checkpoints.load(checkpoint)
+    restored.rollbacks = progress.rollbacks + 1
+    restored.lr_factor = progress.lr_factor * (config.rollback_lr_factor or 1.0)
+    accelerator.wait_for_everyone()  # everybody has read the checkpoint before it is written anew
+    # A resume finds the lower learning rate, and does not go back again; later checkpoints are dropped. Only then are records:
+    # killed in between, the resume drops them and writes the event.
+    checkpoints.save(restored)
+    checkpoints.finish()
+    accelerator.wait_for_everyone()
+    tracker.log_rollback(progress.step, restored, reason_to_go_back(config, progress, interval))
+    return restored
+
+
+def checkpoint_to_go_back_to(
+    config: TrainConfig, run: RunDirectory, accelerator: Accelerator, progress: Progress, interval: Interval
+) -> Path:
+    """The newest good checkpoint from before the skipped steps; FloatingPointError, on every process, where none will do."""
+    reason = reason_to_go_back(config, progress, interval)
     if config.rollback_lr_factor is None or progress.rollbacks > 0:
         again = f", after going back once to learning rates × {progress.lr_factor:g}" if progress.rollbacks else ""
         raise FloatingPointError(f"{reason}{again}; {what_to_do(run)}")
 
     def find_checkpoint() -> Path:
-        checkpoint, _ = newest_good(run.checkpoints, up_to_step=progress.sound_step)
+        checkpoint, damaged = newest_good(run.checkpoints, up_to_step=progress.sound_step)
+        warn_of_damage(damaged, checkpoint)
         if checkpoint is None:
             raise FloatingPointError(f"{reason}, and there is no checkpoint from before them; {what_to_do(run)}")
         return checkpoint
 
-    checkpoints.finish()
-    restored = checkpoints.load(decided_by_main(accelerator, find_checkpoint))
-    restored.rollbacks = progress.rollbacks + 1
-    restored.lr_factor = progress.lr_factor * config.rollback_lr_factor
-    accelerator.wait_for_everyone()  # everybody has read the checkpoint before it is written anew
-    tracker.log_rollback(progress, restored, reason)
-    # A resume finds the lower learning rate, and does not go back again; later checkpoints are dropped.
-    checkpoints.save(restored)
-    checkpoints.finish()
-    return restored
+    return decided_by_main(accelerator, find_checkpoint)
+
+
+def reason_to_go_back(config: TrainConfig, progress: Progress, interval: Interval) -> str:
+    """What happened, for records and messages."""
+    return (
+        f"{interval.longest_streak} steps in a row up to step {progress.step} had a loss or gradient that is not finite, or "
+        f"a gradient norm over {config.skip_above} times the recent mean"
+    )
 
 
 def what_to_do(run: RunDirectory) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -11,6 +12,15 @@ def num_cores() -> int:
     """Processor cores this process may use: a batch system may have given it fewer than there are."""
     # macOS cannot tell which cores a process may use.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model() -> str | None:
+    """The processor's name, such as "AMD EPYC 7763 64-Core Processor"; None where the system does not say."""
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or None
 
 
 def available_memory() -> int | None:

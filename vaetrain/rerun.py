@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 from vaetrain.command_line import to_yaml
 from vaetrain.comparison import Agreement
 from vaetrain.config import Config
+from vaetrain.machine import cpu_model
 from vaetrain.run import RECORDED_PACKAGES, RunDirectory, git_state, package_version
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +35,7 @@ use_cpu: false
 
 
 def differences(run: RunDirectory) -> Iterator[str]:
-    """What is not as it was when `run` was trained, of what can move numbers; the device shows when training starts."""
+    """What is not as it was when `run` was trained, of what can move numbers."""
     recorded = run.provenance()
     revision, dirty = git_state(ROOT)
     if recorded["git_revision"] != revision:
@@ -54,6 +56,18 @@ def differences(run: RunDirectory) -> Iterator[str]:
         yield f"python: {recorded['python']} then, {platform.python_version()} now"
     if recorded["platform"] != platform.platform():
         yield f"machine: {recorded['platform']} then, {platform.platform()} now"
+    if "cpu" in recorded and recorded["cpu"] != cpu_model():
+        yield f"processor: {recorded['cpu']} then, {cpu_model()} now"
+    then, now = re.sub(r"^cpu \(.*", "cpu", recorded["device"]), device_of_a_start()  # its threads will be as they were
+    if then != now:
+        yield f"device: {then} then, {now} now"
+
+
+def device_of_a_start() -> str:
+    """What a training started here computes on: the GPU's name, or "cpu"."""
+    import torch  # takes seconds, and does not matter here: a training follows, or an error
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def caveats(run: RunDirectory) -> Iterator[str]:

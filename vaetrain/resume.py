@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vaetrain.checkpoint import best, check, find, load_into, newest_good
+from vaetrain.checkpoint import best, check, find, load_into, newest_good, warn_of_damage
 from vaetrain.command_line import parse
 from vaetrain.config import Config
+from vaetrain.reading import Reading
 from vaetrain.run import RunDirectory
 
 
-def resume_point(run: RunDirectory, config: Config, dataset: Mapping[str, Any]) -> Path | None:
+def resume_point(
+    run: RunDirectory, config: Config, dataset: Mapping[str, Any], reading: Reading, images_per_epoch: int
+) -> Path | None:
     """The checkpoint a run goes on from, None where there is none: its own newest good one, then that of `--resume PATH`.
 
     Warns of damaged checkpoints on stderr. Raises FileExistsError when there is one and `--resume never` was given, and
-    ValueError when it is of another model, order of data or data set, when all checkpoints are damaged, or when a later
-    vaetrain wrote them.
+    ValueError when it is of another model, order of data (`check_reading` too) or data set, when all checkpoints are
+    damaged, or when a later vaetrain wrote them.
     """
     run.check_format()
     own, damaged = newest_good(run.checkpoints)
-    for problem in damaged:
-        print(f"warning: {problem}", file=sys.stderr)
+    warn_of_damage(damaged, own)
     if own is not None and config.resume == "never":
         raise FileExistsError(
             f"{run.path} already holds a run ({own.name}); choose another --run-dir, or --resume auto"
@@ -60,7 +61,45 @@ def resume_point(run: RunDirectory, config: Config, dataset: Mapping[str, Any]) 
                 f"{checkpoint} was trained with {flag} {before}, now it is {now}; resuming would not continue that run. "
                 "Use the saved value, or another --run-dir for a new run"
             )
+    check_reading(checkpoint, reading, images_per_epoch)
     return checkpoint
+
+
+def check_reading(checkpoint: Path, reading: Reading, images_per_epoch: int) -> None:
+    """Refuse, with ValueError, to go on in the middle of an epoch in another order: it would repeat images and leave others out."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    saved = state.get("reading")  # None: written before it was recorded
+    within_epoch = state["progress"]["images_seen"] % images_per_epoch
+    if saved is None or not within_epoch or reading.continues(before := Reading(**saved)):
+        return
+    raise ValueError(
+        f"{checkpoint} lies {within_epoch:,} images into an epoch that was read with {before}; with {reading} the rest of it "
+        "would repeat some images and leave others out. Use the saved values, or go on from a checkpoint at the end of an "
+        "epoch (every validation has one)"
+    )
+
+
+def origin(run: RunDirectory, config: Config, resumed_from: Path | None) -> dict[str, Any]:
+    """For provenance: the checkpoint or weights a start goes on from and, where those are another run's, who made them."""
+    if resumed_from is not None:
+        facts: dict[str, Any] = {"resumed_from": str(resumed_from)}
+        return facts if resumed_from.parent == run.checkpoints else facts | {"parent": made_by(resumed_from)}
+    if config.init_from is not None:
+        source = weights_of(config.init_from)
+        return {"init_from": str(source), "parent": made_by(source)}
+    return {}
+
+
+def made_by(source: Path) -> dict[str, Any] | None:
+    """The provenance inside a checkpoint or an export; None for one that has none."""
+    file = source / "provenance.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def weights_of(source: Path) -> Path:
+    """The checkpoint or export whose weights `--init-from` takes: of a run its best checkpoint."""
+    whole = any((source / name).is_file() for name in ("config.json", "state.json"))
+    return source if whole else best(source)
 
 
 def load_weights(source: Path, model: nn.Module, ema: nn.Module) -> None:
@@ -72,7 +111,7 @@ def load_weights(source: Path, model: nn.Module, ema: nn.Module) -> None:
         load_into(model, source / "model.safetensors")
         load_into(ema, source / "model.safetensors")
         return
-    checkpoint = source if (source / "state.json").is_file() else best(source)
+    checkpoint = weights_of(source)
     check(checkpoint)
     load_into(model, checkpoint / "model.safetensors")
     load_into(ema, checkpoint / "ema.safetensors")

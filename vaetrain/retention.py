@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 from vaetrain.config import CheckpointConfig
@@ -22,8 +23,25 @@ def step_of(checkpoint: Path) -> int:
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that half of one never has it."""
     nameless = checkpoint.with_name(f".{checkpoint.name}.removed")
-    checkpoint.rename(nameless)
-    shutil.rmtree(nameless)
+    try:
+        checkpoint.rename(nameless)
+    except OSError as error:
+        warn_of_leftover(checkpoint, error)
+    else:
+        delete(nameless)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder; a warning where the file system refuses: what is too much ends no training."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # NFS keeps a file that somebody has open
+        warn_of_leftover(folder, error)
+
+
+def warn_of_leftover(folder: Path, error: OSError) -> None:
+    """Say that something was not deleted; the next checkpoint tries again."""
+    print(f"warning: {folder} could not be deleted and takes up room: {error}", file=sys.stderr)
 
 
 def put_in_place(aside: Path, target: Path) -> None:
@@ -34,23 +52,30 @@ def put_in_place(aside: Path, target: Path) -> None:
     aside.rename(target)
     fsync(target.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        delete(replaced)
 
 
 class Retention:
-    """The newest checkpoints, the best, and the first at or after each multiple of `keep_every_images`."""
+    """The newest checkpoints, the best, the one to go back to, and the first at or after each multiple of `keep_every_images`."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder = folder
         self.config = config
 
-    def drop_old(self, step: int, best_step: int | None, images_per_step: int) -> None:
-        """Delete the checkpoints that need not stay now that the one of `step` is whole."""
+    def drop_old(
+        self, step: int, best_step: int | None, images_per_step: int, *, sound_step: int | None = None
+    ) -> None:
+        """Delete the checkpoints that need not stay now that the one of `step` is whole.
+
+        Should training diverge, it goes back to the newest up to `sound_step`; None: that of `step`.
+        """
         self.clear_leftovers()
         checkpoints = list_checkpoints(self.folder)
         # Training passed over those of later steps, because they are damaged or because it went back.
         usable = [path for path in checkpoints if step_of(path) <= step]
         kept = {*usable[-self.config.keep_last :], *(path for path in usable if step_of(path) == best_step)}
+        sound = [path for path in usable if sound_step is None or step_of(path) <= sound_step]
+        kept |= set(sound[-1:])
         if self.config.keep_every_images is not None:
             first_after: dict[int, Path] = {}
             for path in usable:
@@ -67,16 +92,17 @@ class Retention:
             if not original.exists():
                 replaced.rename(original)
         for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
+            delete(leftover)
 
     def check_space(self, checkpoint_bytes: int, total_images: int) -> None:
         """Refuse, with ValueError, a training whose checkpoints will not fit into the free space of the run's file system.
 
-        It counts those that will be there at once: the newest, the best, one that is being written, and over the whole
-        run those that stay for ever. Room that existing ones take will be theirs. Quotas it cannot see.
+        It counts those that will be there at once: the newest, the best, the one from before a divergence, one that is
+        being written, and over the whole run those that stay for ever. Room that existing ones take will be theirs.
+        Quotas it cannot see.
         """
         kept_for_ever = total_images // self.config.keep_every_images if self.config.keep_every_images else 0
-        at_once = self.config.keep_last + 2 + kept_for_ever
+        at_once = self.config.keep_last + 3 + kept_for_ever
         self.clear_leftovers()
         existing = sum(file.stat().st_size for file in self.folder.glob("step-*/*"))
         needed = max(at_once * checkpoint_bytes - existing, checkpoint_bytes)
@@ -86,6 +112,7 @@ class Retention:
             raise ValueError(
                 f"{self.folder} will need {needed / mib:,.1f} MiB more and its file system has {free / mib:,.1f} free. Up to "
                 f"{at_once} checkpoints of {checkpoint_bytes / mib:,.1f} MiB exist at once: the last {self.config.keep_last}, "
-                f"the best, one being written, and {kept_for_ever} kept for ever; {existing / mib:,.1f} MiB are there. Make "
-                "room, choose another --run-dir, lower --checkpoint.keep-last, or raise --checkpoint.keep-every-images"
+                f"the best, the one before a divergence, one being written, and {kept_for_ever} kept for ever; "
+                f"{existing / mib:,.1f} MiB are there. Make room, choose another --run-dir, lower --checkpoint.keep-last, or "
+                "raise --checkpoint.keep-every-images"
             )

@@ -18,7 +18,7 @@ from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config
 from vaetrain.data.shards import Manifest
 from vaetrain.files import replace_file
-from vaetrain.machine import num_cores
+from vaetrain.machine import cpu_model, num_cores
 
 FORMAT_VERSION = 1
 """Of a run directory; one without a version, from before it was recorded, has the same layout."""
@@ -52,6 +52,10 @@ class RunDirectory:
     def patch_file(self) -> Path:
         """What the code had that its git revision has not, as `git apply` takes it; absent when there was nothing."""
         return self.path / "uncommitted.patch"
+
+    def patch_file_at(self, step: int) -> Path:
+        """The same for a start at `step`: each has its own, for the code may have changed in between."""
+        return self.path / f"uncommitted-step-{step:08d}.patch" if step > 0 else self.patch_file
 
     @property
     def dataset_file(self) -> Path:
@@ -135,12 +139,12 @@ class RunDirectory:
         self.checkpoints.mkdir(exist_ok=True)
         earlier = self.provenance() if step > 0 else {}
         if earlier:
-            earlier.setdefault("resumes", []).append(dict(provenance))
+            earlier.setdefault("resumes", []).append({"step": step, **provenance})
         replace_file(self.config_file, to_yaml(config).encode())
         write_json(self.provenance_file, {**(earlier or provenance), "format_version": FORMAT_VERSION})
         write_json(self.dataset_file, dataset)
         if patch := uncommitted_changes(Path(__file__).parents[1]):
-            replace_file(self.patch_file, patch)
+            replace_file(self.patch_file_at(step if earlier else 0), patch)
         if step > 0:
             self.drop_metrics_after(step, validated_at)
         else:
@@ -191,9 +195,11 @@ def provenance(
     return {
         "git_revision": revision,
         "git_dirty": dirty,
+        **({} if revision else {"git_note": "the code is not in a git checkout of vaetrain (installed, or copied)"}),
         "packages": {name: package_version(name) for name in RECORDED_PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": cpu_model(),
         "device": device,
         "num_processes": num_processes,
         "processes_per_node": processes_per_node,
@@ -206,8 +212,12 @@ def provenance(
 
 
 def git_state(source: Path) -> tuple[str | None, bool | None]:
-    """Revision of the checkout the code runs from and whether it has uncommitted changes; (None, None) outside git."""
+    """Revision of the checkout the code runs from and whether it has changes or new files; (None, None) outside git.
+
+    Outside is, too, what another repository contains without tracking it: an environment in somebody's project.
+    """
     try:
+        require_tracked(source)
         revision = subprocess.run(
             ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
         )
@@ -215,14 +225,25 @@ def git_state(source: Path) -> tuple[str | None, bool | None]:
             ["git", "-C", str(source), "status", "--porcelain", "--untracked-files=no"],
             capture_output=True, text=True, check=True, timeout=10,
         )  # fmt: skip
+        new = subprocess.run(
+            ["git", "-C", str(source), "ls-files", "--others", "--exclude-standard", "--", "vaetrain"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None, None  # installed from a wheel, or no git here: provenance says so by null
-    return revision.stdout.strip(), bool(status.stdout.strip())
+    return revision.stdout.strip(), bool(status.stdout.strip() or new.stdout.strip())
+
+
+def require_tracked(source: Path) -> None:
+    """Raise CalledProcessError unless git tracks this very file in `source`."""
+    command = ["git", "-C", str(source), "ls-files", "--error-unmatch", "vaetrain/run.py"]
+    subprocess.run(command, capture_output=True, check=True, timeout=10)
 
 
 def uncommitted_changes(source: Path) -> bytes:
     """The difference of the checkout's tracked files to its revision; empty outside git, and for over MAX_PATCH_BYTES."""
     try:
+        require_tracked(source)
         command = ["git", "-C", str(source), "diff", "HEAD", "--no-color", "--no-ext-diff"]
         patch = subprocess.run(command, capture_output=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):

@@ -55,6 +55,8 @@ class Interval:
     """Those of them whose gradient was finite."""
     longest_streak: int
     """The most steps in a row that were skipped, counted from before the interval."""
+    running_streak: int
+    """The steps in a row that were skipped up to its end, 0 where the last one was not."""
 
 
 class Meters:
@@ -79,8 +81,10 @@ class Meters:
     def fetch(self, accelerator: Accelerator) -> Interval:
         """The interval that ends now; start the next. A collective and a synchronisation with the device."""
         # The streak is the same on every process, so its sum is too.
-        everything = sum_over_processes(accelerator, torch.cat([self.sums, self.longest[None]])).tolist()
-        *totals, num_images, skipped_steps, exploded_steps, longest = everything
+        everything = sum_over_processes(
+            accelerator, torch.cat([self.sums, self.streak[None], self.longest[None]])
+        ).tolist()
+        *totals, num_images, skipped_steps, exploded_steps, streak, longest = everything
         self.sums.zero_()
         self.longest = self.streak
         return Interval(
@@ -90,6 +94,7 @@ class Meters:
             skipped_steps=round(skipped_steps / accelerator.num_processes),
             exploded_steps=round(exploded_steps / accelerator.num_processes),
             longest_streak=round(longest / accelerator.num_processes),
+            running_streak=round(streak / accelerator.num_processes),
         )
 
     def reset(self) -> None:
@@ -275,15 +280,27 @@ class Tracker:
             above_bar=True,
         )
 
-    def log_rollback(self, diverged: Progress, restored: Progress, reason: str) -> None:
+    def log_divergence(self, progress: Progress, reason: str) -> None:
+        """One record of split "event": training stops here for good."""
+        self.write("event", progress, {"event": "diverged", "from_step": progress.step, "reason": reason})
+
+    def log_missing_rollback(self, progress: Progress) -> None:
+        """Make up, on a resume, for the record of a rollback that a kill kept from being written."""
+        logged = sum(record.get("event") == "rollback" for record in self.run.metrics())
+        if self.accelerator.is_main_process and logged < progress.rollbacks:
+            event = {"event": "rollback", "from_step": None, "to_step": progress.step, "lr_factor": progress.lr_factor}
+            reason = "killed before it could be written why; this was written by the resume"
+            self.write("event", progress, event | {"reason": reason})
+
+    def log_rollback(self, from_step: int, restored: Progress, reason: str) -> None:
         """One record of split "event", in place of the records after the step that training goes back to."""
         if self.accelerator.is_main_process:
             self.run.drop_metrics_after(restored.step, restored.validated_at)
-        event = {"event": "rollback", "from_step": diverged.step, "to_step": restored.step, "reason": reason}
+        event = {"event": "rollback", "from_step": from_step, "to_step": restored.step, "reason": reason}
         self.write("event", restored, event | {"lr_factor": restored.lr_factor})
         self.bar.update(restored.images_seen - self.bar.n)
         self.say(
-            f"rolled back from step {diverged.step:,} to {restored.step:,}, learning rates × {restored.lr_factor:g}: {reason}",
+            f"rolled back from step {from_step:,} to {restored.step:,}, learning rates × {restored.lr_factor:g}: {reason}",
             above_bar=True,
         )
 

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import contextlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,35 +36,48 @@ from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_r
 from vaetrain.plots import RunFigures
 from vaetrain.preemption import EXIT_STOPPED, StopRequest
 from vaetrain.randomness import noise_of_global_batch
-from vaetrain.resume import load_weights, resume_point
+from vaetrain.reading import Reading
+from vaetrain.resume import load_weights, origin, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
 from vaetrain.run_lock import hold
 from vaetrain.scaling.noise_scale import SmallGradient
+from vaetrain.time_limit import TimeLimit
 from vaetrain.tracking import Meters, Stopwatch, Tracker
 from vaetrain.watchdog import FIRST_STEP_S, Pulse, Watchdog
 
 
 def train(
-    config: Config, accelerator: Accelerator, pulse: Pulse | None = None, stop: StopRequest | None = None
+    config: Config,
+    accelerator: Accelerator,
+    pulse: Pulse | None = None,
+    stop: StopRequest | None = None,
+    time_limit: TimeLimit | None = None,
 ) -> Progress:
     """Run the training that `config` describes, or go on with it; returns how far it came.
 
-    Every process calls this. `pulse` is told how far it is, `stop` is asked whether to go on.
+    Every process calls this. `pulse` is told how far it is, `stop` is asked whether to go on, `time_limit` whether there is time.
     Raises ValueError, FileNotFoundError or FileExistsError for what the user can mend, and FloatingPointError when
     training diverged.
     """
     with contextlib.ExitStack() as opened:
-        return train_with(config, accelerator, pulse or Pulse(), stop or StopRequest(), opened)
+        time_limit = time_limit or TimeLimit(config.train.max_hours)
+        return train_with(config, accelerator, pulse or Pulse(), stop or StopRequest(), time_limit, opened)
 
 
 def train_with(
-    config: Config, accelerator: Accelerator, pulse: Pulse, stop: StopRequest, opened: contextlib.ExitStack
+    config: Config,
+    accelerator: Accelerator,
+    pulse: Pulse,
+    stop: StopRequest,
+    time_limit: TimeLimit,
+    opened: contextlib.ExitStack,
 ) -> Progress:
     """`train`, with what `opened` closes however it ends: the readers, the lock, the checkpoint being written."""
     device, model_config = accelerator.device, config.model
     run = RunDirectory(config.run_dir)
 
     # Data: an epoch is whole global batches; the length of training is whole global batches.
+    pulse.enter("starting: opening the data")
     layout = BatchLayout.of(
         config.train.global_batch_size, config.train.micro_batch_size,
         accelerator.process_index, accelerator.num_processes,
@@ -77,6 +91,7 @@ def train_with(
     total_images = math.ceil(wanted_images / layout.global_batch_size) * layout.global_batch_size
 
     # Model: all randomness after the initial weights is drawn in randomness.py.
+    pulse.enter("starting: building the model")
     torch.manual_seed(config.seed)
     vae = VAE(model_config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
@@ -86,21 +101,23 @@ def train_with(
     judge = StepJudge(config.train.skip_above, device)
 
     # Run: go on from a checkpoint if there is one, and write down what starts.
+    pulse.enter("starting: looking for a checkpoint")
     small_gradient = None
     if config.log.noise_scale:
         small_gradient = SmallGradient(model, layout, accelerator.num_processes)
     norms = ("small_grad_sq", "grad_sq") if small_gradient else ()
     meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm", *norms), device)
+    reading = Reading.of(train_reader, layout)
     checkpoints = Checkpoints(
         run, config.checkpoint, accelerator, model=vae, ema=ema.module, optimizer=optimizer.optimizer, meters=meters,
-        judge=judge,
+        judge=judge, reading=asdict(reading),
     )  # fmt: skip
     dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
 
     def claim_run() -> Path | None:
         opened.enter_context(hold(run.lock_file))
         checkpoints.check_space(total_images)
-        return resume_point(run, config, dataset)
+        return resume_point(run, config, dataset, reading, images_per_epoch)
 
     resumed_from = distributed.decided_by_main(accelerator, claim_run)
     opened.enter_context(checkpoints)
@@ -114,6 +131,7 @@ def train_with(
             processes_per_node=distributed.processes_per_node(),
             dataset_fingerprint=train_reader.manifest.fingerprint,
         )
+        made_by |= origin(run, config, resumed_from)
         run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)
         for line in (train_reader.description, val_reader.description):
             print(line)
@@ -125,6 +143,8 @@ def train_with(
         accelerator, run, config, vae, step=progress.step, total_images=total_images,
         images_per_epoch=images_per_epoch, dataset_fingerprint=train_reader.manifest.fingerprint,
     )  # fmt: skip
+    if resumed_from and resumed_from.parent == run.checkpoints:
+        tracker.log_missing_rollback(progress)
     figures = RunFigures(run, ema.module, val_reader, num_pictures=config.log.num_pictures)
     stopwatch = Stopwatch(progress.images_seen)
 
@@ -135,6 +155,8 @@ def train_with(
     batches = train_reader.train_batches(config.seed, progress.images_seen, layout)
     while True:
         pulse.begin(progress.step)
+        if time_limit.is_near(checkpoints.longest_save_s):
+            stop.reason = time_limit.reason
         if stop.agree():  # before a validation that may be due: whoever resumes makes up for it
             checkpoints.save(progress)
             break
@@ -208,11 +230,13 @@ def train_with(
         if progress.step % config.log.every_steps == 0 or validation_is_due():
             pulse.enter("waiting for the device and the others, to log")
             interval = meters.fetch(accelerator)  # the one wait for the device, once per logging interval
-            note_steps(progress, interval)
+            diverged = note_steps(progress, interval, config.train.max_nonfinite_steps)
             performance = stopwatch.lap(accelerator, progress.images_seen)
             small_batch_size = small_gradient.batch_size if small_gradient else None
             tracker.log_training(progress, interval, performance, beta=beta, lr=lr, small_batch_size=small_batch_size)
-            if interval.longest_streak >= config.train.max_nonfinite_steps:
+            if note := time_limit.forecast(total_images - progress.images_seen, performance["perf/images_per_s"]):
+                tracker.say(note, above_bar=True)
+            if diverged:
                 meters.reset()
                 progress = roll_back(config.train, run, checkpoints, tracker, accelerator, progress, interval)
                 stopwatch = Stopwatch(progress.images_seen)
@@ -235,7 +259,7 @@ def nan_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
 
 def main(config: Config) -> None:
     """Join the other processes and train; exits with EXIT_STOPPED when told to stop."""
-    timeout_s, pulse = config.train.timeout_s, Pulse()
+    timeout_s, pulse, time_limit = config.train.timeout_s, Pulse(), TimeLimit(config.train.max_hours)
     longest_wait_s = timeout_s + FIRST_STEP_S  # in a collective; the watchdog, who knows who is missing, speaks before
     with user_errors():
         accelerator = distributed.start(
@@ -246,7 +270,7 @@ def main(config: Config) -> None:
         watchdog = Watchdog(
             pulse, rank=accelerator.process_index, num_processes=accelerator.num_processes,
             store=distributed.shared_store(), folder=config.run_dir, timeout_s=timeout_s,
-            first_step_s=FIRST_STEP_S if config.train.compile else 0.0,
+            first_step_s=FIRST_STEP_S if config.train.compile else 0.0, start_timeout_s=config.train.start_timeout_s,
         )  # fmt: skip
         with (
             stop.on_signals(),
@@ -254,7 +278,7 @@ def main(config: Config) -> None:
             explained_out_of_memory(config, accelerator),
             distributed.finishing(accelerator),
         ):
-            train(config, accelerator, pulse, stop)
+            train(config, accelerator, pulse, stop, time_limit)
     if stop.agreed:
         raise SystemExit(EXIT_STOPPED)
 

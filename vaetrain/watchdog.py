@@ -8,8 +8,10 @@ when those are stuck, and looks at them:
   reported only if, within `SECONDS_FOR_A_BETTER_REASON`, nobody turns out to have caused it.
 - A process that is gone (killed): those of its machine see it at once. Where it was alone on its machine, the launcher
   there and the broken connections tell, at the latest the next case.
+- A store that is lost, with the machine it was on: each goes on to watch itself alone, so that the next case ends it.
 - A hang: nobody has made progress for `--train.timeout-s`. Whoever is furthest behind is to blame, or who does not even
-  answer (stopped, its machine lost). Every process that can writes its stacks to RUN/hang-rank-R.txt.
+  answer (stopped, its machine lost). Before the first step the time is `--train.start-timeout-s`.
+  Every process that can writes its stacks to RUN/hang-rank-R.txt.
 
 The launcher then ends what is left: with SIGTERM, and SIGKILL after 30 s.
 """
@@ -17,7 +19,6 @@ The launcher then ends what is left: with SIGTERM, and SIGKILL after 30 s.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import signal
@@ -33,6 +34,8 @@ from typing import NoReturn, TypeVar
 
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
+
+from vaetrain.stacks import write_stacks
 
 T = TypeVar("T")
 
@@ -134,6 +137,7 @@ class Watchdog:
         folder: Path,
         timeout_s: float,
         first_step_s: float = 0.0,
+        start_timeout_s: float = 1800.0,
     ) -> None:
         self.pulse = pulse
         self.rank = rank
@@ -142,6 +146,7 @@ class Watchdog:
         self.folder = folder
         self.timeout_s = timeout_s
         self.first_step_s = first_step_s
+        self.start_timeout_s = start_timeout_s
         self._main_thread = threading.get_ident()
         self._interval = SECONDS_BETWEEN_LOOKS * max(1.0, num_processes / PROCESSES_PER_SECOND)
         self._looks = 0
@@ -153,6 +158,7 @@ class Watchdog:
         self._progressed = 0.0
         self._finished = False
         self._failure: str | None = None
+        self._lost: str | None = None
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -186,11 +192,9 @@ class Watchdog:
             try:
                 self._look()
             except DistError as error:
-                if not over:
-                    print(
-                        f"warning: rank {self.rank} no longer hears of the others: {error}", file=sys.stderr, flush=True
-                    )
-                return
+                if over:
+                    return
+                self._go_on_alone(error)
 
     def _look(self) -> None:
         """Exchange reports once, and end this process where there is a reason."""
@@ -213,12 +217,21 @@ class Watchdog:
                 "it was killed, by a signal or, if memory ran out, by the kernel (dmesg tells), or has said why above",
                 stacks=False,
             )
-        first = self.pulse.place.step == self._first_step
-        patience = max(self.timeout_s, self.first_step_s if first else 0.0)
-        if self._first_step is None:
-            self._first_step = self.pulse.place.step if self.pulse.place.step >= 0 else None
+        step = self.pulse.place.step
+        patience = max(self.timeout_s, self.first_step_s if step == self._first_step else 0.0)
+        if step < 0:
+            patience = self.start_timeout_s
+        if step >= 0 and self._first_step is None:
+            self._first_step = step
         elif self._seconds - self._progressed > patience:
             self._end(self._who_hangs(patience), stacks=True)
+
+    def _go_on_alone(self, error: DistError) -> None:
+        """The store is lost: from now on look at this process only, which cannot go on for long without the others."""
+        host = self._reports[0].host if 0 in self._reports else "an unknown host"
+        self._lost = f"the store on {host}, the host of rank 0, by which processes hear of each other, was lost"
+        print(f"warning: rank {self.rank}: {self._lost}: {error}", file=sys.stderr, flush=True)
+        self.store, self._heard = None, {self.rank: self._seconds}
 
     def _exchange(self) -> None:
         """Publish this process's report and read the others'."""
@@ -268,9 +281,11 @@ class Watchdog:
         named = "; ".join(f"{culprit.name} {culprit.position} ({culprit.where})" for culprit in culprits[:4])
         more = f"; and {len(culprits) - 4} more" if len(culprits) > 4 else ""
         mute = ", not even answering (stopped, or its machine is lost)" if silent else ""
+        lost = f"; {self._lost} before" if self._lost else ""
+        option = "--train.start-timeout-s" if self.pulse.place.step < 0 else "--train.timeout-s"
         return (
-            f"no progress for {patience:g} s. Furthest behind{mute}: {named}{more}. "
-            f"Stacks: {self.folder}/hang-rank-*.txt; --train.timeout-s sets the time"
+            f"no progress for {patience:g} s. Furthest behind{mute}: {named}{more}{lost}. "
+            f"Stacks: {self.folder}/hang-rank-*.txt; {option} sets the time"
         )
 
     def _first_to_say(self, reason: str, *, stacks: bool) -> bool:
@@ -286,25 +301,31 @@ class Watchdog:
             time.sleep(0.05)
 
     def _end(self, reason: str, *, stacks: bool) -> NoReturn:
-        if self._first_to_say(reason, stacks=stacks) or self.store is None:
+        if not self._first_to_say(reason, stacks=stacks) and self.store is not None:
+            self._leave_after_the_first(self.store)  # two found it out in the same moment
+        try:
             print(f"error: {reason}", file=sys.stderr, flush=True)
             if stacks:
                 self._write_stacks()  # before the others are gone, and what waits for them fails
             self._wait_to_be_heard()
+        finally:  # whatever fails on the way: a process that stays holds its device
             self._leave()
-        self._leave_after_the_first(self.store)  # two found it out in the same moment
 
     def _leave_after_the_first(self, store: Store) -> NoReturn:
-        end = json.loads(store.get(END))
-        if end["stacks"]:
-            self._write_stacks()
-        store.add(SEEN, 1)
-        self._leave(after=end["rank"])
+        first = None
+        try:
+            end = json.loads(store.get(END))
+            first = end["rank"]
+            if end["stacks"]:
+                self._write_stacks()
+            store.add(SEEN, 1)
+        finally:
+            self._leave(after=first)
 
     def _write_stacks(self) -> None:
-        if self.folder.is_dir():
-            with (self.folder / f"hang-rank-{self.rank}.txt").open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+        file = self.folder / f"hang-rank-{self.rank}.txt"
+        if problem := write_stacks(file):
+            print(f"warning: rank {self.rank} could not write its stacks to {file}: {problem}", file=sys.stderr)
 
     def _leave(self, *, after: int | None = None) -> NoReturn:
         """End this process from outside its main thread, which may be stuck for good.

@@ -74,14 +74,14 @@ def provenance_of_run(recorded: Recorded) -> str:
     for count, resume in enumerate(resumes if isinstance(resumes, list) else [], start=1):
         if isinstance(resume, Mapping):
             parts.append(table(("", "recorded"), _origin_rows(resume), caption=f"Resume {count}", fold=True))
-    if recorded.run.patch_file.is_file():
-        patch = recorded.run.patch_file.read_text(encoding="utf-8", errors="replace")
-        parts.append(fold("Changes that were not committed (uncommitted.patch)", code(patch)))
+    for file in sorted(recorded.run.path.glob("uncommitted*.patch")):
+        patch = file.read_text(encoding="utf-8", errors="replace")
+        parts.append(fold(f"Changes that were not committed ({file.name})", code(patch)))
     return "".join(parts)
 
 
 def _origin_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    left_out = ("packages", "resumes", "command")
+    left_out = ("packages", "resumes", "command", "parent")
     return [(key, exact(value)) for key, value in flat(provenance).items() if key.split(".")[0] not in left_out]
 
 
