@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from vaetrain.data.selection import Selection
 from vaetrain.data.shard_index import pack_index
 from vaetrain.data.shards import Encoding, Manifest, ShardSet
 from vaetrain.files import sha256_of_file
+from vaetrain.strict_json import sha256_of_json
 
 quickly = settings(
     deadline=None, derandomize=True, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -125,8 +127,11 @@ def test_damaged_indices_that_a_manifest_vouches_for(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_bytes", 0), ("num_bytes", -(2**62)), ("offset", 2**63 - 1), ("offset", -5), ("label", -1), ("shard", 10**6)],
-)
+    [
+        ("num_bytes", 0), ("num_bytes", -(2**62)), ("offset", 2**63 - 1), ("offset", -5),
+        ("label", -1), ("label", 2**45), ("label", 2**63 - 1), ("shard", -1), ("shard", 2 * 10**7), ("shard", 2**31 - 1),
+    ],
+)  # fmt: skip
 def test_indices_that_lead_outside(copy: Path, tiny_shards: Path, field: str, value: int) -> None:
     shard_set = ShardSet.open(tiny_shards)
     indices = {name: shard_set.index(name) for name in ("train", "val")}
@@ -134,8 +139,30 @@ def test_indices_that_lead_outside(copy: Path, tiny_shards: Path, field: str, va
     column[3] = value
     indices["train"] = replace(indices["train"], **{field: column})
     (copy / "index.safetensors").write_bytes(pack_index(indices))
+    hostile = vouch_for_index(copy, tiny_shards)
+    tracemalloc.start()  # which numpy's arrays are counted by
     with pytest.raises(ValueError, match="is no valid index"):
-        vouch_for_index(copy, tiny_shards).index("train")
+        hostile.index("train")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("image_size", 10**7, "image_size is 10000000; it must be 1 to 8,192 pixels"),
+        ("num_bytes", 10**19, "cannot hold"),
+        ("num_bytes", 1024, "cannot hold"),
+    ],
+)
+def test_manifests_that_claim_what_cannot_be(copy: Path, field: str, value: int, told: str) -> None:
+    content = json.loads((copy / "manifest.json").read_text())
+    (content if field == "image_size" else content["splits"]["train"]["shards"][1])[field] = value
+    content["fingerprint"] = sha256_of_json({k: v for k, v in content.items() if k not in ("tool", "fingerprint")})
+    (copy / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"is no valid manifest: .*{told}"):
+        ShardSet.open(copy)
 
 
 def test_manifests_nested_without_end(copy: Path) -> None:

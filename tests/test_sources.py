@@ -130,6 +130,14 @@ def test_truncated_archives_are_refused(folder: Path, tmp_path: Path, suffix: st
         open_source(str(file)).listing()
 
 
+def test_a_zip_that_needs_a_version_that_there_is_not_is_refused(folder: Path, tmp_path: Path) -> None:
+    content = bytearray(pack_zip(folder, tmp_path / "pets.zip").read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 200  # "version needed to extract", in the central directory
+    (tmp_path / "pets.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pets\.zip is damaged or no archive: zip file version 20\.0"):
+        open_source(str(tmp_path / "pets.zip")).listing()
+
+
 def test_a_compressed_tar_without_its_end_is_refused(folder: Path, tmp_path: Path) -> None:
     plain = pack_tar(folder, tmp_path / "pets.tar").read_bytes().rstrip(b"\0")
     plain += bytes(-len(plain) % 512)  # the last file is whole, the end mark is missing

@@ -151,11 +151,13 @@ def file_identity(path: Path) -> tuple[int, int, int]:
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     damage = (
-        tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError
+        tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError,
+        NotImplementedError,
     )  # fmt: skip
     try:
         yield
-    except damage as error:  # a zip may claim UTF-8 for names that are none
+    # A zip may claim UTF-8 for names that are none, and to need a version of the format that there is not.
+    except damage as error:
         raise ValueError(f"{path} is damaged or no archive: {error}; download or pack it again") from error
 
 

@@ -34,6 +34,9 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.safetensors"
 TAR_BLOCK = 512
 MAX_IMAGE_BYTES = 2**31 - 1
+# 192 MiB a decoded image of colour. A reader makes room for whole batches before it sees one, so what a manifest claims is bounded.
+MAX_IMAGE_SIZE = 8192
+MAX_SHARD_BYTES = 2**50
 # What Pillow raises for damaged JPEG, PNG and WebP files; a SyntaxError for a broken PNG chunk.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -67,6 +70,11 @@ class Shard:
             raise ValueError(f"name {self.name!r} is not a plain file name ending in .tar")
         if self.num_images < 1 or self.num_bytes < 1:
             raise ValueError(f"{self.name} is said to hold {self.num_images} images in {self.num_bytes} bytes")
+        # An image and its record are a block of header and at least one of content each.
+        if self.num_bytes > MAX_SHARD_BYTES or self.num_images * 2 * TAR_BLOCK > self.num_bytes:
+            raise ValueError(
+                f"{self.name} cannot hold {self.num_images:,} images in {self.num_bytes:,} bytes, of {MAX_SHARD_BYTES:,} at most"
+            )
         _check_sha256(f"sha256 of {self.name}", self.sha256)
 
 
@@ -89,6 +97,8 @@ class Split:
         in_classes = sum(self.class_counts.values())
         if not self.num_images == in_shards == in_classes or self.num_images < 1:
             raise ValueError(f"num_images is {self.num_images}, its shards hold {in_shards}, its classes {in_classes}")
+        if min(self.class_counts.values()) < 0:
+            raise ValueError(f"class_counts has a negative number, {min(self.class_counts.values())}")
         if len({shard.name for shard in self.shards}) < len(self.shards):
             raise ValueError("shards has one name twice")
 
@@ -101,6 +111,13 @@ class Split:
         """Raise ValueError, about the `name` split, when an index is not of these shards and classes."""
         if len(index.label) != self.num_images:
             raise ValueError(f"the {name} split has {self.num_images} images, its index another number")
+        # Before they are counted, because a count takes memory for each number up to the largest.
+        for what, column, end in (
+            ("shard", index.shard, len(self.shards)),
+            ("label", index.label, len(self.class_counts)),
+        ):
+            if column.min() < 0 or column.max() >= end:
+                raise ValueError(f"the {name} split has an image whose {what} is not among the {end:,} there are")
         in_shards = np.bincount(index.shard, minlength=len(self.shards)).tolist()
         if in_shards != [shard.num_images for shard in self.shards]:
             raise ValueError(f"the {name} split's shards hold other numbers of images")
@@ -185,8 +202,8 @@ class Manifest:
         """Refuse what no reader could read; fill in the fingerprint, or hold the given one against the fields."""
         if self.format_version != FORMAT_VERSION:
             raise ValueError(f"format_version is {self.format_version}, this vaetrain reads {FORMAT_VERSION}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size}; it must be at least 1 pixel")
+        if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size is {self.image_size}; it must be 1 to {MAX_IMAGE_SIZE:,} pixels")
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}; it must be 1 (grayscale) or 3 (RGB)")
         if not self.classes or len(set(self.classes)) < len(self.classes):
