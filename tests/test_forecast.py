@@ -140,11 +140,10 @@ def test_the_stream_opens_the_shards_and_makes_the_batches_of_the_plan(
             assert tuple(len(opened) for _, opened in workers) == plan.val.shards_per_worker[rank]
 
 
-def test_fewer_shards_than_stream_workers_are_served_and_warned_about(tiny_shards, monkeypatch):
+def test_fewer_shards_than_stream_workers_are_warned_about_and_would_be_read_whole(tiny_shards, monkeypatch):
     plan = planned(tiny_shards, "stream", 4, 4, 20)
     (warning,) = plan.warnings
-    assert "9 shards for 4 × 4 stream workers" in warning
-    assert f"opened {plan.train.shards_opened} times" in warning
+    assert "9 shards are fewer than 4 × 4 stream workers" in warning
     assert planned(tiny_shards, "stream", 4, 2, 20).warnings == []
     assert planned(tiny_shards, "indexed", 4, 4, 20).warnings == []
     with opened(tiny_shards, "stream") as reader:
@@ -195,6 +194,13 @@ def test_the_tool_prints_the_plan(tiny_shards, tiny_gray_shards):
     result = verify_shards(tiny_shards, "--plan", 3, 1, "--global-batch-size", 16)
     assert result.returncode == 1
     assert "16 does not divide among 3 processes" in result.stderr
+
+
+def test_the_plans_own_batch_divides_among_the_processes_and_fits_the_split(tiny_shards, tiny_gray_shards):
+    for folder, num_processes, batch in ((tiny_shards, 3, 63), (tiny_gray_shards, 1, 40)):
+        result = verify_shards(folder, "--plan", num_processes, 1)
+        assert result.returncode == 0, result.stderr
+        assert f"plan for {num_processes} process(es) of 1 worker(s), global batch {batch}: " in result.stdout
 
 
 def test_planning_imports_no_torch():

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from test_make_shards import decoded, make, records
 
 from vaetrain.data import progress
-from vaetrain.data.picture import Recipe, decode_picture
-from vaetrain.data.shards import Encoding
+from vaetrain.data.picture import Recipe, decode_picture, simplejpeg
+from vaetrain.data.sharding import closing_line
+from vaetrain.data.shards import Encoding, ShardSet
 
 SIDE = 16
 
@@ -150,7 +151,11 @@ def test_everything_that_is_no_image_is_listed_with_its_reason(
     make(folder, tmp_path / "out", size=SIDE, max_rejected=len(names))
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     reasons = {rejected["source"]: rejected["reason"] for rejected in map(json.loads, lines)}
-    assert sorted(reasons) == names
+    assert sorted(reasons) == sorted([*names, "notes.txt"])  # listed, and not counted
+    assert reasons["notes.txt"].startswith("its name is not that of an image (.bmp, ")
+    assert f"{len(names)} rejected, 1 ignored, " in closing_line(
+        tmp_path / "out", ShardSet.open(tmp_path / "out").manifest
+    )
     assert all(reasons.values())
     none_of_them = "it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM"
     for name in ("text.jpg", "archive.png", "postscript.jpg"):
@@ -160,6 +165,45 @@ def test_everything_that_is_no_image_is_listed_with_its_reason(
     assert "floating-point" in reasons["float.tif"]
     assert "truncated" in reasons["truncated.jpg"]
     assert "ignored 1 file(s) that are no images, such as notes.txt" in capsys.readouterr().err
+
+
+def holed(content: bytes) -> bytes:
+    """Forty bytes of the scan are zero, as from a disk that lost a block."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(40) + content[middle + 40 :]
+
+
+def ended_early(content: bytes) -> bytes:
+    """Half of it, with a proper end."""
+    return content[: len(content) // 2] + b"\xff\xd9"
+
+
+@pytest.mark.skipif(simplejpeg is None, reason="without simplejpeg Pillow decodes these to grey")
+@pytest.mark.parametrize("damage", [holed, ended_early])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_whose_data_are_damaged_is_no_training_image(damage, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(encoded, "JPEG", quality=90)
+    assert decode_picture(encoded.getvalue()).mode == mode
+    Image.open(io.BytesIO(damage(encoded.getvalue()))).load()  # Pillow sees nothing
+    with pytest.raises(ValueError, match="it is damaged or truncated: "):
+        decode_picture(damage(encoded.getvalue()))
+
+
+@pytest.mark.skipif(simplejpeg is None, reason="compares simplejpeg with Pillow")
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_both_decoders_of_originals_give_the_same_pixels_the_right_way_up(mode, subsampling):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    encoded, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).convert(mode).save(encoded, "JPEG", quality=90, subsampling=subsampling, exif=exif)
+    ours, pillows = decode_picture(encoded.getvalue()), Image.open(encoded)
+    assert np.array_equal(np.asarray(ours), np.asarray(pillows))
+    recipe = Recipe(40, 3, Encoding("png", None, None, crop="center"))
+    assert recipe.prepare(ours).tobytes() == recipe.prepare(pillows).tobytes()
+    assert ours.getexif()[ExifTags.Base.Orientation] == 6
 
 
 @pytest.mark.parametrize("shape", [(SIDE, 3 * SIDE), (3 * SIDE, SIDE), (SIDE, SIDE)])

@@ -1,7 +1,7 @@
 """What is wrong with the data is found before a model is built, and said in a line that names the remedy."""
 
+import contextlib
 import shutil
-from contextlib import closing
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from vaetrain.config import Config
 from vaetrain.data.config import DataConfig
 from vaetrain.data.reader import open_reader
 from vaetrain.data.shards import ShardSet
+from vaetrain.data.stream_order import workers_for
 
 
 def nothing(folder):
@@ -85,10 +86,21 @@ def test_unfit_data_is_refused_before_the_model_is_built(
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "split", "warned"), [(4, "train", False), (10, "train", True), (10, "val", False)]
-)
-def test_fewer_shards_than_stream_workers_are_warned_about(tiny_shards, num_workers, split, warned):
+    ("num_workers", "num_processes", "split", "refused"),
+    [
+        (4, 2, "train", ""), (10, 2, "val", ""), (None, 2, "train", ""),
+        (10, 2, "train", "9 shards are fewer than 2 × 10 stream workers.*lower --data.num-workers to 4 or less, or make more"),
+        (0, 10, "train", "9 shards are fewer than 10 × 1 stream workers.*use at most 9 processes, or make more"),
+        (None, 10, "train", "use at most 9 processes"),
+    ],
+)  # fmt: skip
+def test_fewer_shards_than_stream_workers_are_refused(tiny_shards, num_workers, num_processes, split, refused):
     config = DataConfig(train=str(tiny_shards), reader="stream", num_workers=num_workers)
-    with closing(open_reader(config, split, device=torch.device("cpu"), num_processes=2)) as reader:
-        warning = "\nwarning: 9 shards for 2 × 10 stream workers: every image still comes once, but shards are opened up to 28 "
-        assert (warning in reader.description) == warned
+    expected = pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext()
+    with expected:
+        open_reader(config, split, device=torch.device("cpu"), num_processes=num_processes).close()
+
+
+def test_workers_chosen_by_themselves_have_a_shard_each():
+    assert [workers_for(9, 2, number) for number in (0, 1, 4, 16)] == [0, 1, 4, 4]
+    assert workers_for(9, 10, 16) == 1

@@ -3,6 +3,7 @@
 import itertools
 import re
 import shutil
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -280,6 +281,23 @@ def test_a_damaged_header_is_noticed(tiny_shards: Path, tmp_path: Path) -> None:
     with (
         opened(str(folder), reader="stream") as reader,
         pytest.raises(ValueError, match=r"^train-000000.tar in .*, sample 3 .*tar header is damaged"),
+    ):
+        list(reader.eval_batches(8, 0, 1))
+
+
+def test_a_link_in_a_shard_is_no_image(tiny_shards: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_shards, tmp_path / "damaged")
+    shard_set = ShardSet.open(folder)
+    with shard_set.path(shard_set.manifest.splits["train"].shards[0]).open("r+b") as file:
+        file.seek(int(shard_set.index("train").offset[3]) - 512)
+        header = bytearray(file.read(512))
+        header[156:157] = tarfile.SYMTYPE
+        header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+        file.seek(-512, 1)
+        file.write(header)
+    with (
+        opened(str(folder), reader="stream") as reader,
+        pytest.raises(ValueError, match=r"^train-000000.tar in .*, sample 3 .*a link or device in the shard"),
     ):
         list(reader.eval_batches(8, 0, 1))
 

@@ -3,6 +3,7 @@ import io
 import os
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -138,6 +139,18 @@ def test_a_zip_that_needs_a_version_that_there_is_not_is_refused(folder: Path, t
         open_source(str(tmp_path / "pets.zip")).listing()
 
 
+def test_links_in_a_tar_are_rejected_by_name(folder: Path, tmp_path: Path) -> None:
+    file = pack_tar(folder, tmp_path / "pets.tar")
+    with tarfile.open(file, "a") as archive:
+        link = tarfile.TarInfo("pets/cat/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "../../../etc/passwd"
+        archive.addfile(link)
+    source = open_source(str(file))
+    [item] = [item for item in source.listing().items if item.source.endswith("link.png")]
+    with pytest.raises(ValueError, match="it is empty"):
+        source.open(item)
+
+
 def test_a_compressed_tar_without_its_end_is_refused(folder: Path, tmp_path: Path) -> None:
     plain = pack_tar(folder, tmp_path / "pets.tar").read_bytes().rstrip(b"\0")
     plain += bytes(-len(plain) % 512)  # the last file is whole, the end mark is missing
@@ -201,9 +214,17 @@ def test_damaged_idx_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             read_idx(file, 3)
     packed = tmp_path / "packed.gz"
-    packed.write_bytes(gzip.compress(os.urandom(500))[:300])
+    packed.write_bytes(gzip.compress(content[:16] + os.urandom(4 * 28 * 28))[:300])
     with pytest.raises(ValueError, match="no intact gzip file"):
         read_idx(packed, 3)
+    packed.write_bytes(
+        gzip.compress(content + bytes(100_000_000), 1)
+    )  # it says 3,152 bytes of itself: no more are unpacked
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="has 3,153 bytes or more"):
+        read_idx(packed, 3)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 def test_idx_counts_and_labels_must_agree(tmp_path: Path) -> None:
@@ -302,7 +323,8 @@ def test_jpeg_keeps_the_full_resolution_of_colour() -> None:
     colours = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     sizes = {}
     for quality in (50, 95):
-        picture = decode_picture(Recipe(16, 3, Encoding(quality=quality)).apply(colours))
+        encoded = Recipe(16, 3, Encoding(quality=quality)).apply(colours)
+        picture = Image.open(io.BytesIO(encoded))
         assert [layer[1:3] for layer in picture.layer] == [(1, 1)] * 3
         sizes[quality] = np.abs(np.asarray(picture).astype(int) - np.asarray(colours)).mean()
     assert sizes[95] < sizes[50] < 60

@@ -45,8 +45,9 @@ class VerifyConfig:
     allow_pipe: bool = False
     """--data.allow-pipe: accept pipe:COMMAND in place of a URL."""
 
-    global_batch_size: int = 64
-    """--train.global-batch-size: images per optimizer step over all processes."""
+    global_batch_size: int | None = None
+    """--train.global-batch-size: images per optimizer step over all processes; None: the largest up to 64 that divides among them
+    and that the train split fills."""
 
     micro_batch_size: int | None = None
     """--train.micro-batch-size: images one process handles at a time; None: no accumulation."""
@@ -71,7 +72,8 @@ def main() -> None:
             )
         print(f"fingerprint {manifest.fingerprint}")
         if config.plan:
-            print(forecast(config, *config.plan).describe())
+            num_images = manifest.splits["train"].num_images if "train" in manifest.splits else 0
+            print(forecast(config, num_images, *config.plan).describe())
         if remote:
             print("OK: manifest and index; shards behind a URL are checked as they are read")
             return
@@ -89,10 +91,12 @@ def data_config(config: VerifyConfig, num_workers: int) -> DataConfig:
     )  # fmt: skip
 
 
-def forecast(config: VerifyConfig, num_processes: int, num_workers: int) -> Forecast:
-    """What training would read."""
+def forecast(config: VerifyConfig, num_images: int, num_processes: int, num_workers: int) -> Forecast:
+    """What training would read of a train split with so many images."""
+    each = max(1, min(64, num_images) // max(1, num_processes))
     return Forecast.of(
-        data_config(config, num_workers), num_processes=num_processes, global_batch_size=config.global_batch_size,
+        data_config(config, num_workers), num_processes=num_processes,
+        global_batch_size=config.global_batch_size or each * max(1, num_processes),
         micro_batch_size=config.micro_batch_size,
     )  # fmt: skip
 

@@ -132,8 +132,8 @@ class CompressedTar(Source):
 
 def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
     for info in archive:
-        if info.isreg():
-            yield Member(info.name, info.offset_data, info.size)
+        if not info.isdir():  # a link's or device's content is empty, and it is rejected as that
+            yield Member(info.name, info.offset_data, info.size if info.isreg() else 0)
 
 
 def _refuse(error: OSError) -> None:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 try:
     import simplejpeg
@@ -54,6 +53,9 @@ def _decode_with_simplejpeg(encoded: bytes | bytearray, out: UInt8[np.ndarray, "
 
 
 def _decode_with_torchvision(encoded: bytes | bytearray, out: UInt8[np.ndarray, "h w c"]) -> None:
+    # Here, since it takes seconds to import (it brings torch._dynamo), which nobody needs who has simplejpeg.
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     # torchvision takes the header's word and fills up to 12 GB for a file of one kilobyte, hence a look at it first.
     _check_size(_jpeg_size(encoded), out)
     mode = ImageReadMode.GRAY if out.shape[-1] == 1 else ImageReadMode.RGB

@@ -18,7 +18,7 @@ from vaetrain.data.order import BatchLayout, epoch_order, eval_starts
 from vaetrain.data.remote import RemoteShards
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import ShardSet
-from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, few_shards_warning, train_piece
+from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, too_few_shards, train_piece
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Forecast:
             )
         train = self.train
         if train.reader == "stream":
-            few = few_shards_warning(train.num_shards, self.num_processes, self.num_workers, train.shards_opened)
+            few = too_few_shards(train.num_shards, self.num_processes, self.num_workers)
             found += [few] if few else []
         return found
 

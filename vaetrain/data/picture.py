@@ -13,9 +13,16 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vaetrain.data.shards import Encoding
 
+try:
+    import simplejpeg
+except ModuleNotFoundError:  # an optional extra; decode.py has it too, and torch, which sharding does without
+    simplejpeg = None
+
 # Named, because Pillow would also open formats that run other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 
 # What Pillow raises for files that are damaged or no images.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
@@ -44,18 +51,18 @@ class Recipe:
         """The encoded image; raises ValueError for a picture that the recipe does not cover."""
         return self.encode(self.prepare(picture))
 
-    def prepare(self, picture: Image.Image) -> Image.Image:
+    def prepare(self, original: Image.Image) -> Image.Image:
         """The pixels to encode, and nothing else of the picture; raises ValueError for one that the recipe does not cover.
 
         Each of Pillow's own steps would copy a picture even where there is nothing to do, a quarter of the time of 512→128.
         """
-        picture = with_channels(_upright(picture), self.channels)
+        picture = with_channels(_upright(original), self.channels)
         width, height = picture.size
         if width != height:
             picture = self._square(picture)
         if picture.width != self.size:
             picture = picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
-        elif isinstance(picture, ImageFile.ImageFile):
+        elif picture is original:
             picture = picture.copy()
         # Pillow copies comments, colour profiles and EXIF (where was this cat photographed?) unless they are gone.
         picture.info = {}
@@ -94,6 +101,8 @@ def decode_picture(content: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself gives up at twice as many
             picture = Image.open(io.BytesIO(content), formats=FORMATS)
+            if picture.format == "JPEG" and picture.mode in ("L", "RGB"):
+                return _decode_jpeg(content, picture)
             picture.load()
     except UnidentifiedImageError as error:  # whose own message is a memory address
         raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
@@ -101,6 +110,24 @@ def decode_picture(content: bytes) -> Image.Image:
         raise ValueError(f"it has more than {MAX_PIXELS:,} pixels; shrink it first") from error
     except STUMBLES as error:
         raise ValueError(f"it is damaged: {error!r}") from error
+    return picture
+
+
+def _decode_jpeg(content: bytes, opened: ImageFile.ImageFile) -> Image.Image:
+    """The pixels of a JPEG; raises ValueError where data are missing or damaged, which Pillow alone takes for grey.
+
+    Without simplejpeg, Pillow decodes to the same pixels, and what libjpeg only warns of (a hole in the data, an end too early
+    behind a proper end marker) goes unnoticed.
+    """
+    if simplejpeg is None:
+        opened.load()
+        return opened
+    try:
+        pixels = simplejpeg.decode_jpeg(content, "GRAY" if opened.mode == "L" else "RGB", strict=True)
+    except ValueError as error:
+        raise ValueError(f"it is damaged or truncated: {error}") from error
+    picture = Image.fromarray(pixels[..., 0] if opened.mode == "L" else pixels)
+    picture.info = opened.info  # which way is up
     return picture
 
 
@@ -115,10 +142,14 @@ def _upright(picture: Image.Image) -> Image.Image:
 def with_channels(picture: Image.Image, channels: int) -> Image.Image:
     """A picture of any mode as 8-bit RGB or grayscale, transparent parts over white; raises ValueError for float pixels."""
     if picture.mode.startswith("I"):
-        wide = np.asarray(picture).astype(np.int64)  # Pillow's own conversion clips at 255
+        wide = np.asarray(picture)  # Pillow's own conversion clips at 255
         if wide.min() < 0 or wide.max() > 65535:
             raise ValueError("its 32-bit pixels go beyond 16 bits, so what is white in them is unknown")
-        picture = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+        wide = wide.astype(np.uint32)  # enough for 65535 · 255, and half of what Python's own integers would take
+        wide *= 255
+        wide += 32767
+        wide //= 65535
+        picture = Image.fromarray(wide.astype(np.uint8))
     elif picture.mode == "F":
         raise ValueError("it has floating-point pixels, so what is white in them is unknown")
     elif picture.has_transparency_data:

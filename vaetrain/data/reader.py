@@ -21,7 +21,7 @@ from vaetrain.data.resident import ResidentReader
 from vaetrain.data.selection import Selection
 from vaetrain.data.shards import Manifest, ShardSet
 from vaetrain.data.stream import StreamReader
-from vaetrain.data.stream_order import few_shards_warning
+from vaetrain.data.stream_order import too_few_shards, workers_for
 from vaetrain.data.workers import choose_num_workers
 from vaetrain.machine import num_cores
 
@@ -98,13 +98,13 @@ def open_reader(
         selection.shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
     name, reason = choose_reader(config, selection, remote=remote is not None)
     if name == "stream":
-        reader = StreamReader(
+        if config.num_workers is None:
+            num_workers = workers_for(selection.num_shards, num_processes, num_workers)
+        if split == "train" and (too_few := too_few_shards(selection.num_shards, num_processes, num_workers)):
+            raise ValueError(too_few)
+        return StreamReader(
             selection, remote=remote, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s
         )
-        warning = few_shards_warning(selection.num_shards, num_processes, num_workers, num_openings=None)
-        if warning and split == "train":
-            reader.description += f"\nwarning: {warning}"
-        return reader
     if name == "resident":
         return ResidentReader(
             selection, num_threads=max(1, num_cores() // processes_per_node), device=device, reason=reason,

@@ -19,7 +19,7 @@ import socket
 import sys
 from base64 import b64decode, b64encode
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from importlib.metadata import version
 from itertools import chain, islice
@@ -32,6 +32,7 @@ from vaetrain.data.duplicates import DUPLICATES_NAME, duplicate_groups, duplicat
 from vaetrain.data.finished_shard import PARTIAL_NAME, FinishedShard
 from vaetrain.data.likeness import LIKENESS
 from vaetrain.data.originals import Pictures, Source
+from vaetrain.data.picture import SUFFIXES
 from vaetrain.data.progress import Progress
 from vaetrain.data.shard_index import SplitIndex, pack_index
 from vaetrain.data.shard_plan import Plan
@@ -44,6 +45,8 @@ from vaetrain.files import replace_file
 from vaetrain.machine import num_cores
 
 REJECTED_NAME = "rejected.jsonl"
+NO_IMAGE_NAME = f"its name is not that of an image ({', '.join(sorted(SUFFIXES))})"
+"""Why a file is ignored: listed, but not counted as an image that cannot be read."""
 # Arguments that change nothing in the result, so that it does not record them.
 HOW_IT_IS_RUN = ("out", "workers", "task", "num_tasks", "merge")
 
@@ -141,7 +144,7 @@ def _complete(
 ) -> Manifest:
     # Several tasks may be here at once, with the same notes: each writes the same bytes, in a folder of its own first.
     out, partial = config.out, config.out / PARTIAL_NAME
-    _report_rejected([original for note in notes.values() for original in note.rejected], config, aside)
+    _report_rejected([original for note in notes.values() for original in note.rejected], plan.ignored, config, aside)
     _report_duplicates(tasks, notes, config, aside)
     finished = {name: note for name, note in notes.items() if note.shard is not None}
     for file in out.iterdir():  # left by an unfinished run of another plan
@@ -170,8 +173,10 @@ def closing_line(out: Path, manifest: Manifest) -> str:
     numbers = f"{', '.join(others)} and {last}" if others else last
     counts = sum((Counter(split.class_counts) for split in manifest.splits.values()), Counter())
     classes = ", ".join(f"{name} {counts[name]:,}" for name in manifest.classes)
-    num_rejected = len((out / REJECTED_NAME).read_bytes().splitlines()) if (out / REJECTED_NAME).exists() else 0
-    report = f"{num_rejected:,} rejected, {num_groups_in(out):,} groups of duplicates"
+    left_out = (out / REJECTED_NAME).read_bytes().splitlines() if (out / REJECTED_NAME).exists() else []
+    num_ignored = sum(json.loads(line)["reason"] == NO_IMAGE_NAME for line in left_out)
+    ignored = f"{num_ignored:,} ignored, " if num_ignored else ""
+    report = f"{len(left_out) - num_ignored:,} rejected, {ignored}{num_groups_in(out):,} groups of duplicates"
     return f"{numbers} images ({classes}), {report}, written to {out}"
 
 
@@ -227,12 +232,13 @@ def _stage(tasks: list[ShardTask], aside: Path) -> dict[Source, Pictures]:
     return {source: source.staged(aside / f"source-{n}.tar", items[source]) for n, source in enumerate(sources)}
 
 
-def _report_rejected(rejected: list[Rejected], config: ShardingConfig, aside: Path) -> None:
+def _report_rejected(rejected: list[Rejected], ignored: Sequence[str], config: ShardingConfig, aside: Path) -> None:
     file = config.out / REJECTED_NAME
-    if not rejected:
+    if not rejected and not ignored:
         file.unlink(missing_ok=True)
         return
-    lines = (json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in rejected)
+    left_out = [*rejected, *(Rejected(name, "", NO_IMAGE_NAME) for name in ignored)]
+    lines = (json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in left_out)
     replace_file(aside / REJECTED_NAME, "".join(lines).encode(errors="backslashreplace"))
     (aside / REJECTED_NAME).replace(file)
     if len(rejected) > config.max_rejected:

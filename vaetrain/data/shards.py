@@ -346,15 +346,19 @@ class ShardSet:
 
     def _undecodable(self, shard: Shard, position: int, index: SplitIndex) -> list[str]:
         expected = (self.manifest.image_size, self.manifest.image_size), "L" if self.manifest.channels == 1 else "RGB"
+        from vaetrain.data.decode import decode_into  # here, since it brings torch, which sharding does without
+
         problems = []
+        pixels = np.empty((self.manifest.image_size, self.manifest.image_size, self.manifest.channels), np.uint8)
         with self.path(shard).open("rb") as file:
             for image in np.flatnonzero(index.shard == position):
                 file.seek(index.offset[image])
                 try:
-                    content = io.BytesIO(file.read(index.num_bytes[image]))
-                    with Image.open(content, formats=("JPEG", "PNG", "WEBP")) as picture:
-                        picture.load()
+                    content = file.read(index.num_bytes[image])
+                    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as picture:
                         found = picture.size, picture.mode
+                    if found == expected:
+                        decode_into(content, pixels)  # as training will
                 except BROKEN_IMAGE as error:
                     problems.append(f"{shard.name}: the image at byte {index.offset[image]} does not decode: {error}")
                 else:

@@ -208,8 +208,10 @@ def _image_at(file: BufferedReader, offset: int, num_bytes: int) -> bytearray:
     num_read = file.readinto(encoded)
     if num_read < num_bytes:
         raise ValueError(f"the shard ends at byte {offset + num_read:,}")
-    # Bytes 124 to 135 are the size in octal, 257 to 261 the format, 148 to 155 the sum of all bytes in octal, taken with
-    # blanks in their own place.
+    # Bytes 124 to 135 are the size in octal, 156 the kind (0 is a file), 257 to 261 the format, 148 to 155 the sum of all
+    # bytes in octal, taken with blanks in their own place.
+    if header[156:157] not in (b"0", b"\0"):
+        raise ValueError("the image is a link or device in the shard, not a file")
     if header[124:136] != b"%011o\0" % num_bytes or header[257:262] != b"ustar":
         raise ValueError("this is not where the image begins: the shard is another one than its manifest describes")
     if header[148:156] != b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" ")):

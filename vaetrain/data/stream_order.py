@@ -51,17 +51,21 @@ def eval_piece(num_images: int, batch_size: int, part: int, num_parts: int) -> r
     return range(start, min(stop, num_images))
 
 
-def few_shards_warning(num_shards: int, num_processes: int, num_workers: int, num_openings: int | None) -> str | None:
-    """What to tell the user when there are fewer shards than workers; None when there are enough.
+def too_few_shards(num_shards: int, num_processes: int, num_workers: int) -> str | None:
+    """Why training does not stream from so few shards; None when each worker has one of its own.
 
-    `num_openings` counts those of an epoch over all workers; None: a bound, each cut between two pieces opening one shard more.
+    Every image would still come once, but workers would open the same shards and read each in part, over a network.
     """
-    num_parts = num_processes * max(1, num_workers)
-    if num_shards >= num_parts:
+    if num_shards >= num_processes * max(1, num_workers):
         return None
-    opened = f"{num_openings:,}" if num_openings is not None else f"up to {num_shards + num_parts - 1:,}"
+    fits = num_shards // num_processes
+    fewer = f"lower --data.num-workers to {fits} or less" if fits else f"use at most {num_shards:,} processes"
     return (
-        f"{num_shards:,} shards for {num_processes} × {max(1, num_workers)} stream workers: every image still comes once, but "
-        f"shards are opened {opened} times an epoch and read in part; make more shards (tools/make_shards.py "
-        f"--images-per-shard), or use fewer workers"
+        f"{num_shards:,} shards are fewer than {num_processes} × {max(1, num_workers)} stream workers, which would all open the "
+        f"same ones; {fewer}, or make more shards (tools/make_shards.py --images-per-shard)"
     )
+
+
+def workers_for(num_shards: int, num_processes: int, num_workers: int) -> int:
+    """At most `num_workers` in each process, so that each has a shard of its own where there are as many as processes."""
+    return min(num_workers, max(1, num_shards // num_processes))
