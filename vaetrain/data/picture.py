@@ -114,10 +114,10 @@ def decode_picture(content: bytes) -> Image.Image:
 
 
 def _decode_jpeg(content: bytes, opened: ImageFile.ImageFile) -> Image.Image:
-    """The pixels of a JPEG; raises ValueError where data are missing or damaged, which Pillow alone takes for grey.
+    """The pixels of a JPEG; raises ValueError where libjpeg warns of missing or damaged data, which Pillow alone takes for grey.
 
-    Without simplejpeg, Pillow decodes to the same pixels, and what libjpeg only warns of (a hole in the data, an end too early
-    behind a proper end marker) goes unnoticed.
+    It warns where the code that follows makes no sense, so not of every wrong byte. Without simplejpeg, Pillow decodes to the
+    same pixels, and such files go unnoticed.
     """
     if simplejpeg is None:
         opened.load()
