@@ -28,7 +28,7 @@ class Reading:
         """That of a training which reads with `reader`."""
         if not isinstance(reader, StreamReader):
             return cls("any", layout.num_processes, 1, layout.micro_batch_size)
-        return cls("stream", layout.num_processes, max(1, reader._workers.num_workers), layout.micro_batch_size)
+        return cls("stream", layout.num_processes, max(1, reader.num_workers), layout.micro_batch_size)
 
     def continues(self, before: Reading) -> bool:
         """Whether the images that `before` has not read of an epoch are those that this reads from the same position on."""

@@ -165,6 +165,7 @@ class StreamReader:
     ) -> None:
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
+        self.num_workers = num_workers
         self.description = (
             f"stream ({reason}): {self.num_images:,} images read in sequence from "
             f"{remote.description if remote else selection.source}, "
