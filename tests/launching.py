@@ -45,7 +45,7 @@ def start(
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 250) -> subprocess.CompletedProcess[str]:
     """Wait for a started command; past the timeout it is ended, with all that it started, and the test fails."""
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)

@@ -5,6 +5,10 @@ import json
 import pytest
 from launching import finish, start
 
+TIMEOUT_S = 300
+"""Of three trainings on three processes, which share two cores with whatever other tests are running."""
+pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
+
 
 @pytest.fixture(scope="module")
 def results(tiny_shards, tmp_path_factory):
@@ -14,7 +18,7 @@ def results(tiny_shards, tmp_path_factory):
         start("tests/parity_scenarios.py", tiny_shards, folder, two_processes=two) for two, folder in enumerate(folders)
     ]
     for process in processes:
-        result = finish(process)
+        result = finish(process, timeout_s=TIMEOUT_S)
         assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     one, two = (json.loads((folder / "results.json").read_text()) for folder in folders)
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
@@ -58,7 +62,7 @@ def test_calling_the_unwrapped_model_is_caught(results):
 
 def test_every_validation_image_exactly_once(results):
     for result in results:
-        assert len(result["validation"]) == 16
+        assert len(result["validation"]) == 14
         for name, seen in result["validation"].items():
             assert sorted(seen["indices"]) == list(range(23)), name
 
