@@ -38,18 +38,33 @@ DEVIATIONS = torch.linspace(0.2, 1.0, DIM)
 THEORY = float(DEVIATIONS.square().sum() / (DIM * 0.1**2))
 """tr Σ / |G|²."""
 
+
+def adam_theory() -> float:
+    """tr(DΣ) / GᵀDG: v has settled at G² + Σ/B, and D is the inverse of its root."""
+    weights = (0.1**2 + DEVIATIONS.square() / BATCH).rsqrt()
+    return float((weights * DEVIATIONS.square()).sum() / (weights * 0.1**2).sum())
+
+
+def adam_at_rest(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """It gathers v and never moves the weights, so that every step's gradient has the same mean."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.98))
+
+
 if __name__ == "__main__":
     accelerator = distributed.start()
     layout = BatchLayout.of(BATCH, None, accelerator.process_index, 2)
     model = accelerator.prepare(Quadratic())
-    small = SmallGradient(model, layout, 2)
-    small_sq, big_sq = [], []
+    optimizer = adam_at_rest(model)
+    small = SmallGradient(model, optimizer, layout, 2)
+    found = []
     for step in range(STEPS):
         x = images(step, DEVIATIONS)[layout.positions(0)[0]]
         model.zero_grad()
         accelerator.backward(model(x).mean())
-        big_sq.append(float(accelerator.clip_grad_norm_(model.parameters(), 1e9)) ** 2)
-        small_sq.append(float(distributed.sum_over_processes(accelerator, small.take())) / 2)
+        norms = distributed.sum_over_processes(accelerator, torch.stack(small.take())) / 2
+        grad_sq = float(accelerator.clip_grad_norm_(model.parameters(), 1e9)) ** 2
+        found.append([grad_sq, *norms.tolist()])  # NOISE_METERS
+        optimizer.step()
     if accelerator.is_main_process:
-        Path(sys.argv[1]).write_text(json.dumps({"small": small_sq, "big": big_sq, "batch": small.batch_size}))
+        Path(sys.argv[1]).write_text(json.dumps({"norms": found, "batch": small.batch_size}))
     accelerator.end_training()

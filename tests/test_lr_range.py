@@ -78,3 +78,11 @@ def test_a_test_ends_when_the_loss_is_up_again():
     assert losses.index(min(losses)) < ended < 149
     assert not has_diverged(losses[: losses.index(min(losses))], 4.0)
     assert math.isfinite(losses[ended])
+
+
+def test_the_noise_of_a_loss_that_has_not_begun_to_fall_is_no_divergence():
+    """The first losses of 64×64 cats at half width: the first is low by luck, and nothing has been won that could be lost."""
+    found = (18744, 20076, 23123, 21385, 19159, 20431, 19438, 20156, 19110, 17770, 19259, 19500, 20300)
+    losses = [float(loss) for loss in found]
+    assert not any(has_diverged(losses[:count], 4.0) for count in range(1, 14))
+    assert has_diverged([*losses, 90_000.0, 400_000.0], 4.0)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from launching import succeed
 
-from vaetrain.scaling.evidence import Point, Run, points, predicted, runs_below, shortfall, worth
+from vaetrain.scaling.evidence import Point, Run, critical_batches, points, predicted, runs_below, shortfall, worth
 
 LENGTHS = [Point(1000.0, (-200.0,)), Point(2000.0, (-150.0, -152.0)), Point(4000.0, (-120.0,))]
 
@@ -56,6 +56,32 @@ def test_runs_are_read_and_seeds_averaged(tmp_path):
         Run.read(tmp_path)
 
 
+def write_noise_run(folder, *, adam: float, simple: float) -> None:
+    """A run at batch 32 in micro-batches of 8 whose gradients shrink while both noise scales stay."""
+    write_run(folder)
+    (folder / "config.yaml").write_text("data: {train: somewhere}\ntrain: {global_batch_size: 32, micro_batch_size: 8}")
+    (folder / "provenance.json").write_text('{"num_processes": 1}')
+    with (folder / "metrics.jsonl").open("a") as file:
+        for gradient_sq in (3.0, 2.0, 1.0, 0.5):
+            norms = {
+                "grad_sq": (simple, 32),
+                "small_grad_sq": (simple, 8),
+                "adam_grad_sq": (adam, 32),
+                "adam_small_grad_sq": (adam, 8),
+            }
+            logged = {f"train/{name}": gradient_sq * (1 + scale / batch) for name, (scale, batch) in norms.items()}
+            file.write(json.dumps({"split": "train", **logged}) + "\n")
+
+
+def test_a_run_without_noise_scale_has_no_critical_batch(tmp_path):
+    write_noise_run(tmp_path / "a", adam=96.0, simple=24.0)
+    adam, simple = critical_batches(tmp_path / "a")
+    assert (adam.images, simple.images) == (pytest.approx(96), pytest.approx(24))
+    write_run(tmp_path / "b")
+    with pytest.raises(ValueError, match="has no gradient norms; train with --log"):
+        critical_batches(tmp_path / "b")
+
+
 def test_the_tool_prints_both_tables_and_draws(tmp_path):
     for number, lr in enumerate((1e-3, 4e-3)):
         write_run(tmp_path / "grid" / str(number), lr=lr, score=-100 - number)
@@ -64,13 +90,13 @@ def test_the_tool_prints_both_tables_and_draws(tmp_path):
         write_run(tmp_path / "rule" / str(batch), batch=batch, images=5000, score=score)
     for point in LENGTHS:
         write_run(tmp_path / "lengths" / str(point.x), images=int(point.x), score=point.mean)
-    found = {"noise_scale": {"scale": {"images": 96.0, "standard_error": 4.0}}}
-    (tmp_path / "scaling.json").write_text(json.dumps(found))
+    write_noise_run(tmp_path / "noise", adam=96.0, simple=24.0)
     printed = succeed(
-        "tools/check_scaling.py", "--lr-grid", tmp_path / "grid", "--suggested", tmp_path / "own", "--rule", tmp_path / "rule",
-        "--lengths", tmp_path / "lengths", "--scaling", tmp_path / "scaling.json", "--out", tmp_path / "x.png",
+        "tools/check_scaling.py", "--lr-grid", tmp_path / "grid", "--suggested", tmp_path / "own",
+        "--rule", tmp_path / "rule" / "32", tmp_path / "rule" / "544", "--lengths", tmp_path / "lengths",
+        "--noise", tmp_path / "noise", "--out", tmp_path / "x.png",
     )  # fmt: skip
     assert "| **0.002, suggested** | -101.5 | 1.5% |" in printed
     assert "| 544 | -210.0 | 75.0% | -200.0 (66.7%) |" in printed
-    assert "noise scale 96 ± 4 images; 5,000 images each" in printed
+    assert "critical batch 96 ± 0 images; 5,000 images each\n(simple noise scale, counted alike: 24 ± 0)" in printed
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -1,11 +1,11 @@
 """Hold scale.py's advice against trainings: the suggested rate against a grid, the batch rule against its prediction.
 
-python tools/check_scaling.py --lr-grid DIR --suggested DIR --rule DIR --lengths DIR --scaling FILE --out FILE.png
+python tools/check_scaling.py --lr-grid DIR --suggested DIR --rule DIR --lengths DIR --noise DIR --out FILE.png
 """
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,14 @@ class CheckArguments:
     suggested: tuple[Path, ...]
     """Runs with the rate that scale.py suggested, else like the grid's."""
 
-    rule: Path
+    rule: tuple[Path, ...]
     """Runs whose batch differs, the optimizer following it, for the same number of images."""
 
     lengths: Path
     """Runs at one small batch for several numbers of images: what a number of images is worth."""
 
-    scaling: Path
-    """scaling.json with the gradient noise scale at that batch."""
+    noise: Path
+    """Run at that batch with --log.noise-scale True: its critical batch over all of training makes the prediction."""
 
     out: Path
     """Picture to write."""
@@ -44,7 +44,7 @@ if __name__ == "__main__":
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vaetrain.scaling.evidence import Point, points, predicted, runs_below, shortfall
+from vaetrain.scaling.evidence import Point, critical_batches, points, predicted, runs_below, shortfall
 
 
 def main(arguments: CheckArguments) -> None:
@@ -57,14 +57,21 @@ def main(arguments: CheckArguments) -> None:
         name = f"**{point.x:.3g}, suggested**" if point is own else f"{point.x:.3g}"
         print(f"| {name} | {shown(point)} | {shortfall(point.mean, best):.1%} |")
 
-    noise = json.loads(arguments.scaling.read_text())["noise_scale"]["scale"]
-    critical, error = noise["images"], noise["standard_error"]
-    runs = runs_below(arguments.rule)
+    adam, simple = critical_batches(arguments.noise)
+    if adam.images is None:
+        raise ValueError(
+            f"{arguments.noise}: noise drowns the gradient, so that there is no critical batch to predict from"
+        )
+    critical, error = adam.images, adam.standard_error
+    runs = [run for folder in arguments.rule for run in runs_below(folder)]
     by_length = runs_below(arguments.lengths)
     batches, lengths = points(runs, lambda run: run.batch), points(by_length, lambda run: run.images)
     images, smallest = min(run.images for run in runs), batches[0]
     expected = [predicted(lengths, images, by_length[0].batch, point.x, critical) for point in batches]
-    print(f"\nnoise scale {critical:,.0f} ± {error or 0:,.0f} images; {images:,} images each\n")
+    print(f"\ncritical batch {critical:,.0f} ± {error or 0:,.0f} images; {images:,} images each")
+    print(
+        f"(simple noise scale, counted alike: {simple.images or math.inf:,.0f} ± {simple.standard_error or 0:,.0f})\n"
+    )
     print("| batch | ELBO, nats | below the smallest batch | predicted |\n|---|---|---|---|")
     for point, score in zip(batches, expected, strict=True):
         below, foretold = (shortfall(each, smallest.mean) for each in (point.mean, score))
@@ -80,8 +87,8 @@ def main(arguments: CheckArguments) -> None:
         xscale="log", xlabel="learning rate", ylabel="validation ELBO, nats", title="The suggested rate against a grid"
     )
     draw(right, batches, "measured, square-root rule")
-    right.plot([point.x for point in batches], expected, "--", label="predicted from the noise scale")
-    right.axvline(critical, color="k", alpha=0.4, label=f"noise scale, {critical:,.0f} images")
+    right.plot([point.x for point in batches], expected, "--", label="predicted from the critical batch")
+    right.axvline(critical, color="k", alpha=0.4, label=f"critical batch, {critical:,.0f} images")
     right.set(xscale="log", xlabel="batch, images", ylabel="validation ELBO, nats", title=f"The same {images:,} images")
     for axes in (left, right):
         axes.legend(fontsize=8)

@@ -29,10 +29,10 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.run import provenance, write_json
 from vaetrain.scaling.advice import Advice, Facts, advise, stops_helping, table, verdict
 from vaetrain.scaling.all_reduce import Network
-from vaetrain.scaling.figure import save_figure
+from vaetrain.scaling.figure import Stretch, save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
-from vaetrain.scaling.noise_scale import NoiseScale
+from vaetrain.scaling.noise_scale import NoiseScale, by_progress
 from vaetrain.scaling.probe import Probe, probe
 from vaetrain.scaling.trial import Step, trial
 
@@ -45,11 +45,13 @@ NUM_STRETCHES = 10
 
 @dataclass(frozen=True)
 class Noise:
-    """The gradient noise scale, over all steps that count and over stretches of them."""
+    """The gradient noise scale, over all steps that count and over stretches of training."""
 
-    scale: NoiseScale
-    stretches: tuple[tuple[int, float | None], ...]
-    """Images seen at the end of each, and its noise scale."""
+    simple: NoiseScale
+    """From plain averages over steps."""
+    adam: NoiseScale
+    """Adam's, stretches counted by their progress: the critical batch that advice goes by."""
+    stretches: tuple[Stretch, ...]
     small_batch: int
     big_batch: int
 
@@ -75,7 +77,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
             optim = replace(optim, lr=suggested_lr(found_lr, trials) or optim.lr)
         noise = measure_noise(replace(config, optim=optim), accelerator, reader) if "noise" in config.phases else None
         if noise is not None:
-            report(accelerator, describe_noise(noise.scale))
+            report(accelerator, describe_noise(noise))
         layout = BatchLayout.of(
             config.train.global_batch_size, config.train.micro_batch_size, 0, accelerator.num_processes
         )
@@ -89,7 +91,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
     facts = Facts(
         step_s=fastest.step_s, knee=knee.micro_batch_size, largest_safe=largest_safe,
         all_reduce_s=lambda count: network.all_reduce_s(gradient_bytes, count),
-        critical_batch=noise.scale.images if noise else None, base_batch=config.train.global_batch_size, optim=optim,
+        critical_batch=noise.adam.images if noise else None, base_batch=config.train.global_batch_size, optim=optim,
         total_images=total_images, rule=config.advice.rule,
     )  # fmt: skip
     advice = advise(facts, config.for_num_processes)
@@ -119,7 +121,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         own = next((each for each in advice if each.num_processes == accelerator.num_processes), advice[0])
         replace_file(config.out / "recommended.yaml", recommended(own, fastest, network).encode())
         save_figure(
-            probes, found_lr, trials, noise.stretches if noise else (), noise.scale if noise else None, advice,
+            probes, found_lr, trials, noise.stretches if noise else (), noise.adam if noise else None, advice,
             config.out / "scaling.png",
         )  # fmt: skip
         write_json(config.out / "scaling.json", result)  # last: its presence says that all is there
@@ -161,16 +163,22 @@ def measure_noise(config: ScaleConfig, accelerator: Accelerator, reader: Reader)
             warmed = min(1.0, (number + 1) * batch / max(1, config.optim.warmup_images))
             steps.append(training.step(config.optim.lr * warmed))
 
-    def scale_of(chosen: Sequence[Step]) -> NoiseScale:
+    def simple(chosen: Sequence[Step]) -> NoiseScale:
         small_sq = [step.small_grad_sq for step in chosen if step.small_grad_sq is not None]
         return NoiseScale.of(small_sq, [step.grad_sq for step in chosen], small_batch, batch)
 
-    length = max(1, options.num_steps // NUM_STRETCHES)
-    stretches = tuple(
-        ((start + length) * batch, scale_of(steps[start : start + length]).images)
-        for start in range(0, options.num_steps - length + 1, length)
-    )
-    return Noise(scale_of(steps[options.skip_steps :]), stretches, small_batch, batch)
+    def adam(chosen: Sequence[Step]) -> NoiseScale:
+        small_sq = [step.adam_small_grad_sq for step in chosen if step.adam_small_grad_sq is not None]
+        big_sq = [step.adam_grad_sq for step in chosen if step.adam_grad_sq is not None]
+        return NoiseScale.of(*by_progress(small_sq, big_sq), small_batch, batch)
+
+    length = max(2, options.num_steps // NUM_STRETCHES)  # Adam's first step has no preconditioner yet
+    stretches = []
+    for start in range(0, options.num_steps - length + 1, length):
+        part = steps[start : start + length]
+        stretches.append(Stretch((start + length) * batch, simple(part).images, adam(part).images))
+    counted = steps[options.skip_steps :]
+    return Noise(simple(counted), adam(counted), tuple(stretches), small_batch, batch)
 
 
 def network_of(config: ScaleConfig, accelerator: Accelerator) -> Network:
@@ -238,12 +246,19 @@ def describe_lr(found: LrRange, trials: LrTrials | None, optim: OptimConfig) -> 
     return f"{text}; the config has {optim.lr:g}"
 
 
-def describe_noise(found: NoiseScale) -> str:
-    """The critical batch with its error."""
-    if found.images is None:
+def describe_noise(found: Noise) -> str:
+    """The critical batch with its error, and the simple noise scale beside it."""
+    if found.adam.images is None:
         return "the gradient noise scale is not measurable: noise drowns the gradient; give more --noise.num-steps"
+    return f"critical batch (Adam's gradient noise scale) {shown(found.adam)} images; simple noise scale {shown(found.simple)}"
+
+
+def shown(found: NoiseScale) -> str:
+    """The estimate with its error."""
+    if found.images is None:
+        return "not measurable"
     error = "" if found.standard_error is None else f" ± {found.standard_error:,.0f}"
-    return f"gradient noise scale (critical batch) {found.images:,.0f}{error} images"
+    return f"{found.images:,.0f}{error}"
 
 
 def report(accelerator: Accelerator, text: str) -> None:

@@ -241,7 +241,7 @@ class Tracker:
     ) -> None:
         """One record of split "train": means since the last, the schedules' values now, and speed.
 
-        With `small_batch_size`, the images behind the meter small_grad_sq, also the noise scale.
+        With `small_batch_size`, the images behind the meter small_grad_sq, also the noise scale, simple and Adam's.
         """
         speed = performance["perf/images_per_s"]
         record = {f"train/{name}": value for name, value in interval.means.items()} | {
@@ -252,10 +252,12 @@ class Tracker:
             **performance,
             "perf/mfu": speed * self.mfu_per_image_per_s if self.mfu_per_image_per_s else None,
         }
-        small_sq, big_sq = interval.means.get("small_grad_sq"), interval.means.get("grad_sq")
-        if small_batch_size is not None and small_sq is not None and big_sq is not None:
-            scale = NoiseScale.of([small_sq], [big_sq], small_batch_size, self.global_batch_size)
-            record["train/noise_scale_images"] = scale.images
+        if small_batch_size is not None:
+            for kind in ("", "adam_"):
+                small_sq, big_sq = interval.means[f"{kind}small_grad_sq"], interval.means[f"{kind}grad_sq"]
+                if small_sq is not None and big_sq is not None:
+                    scale = NoiseScale.of([small_sq], [big_sq], small_batch_size, self.global_batch_size)
+                    record[f"train/{kind}noise_scale_images"] = scale.images
         self.write("train", progress, record)
         loss = interval.means["loss"]
         loss_text = "loss not finite" if loss is None else f"loss {loss:,.1f} nats"

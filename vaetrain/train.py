@@ -40,7 +40,7 @@ from vaetrain.reading import Reading
 from vaetrain.resume import load_weights, origin, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
 from vaetrain.run_lock import hold
-from vaetrain.scaling.noise_scale import SmallGradient
+from vaetrain.scaling.noise_scale import NOISE_METERS, SmallGradient
 from vaetrain.time_limit import TimeLimit
 from vaetrain.tracking import Meters, Stopwatch, Tracker
 from vaetrain.watchdog import FIRST_STEP_S, Pulse, Watchdog
@@ -104,9 +104,10 @@ def train_with(
     pulse.enter("starting: looking for a checkpoint")
     small_gradient = None
     if config.log.noise_scale:
-        small_gradient = SmallGradient(model, layout, accelerator.num_processes)
-    norms = ("small_grad_sq", "grad_sq") if small_gradient else ()
-    meters = Meters(("loss", "distortion_nats", "rate_nats", "grad_norm", *norms), device)
+        small_gradient = SmallGradient(model, optimizer.optimizer, layout, accelerator.num_processes)
+    meters = Meters(
+        ("loss", "distortion_nats", "rate_nats", "grad_norm", *(NOISE_METERS if small_gradient else ())), device
+    )
     reading = Reading.of(train_reader, layout)
     checkpoints = Checkpoints(
         run, config.checkpoint, accelerator, model=vae, ema=ema.module, optimizer=optimizer.optimizer, meters=meters,
@@ -209,6 +210,7 @@ def train_with(
                 small_gradient.after_micro_batch(number)
             totals += torch.stack([loss, terms.distortion.sum(), rate(terms.kl).sum()]).detach()
         pulse.enter("update")
+        norms = small_gradient.take() if small_gradient else ()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
         # The reduced gradient is the same on all processes, so all skip together; the decision never leaves the device.
         skipped, exploded = judge.judge(grad_norm)
@@ -225,7 +227,7 @@ def train_with(
         meters.add(
             images, skipped, exploded, loss=totals[0], distortion_nats=totals[1], rate_nats=totals[2],
             grad_norm=grad_norm * images,
-            **({"small_grad_sq": small_gradient.take() * images, "grad_sq": grad_norm**2 * images} if small_gradient else {}),
+            **({name: sq * images for name, sq in zip(NOISE_METERS, (grad_norm**2, *norms), strict=True)} if norms else {}),
         )  # fmt: skip
         if progress.step % config.log.every_steps == 0 or validation_is_due():
             pulse.enter("waiting for the device and the others, to log")

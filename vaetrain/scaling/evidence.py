@@ -2,7 +2,6 @@
 
 A learning-rate grid says how far the suggested rate is from the best. Trainings of several lengths at a small batch say what a
 number of images is worth; with McCandlish et al. 2018, Eq. 2.11, that predicts what a larger batch reaches with the same images.
-Without importing torch.
 """
 
 from __future__ import annotations
@@ -16,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from vaetrain.data.order import BatchLayout
+from vaetrain.run import RunDirectory
+from vaetrain.scaling.noise_scale import NOISE_METERS, NoiseScale, by_progress, small_batch
 
 SCORE = "val/elbo_nats"
 
@@ -73,6 +76,28 @@ def runs_below(folder: Path) -> list[Run]:
     if not files:
         raise ValueError(f"there is no run below {folder}")
     return [Run.read(file.parent) for file in files]
+
+
+def critical_batches(folder: Path) -> tuple[NoiseScale, NoiseScale]:
+    """Adam's noise scale and the simple one over a whole training with `--log.noise-scale True`, counted by progress.
+
+    Raises ValueError, naming the run, when it logged none.
+    """
+    run = RunDirectory(folder)
+    records = [record for record in run.metrics() if record["split"] == "train"]
+    known = [record for record in records if all(record.get(f"train/{name}") is not None for name in NOISE_METERS)]
+    if not known:
+        raise ValueError(f"{folder} has no gradient norms; train with --log.noise-scale True")
+    train, num_processes = run.config().train, run.provenance()["num_processes"]
+    layout = BatchLayout.of(train.global_batch_size, train.micro_batch_size, 0, num_processes)
+
+    def of(small: str, whole: str) -> NoiseScale:
+        small_sq, big_sq = ([record[f"train/{name}"] for record in known] for name in (small, whole))
+        return NoiseScale.of(
+            *by_progress(small_sq, big_sq), small_batch(layout, num_processes), layout.global_batch_size
+        )
+
+    return of("adam_small_grad_sq", "adam_grad_sq"), of("small_grad_sq", "grad_sq")
 
 
 def points(runs: Sequence[Run], x: Callable[[Run], float | int]) -> list[Point]:

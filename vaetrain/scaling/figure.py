@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,12 +17,21 @@ from vaetrain.scaling.noise_scale import NoiseScale
 from vaetrain.scaling.probe import Probe
 
 
+class Stretch(NamedTuple):
+    """A part of training, and its gradient noise scales; None where noise drowns the gradient."""
+
+    images_seen: int
+    """At its end."""
+    simple: float | None
+    adam: float | None
+
+
 def save_figure(
     probes: Sequence[Probe],
     found_lr: LrRange | None,
     trials: LrTrials | None,
-    noise: Sequence[tuple[int, float | None]],
-    noise_scale: NoiseScale | None,
+    noise: Sequence[Stretch],
+    critical: NoiseScale | None,
     advice: Sequence[Advice],
     file: Path,
 ) -> None:
@@ -29,7 +40,7 @@ def save_figure(
     axes = figure.subplots(2, 2)
     _draw_probes(axes[0, 0], probes)
     _draw_lr(axes[0, 1], found_lr, trials)
-    _draw_noise(axes[1, 0], noise, noise_scale)
+    _draw_noise(axes[1, 0], noise, critical)
     _draw_advice(axes[1, 1], advice)
     figure.savefig(file, dpi=120)
 
@@ -87,18 +98,24 @@ def _draw_lr(axes: Axes, found: LrRange | None, trials: LrTrials | None) -> None
     axes.legend(fontsize=8)
 
 
-def _draw_noise(axes: Axes, noise: Sequence[tuple[int, float | None]], scale: NoiseScale | None) -> None:
+def _draw_noise(axes: Axes, noise: Sequence[Stretch], critical: NoiseScale | None) -> None:
     axes.set_title("Gradient noise scale")
-    known = [(images, value) for images, value in noise if value is not None]
-    if not known:
+    if not noise:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         return
-    axes.plot([images for images, _ in known], [value for _, value in known], "o-", label="stretches of training")
-    if scale is not None and scale.images is not None:
-        error = scale.standard_error or 0.0
-        axes.axhline(scale.images, color="k", label=f"critical batch {scale.images:,.0f} ± {error:,.0f} images")
-        axes.axhspan(scale.images - error, scale.images + error, color="k", alpha=0.1)
-    axes.set(xlabel="images seen", ylabel="tr Σ / |G|², images", yscale="log")
+    for label, values in (("simple", [each.simple for each in noise]), ("Adam's", [each.adam for each in noise])):
+        # None and what lies below 0 is a noise that drowns the gradient: a gap.
+        axes.plot(
+            [each.images_seen for each in noise],
+            [value or math.nan for value in values],
+            "o-",
+            label=f"{label}, by stretch",
+        )
+    if critical is not None and critical.images is not None:
+        error = critical.standard_error or 0.0
+        axes.axhline(critical.images, color="k", label=f"critical batch {critical.images:,.0f} ± {error:,.0f} images")
+        axes.axhspan(critical.images - error, critical.images + error, color="k", alpha=0.1)
+    axes.set(xlabel="images seen", ylabel="images", yscale="log")
     axes.legend(fontsize=8)
 
 

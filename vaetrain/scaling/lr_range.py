@@ -28,10 +28,13 @@ HALF_LIFE_DECADES = 0.134
 decades). In rates, not steps: more steps then average over more losses, and fewer do not lag behind the curve."""
 
 DIVERGED = 0.5
-"""A test ends when the smoothed loss has lost this share of what it had won, and then at once."""
+"""A test ends when the smoothed loss has lost this share of what it had won, and then at once; winnings below MIN_FALL are none."""
 
 MIN_FALL = 5.0
 """Standard deviations of the noise about the smoothed curve that the loss must fall by for the curve to mean anything."""
+
+MIN_STEPS = 10
+"""No test ends before so many."""
 
 MAX_SPREAD = 10.0
 """Largest ratio between the rates of different seeds that is still one answer."""
@@ -70,8 +73,7 @@ class Curve:
         """How far the smoothed loss falls, in standard deviations of single losses about it on the way."""
         smoothed = self.smoothed
         lowest = smoothed.index(min(smoothed))
-        residuals = [loss - mean for loss, mean in zip(self.losses[: lowest + 1], smoothed, strict=False)]
-        noise = statistics.pstdev(residuals[1:]) if len(residuals) > 2 else math.inf
+        noise = noise_about(smoothed, self.losses, lowest + 1)
         return (smoothed[0] - smoothed[lowest]) / noise if noise > 0 else math.inf
 
 
@@ -155,10 +157,19 @@ def lr_range(config: Config, options: LrRangeConfig, accelerator: Accelerator, r
     return LrRange(tuple(curves))
 
 
+def noise_about(smoothed: Sequence[float], losses: Sequence[float], count: int) -> float:
+    """Standard deviation of the first `count` losses about their running average; infinite where there are too few to tell."""
+    residuals = [loss - mean for loss, mean in zip(losses[1:count], smoothed[1:count], strict=True)]
+    return statistics.pstdev(residuals) if len(residuals) > 1 else math.inf
+
+
 def has_diverged(losses: Sequence[float], half_life: float) -> bool:
     """Whether the end of a curve is so far up again that nothing below it will come."""
+    if len(losses) <= MIN_STEPS:
+        return False
     smoothed = smooth(losses, half_life)
     lowest = min(smoothed)
-    return (
-        smoothed[-1] - lowest > DIVERGED * (smoothed[0] - lowest) and len(losses) > 10 and smoothed[-1] > smoothed[-2]
-    )
+    # A low first loss is luck: the ups and downs of a loss that has not begun to fall are no divergence.
+    noise = noise_about(smoothed, losses, max(MIN_STEPS, smoothed.index(lowest) + 1))
+    won = max(smoothed[0] - lowest, MIN_FALL * noise)
+    return smoothed[-1] - lowest > DIVERGED * won and smoothed[-1] > smoothed[-2]

@@ -4,6 +4,10 @@ With G the gradient of the mean loss over all data and Σ the covariance of sing
 tr Σ / |G|², in images (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", Sec. 2.2). Well below it, twice
 the batch does with half the steps; well above it, twice the batch does little. Both numbers come from squared norms of
 gradients that training computes anyway, at two batch sizes (their Appendix A.1): a part of the global batch and all of it.
+
+AdamW does not step along the gradient but along D·g, D = 1/(√v̂ + ε). Their Eq. 2.8, tr(HΣ)/(GᵀHG) with the Hessian H, then becomes
+tr(DΣ)/(GᵀDG) if D undoes the curvature, as Adam means it to: *Adam's noise scale*, from the same norms with every square
+weighted by D. It is larger, and nearer to what batches turned out to be worth (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,16 +24,20 @@ from torch import distributed as dist
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from vaetrain.data.order import BatchLayout
 
 NUM_BLOCKS = 20
 """Stretches of steps that the jackknife leaves out one by one: neighbouring steps are alike, stretches hardly."""
 
+NOISE_METERS = ("grad_sq", "small_grad_sq", "adam_small_grad_sq", "adam_grad_sq")
+"""What training logs of it below train/: the squared norm of the whole gradient, then GradientNorms."""
+
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """An estimate from squared gradient norms, with its standard error."""
+    """An estimate from squared gradient norms, simple or Adam's, with its standard error."""
 
     images: float | None
     """tr Σ / |G|²; None when the noise drowns |G|² and the estimate of it is not above 0."""
@@ -75,6 +84,43 @@ def _estimate(
     return (trace / gradient_sq if gradient_sq > 0 else None), gradient_sq, trace
 
 
+def by_progress(
+    small_sq: Sequence[float], big_sq: Sequence[float], num_stretches: int = NUM_BLOCKS
+) -> tuple[list[float], list[float]]:
+    """Squared norms, each stretch of steps divided by its mean `big_sq`, so that `NoiseScale.of` them counts it by its progress.
+
+    While training goes on, gradients shrink and the noise scale 𝓑 grows, and a ratio of plain averages is that of the first
+    steps alone. A step at batch B does what 1/(1 + 𝓑/B) steps without noise would (Eq. 2.7), and the critical batch of a
+    whole training is the mean of 𝓑 over these (Appendix D): Σ 𝓑/(1 + 𝓑/B) / Σ 1/(1 + 𝓑/B). As 1/(1 + 𝓑/B) = |G|² / E|g_B|² it takes
+    two sums, Σ tr Σ/E|g_B|² and Σ |G|²/E|g_B|², neither of which minds a stretch whose |G|² drowns.
+    """
+    count = min(num_stretches, len(big_sq))
+    small, big = [], []
+    for number in range(count):
+        rows = range(number * len(big_sq) // count, (number + 1) * len(big_sq) // count)
+        mean = sum(big_sq[row] for row in rows) / len(rows)
+        if mean > 0:  # 0 before Adam's first update
+            small += [small_sq[row] / mean for row in rows]
+            big += [big_sq[row] / mean for row in rows]
+    return small, big
+
+
+def small_batch(layout: BatchLayout, num_processes: int) -> int:
+    """Images of the part of each step that is held against the whole: one process's, or the first micro-batch."""
+    return layout.per_process_batch_size if num_processes > 1 else layout.micro_batch_size
+
+
+class GradientNorms(NamedTuple):
+    """Squared norms of one step's gradients of the loss per pixel, before clipping, on the device."""
+
+    small_sq: Float[Tensor, ""]
+    """Of the small batch, on this process."""
+    adam_small_sq: Float[Tensor, ""]
+    """The same weighted by Adam's D; like the next one 0 before its first update, and always with another optimizer."""
+    adam_sq: Float[Tensor, ""]
+    """Of the whole global batch, weighted by D."""
+
+
 class SmallGradient:
     """Watches training for the squared norm of the gradient over a part of each global batch.
 
@@ -82,15 +128,15 @@ class SmallGradient:
     micro-batch. Neither costs a backward pass.
     """
 
-    def __init__(self, model: nn.Module, layout: BatchLayout, num_processes: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, layout: BatchLayout, num_processes: int) -> None:
         """`model` is what Accelerate prepared. Raises ValueError where a step has no parts."""
-        self.batch_size = layout.per_process_batch_size if num_processes > 1 else layout.micro_batch_size
+        self.batch_size = small_batch(layout, num_processes)
         self._parameters = list(model.parameters())
+        self._optimizer = optimizer
         self._first_micro_batch = num_processes == 1
         # The first micro-batch's gradient is already divided by all images of the step.
         self._accumulated = layout.grad_accum_steps
-        device = self._parameters[0].device
-        self._sq = torch.zeros((), dtype=torch.float64, device=device)
+        self._sq = torch.zeros(2, dtype=torch.float64, device=self._parameters[0].device)
         if num_processes > 1:
             assert isinstance(model, DistributedDataParallel)
             # A lambda, because DDP refuses a hook whose annotations are strings.
@@ -105,15 +151,38 @@ class SmallGradient:
     def after_micro_batch(self, number: int) -> None:
         """To be called after the backward pass of micro-batch 1, 2, … of a step."""
         if self._first_micro_batch and number == 1:
-            norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
-            self._sq = torch.stack(list(norms)).double().square().sum() * self._accumulated**2
+            self._sq = self._squares(*self._gradients()) * self._accumulated**2
 
-    def take(self) -> Float[Tensor, ""]:
-        """The squared norm of this step's small gradient, on the device; then ready for the next step."""
+    @torch.no_grad()
+    def take(self) -> GradientNorms:
+        """This step's norms; then ready for the next step. To be called after the last backward pass, before clipping."""
         taken, self._sq = self._sq, torch.zeros_like(self._sq)
-        return taken
+        return GradientNorms(taken[0], taken[1], self._squares(*self._gradients())[1])
+
+    def _gradients(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+        with_gradient = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        return [p for p, _ in with_gradient], [gradient for _, gradient in with_gradient]
 
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        self._sq += bucket.buffer().double().square().sum()
+        self._sq += self._squares(bucket.parameters(), bucket.gradients())
         assert dist.group.WORLD is not None
         return allreduce_hook(dist.group.WORLD, bucket)
+
+    @torch.no_grad()
+    def _squares(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Float[Tensor, "2"]:
+        """Σ g² and Σ D g², with D from before this step's update: as it does not know this gradient, it does not bias."""
+        squares = torch._foreach_mul(list(gradients), list(gradients))
+        weighted = torch.zeros_like(self._sq[0])
+        states = [self._optimizer.state.get(parameter, {}) for parameter in parameters]
+        if all("exp_avg_sq" in state for state in states):
+            group = self._optimizer.param_groups[0]
+            roots = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
+            forgotten = (1 - group["betas"][1] ** states[0]["step"].to(self._sq)).sqrt().float()
+            torch._foreach_div_(roots, forgotten)
+            torch._foreach_add_(roots, group["eps"])
+            weighted = _sum(torch._foreach_div(squares, roots))
+        return torch.stack([_sum(squares), weighted])
+
+
+def _sum(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
+    return torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors]).sum()

@@ -31,7 +31,11 @@ class Step(NamedTuple):
     grad_sq: float
     """Squared norm of the mean gradient over the global batch, of the loss per pixel, before clipping."""
     small_grad_sq: float | None
-    """The same of the small batch, mean over processes; None when it is not watched."""
+    """The same of the small batch, mean over processes; None, like the next two, when it is not watched."""
+    adam_grad_sq: float | None
+    """The global batch's, weighted by Adam's preconditioner (noise_scale.py)."""
+    adam_small_grad_sq: float | None
+    """The small batch's, so weighted."""
 
 
 class Trial:
@@ -48,7 +52,9 @@ class Trial:
         self.vae = VAE(config.model).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_optimizer(self.vae, config.optim)
         self.model, self.optimizer = accelerator.prepare(self.vae, optimizer)
-        self.small = SmallGradient(self.model, self.layout, accelerator.num_processes) if watch_noise else None
+        self.small = None
+        if watch_noise:
+            self.small = SmallGradient(self.model, optimizer, self.layout, accelerator.num_processes)
         self.images_seen = 0
         self._batches = reader.train_batches(config.seed, 0, self.layout)
 
@@ -74,18 +80,18 @@ class Trial:
             if self.small:
                 self.small.after_micro_batch(number)
             total += loss.detach()
+        norms = self.small.take() if self.small else None
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.images_seen += layout.global_batch_size
-        small_sq = self.small.take() if self.small else torch.zeros_like(total)
-        loss_sum, small_sum = sum_over_processes(accelerator, torch.stack([total, small_sq])).tolist()
-        return Step(
-            loss_sum / layout.global_batch_size,
-            float(grad_norm) ** 2,
-            small_sum / accelerator.num_processes if self.small else None,
+        parts = torch.stack([total, *(norms or ())])
+        loss_sum, *summed = sum_over_processes(accelerator, parts).tolist()
+        small_sq, adam_small_sq, adam_sq = (
+            (value / accelerator.num_processes for value in summed) if norms else (None,) * 3
         )
+        return Step(loss_sum / layout.global_batch_size, float(grad_norm) ** 2, small_sq, adam_sq, adam_small_sq)
 
 
 @contextlib.contextmanager
