@@ -153,3 +153,11 @@ def test_a_step_of_one_part_is_refused(train_tiny):
 def test_fp16_is_refused(train_tiny):
     with pytest.raises(SystemExit):
         train_tiny("--log.noise-scale", True, "--train.precision", "fp16")
+
+
+def test_norms_are_taken_before_clipping(train_tiny):
+    run_dir = train_tiny("--log.noise-scale", True, "--train.micro-batch-size", 5, "--optim.clip-norm", 1e-3)
+    records = [record for record in RunDirectory(run_dir).metrics() if record["split"] == "train"]
+    for record in records:
+        assert record["train/grad_sq"] > 100 * 1e-3**2
+        assert record["train/adam_grad_sq"] > record["train/adam_small_grad_sq"] / 20
