@@ -38,6 +38,9 @@ def test_it_measures_advises_and_its_recommendation_trains(tiny_shards, tmp_path
         found["advice"][0]["global_batch_size"] != 20
     )
     assert found["noise_scale"]["small_batch"] == (10 if two_processes else 5)
+    assert found["noise_scale"]["simple"]["num_steps"] == found["noise_scale"]["adam"]["num_steps"] == 15
+    assert [images for images, _, _ in found["noise_scale"]["stretches"]] == [40 * number for number in range(1, 11)]
+    assert "critical batch (Adam's gradient noise scale)" in printed or "noise drowns the gradient" in printed
     assert found["provenance"]["num_processes"] == count
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
     own = found["advice"][count - 1]
@@ -60,6 +63,6 @@ def test_nothing_is_overwritten_and_advice_needs_the_probe(tiny_shards, tmp_path
     assert "already holds a scaling.json; name another folder with --out" in result.stderr
     asked = [*TINY, "--data.train", "x", "--out", "y"]
     assert parse(ScaleConfig, None, [*asked, "--for-num-processes", "3", "9"]).for_num_processes == (3, 9)
-    for refused in (["--phases", "lr"], ["--for-num-processes", "0"]):
+    for refused in (["--phases", "lr"], ["--for-num-processes", "0"], ["--noise.num-steps", "1", "--noise.skip-steps", "0"]):
         with pytest.raises(SystemExit):
             parse(ScaleConfig, None, [*asked, *refused])

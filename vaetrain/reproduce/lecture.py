@@ -59,7 +59,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "ae_conv_mnist", "Fig. 2", "Convolutional autoencoder, MNIST", "20 epochs; sharper than without convolutions.",
-        "mnist", "mnist", "2 epochs", (RECONSTRUCTIONS, INTERPOLATIONS, PCA),
+        "mnist", "mnist", "1 epoch", (RECONSTRUCTIONS, INTERPOLATIONS, PCA),
     ),
     Experiment(
         "ae_faces_gray", "Fig. 3", "Autoencoder, Animal Faces, grayscale", "Faces come back with their pose.", "afhq128gray",

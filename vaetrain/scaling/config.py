@@ -86,9 +86,9 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         """Refuse to average over nothing."""
-        if not 0 <= self.skip_steps < self.num_steps:
+        if not 0 <= self.skip_steps < self.num_steps - 1:
             raise ValueError(
-                f"--noise.skip-steps {self.skip_steps} leaves nothing of --noise.num-steps {self.num_steps}"
+                f"--noise.skip-steps {self.skip_steps} leaves fewer than two steps of --noise.num-steps {self.num_steps}"
             )
         if self.parts < 2:
             raise ValueError(f"--noise.parts is {self.parts}; it takes at least 2")

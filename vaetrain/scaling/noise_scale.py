@@ -99,7 +99,7 @@ def by_progress(
     for number in range(count):
         rows = range(number * len(big_sq) // count, (number + 1) * len(big_sq) // count)
         mean = sum(big_sq[row] for row in rows) / len(rows)
-        if mean > 0:  # 0 before Adam's first update
+        if mean != 0:  # as it is before Adam's first update
             small += [small_sq[row] / mean for row in rows]
             big += [big_sq[row] / mean for row in rows]
     return small, big
