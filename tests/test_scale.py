@@ -63,6 +63,10 @@ def test_nothing_is_overwritten_and_advice_needs_the_probe(tiny_shards, tmp_path
     assert "already holds a scaling.json; name another folder with --out" in result.stderr
     asked = [*TINY, "--data.train", "x", "--out", "y"]
     assert parse(ScaleConfig, None, [*asked, "--for-num-processes", "3", "9"]).for_num_processes == (3, 9)
-    for refused in (["--phases", "lr"], ["--for-num-processes", "0"], ["--noise.num-steps", "1", "--noise.skip-steps", "0"]):
+    for refused in (
+        ["--phases", "lr"],
+        ["--for-num-processes", "0"],
+        ["--noise.num-steps", "1", "--noise.skip-steps", "0"],
+    ):
         with pytest.raises(SystemExit):
             parse(ScaleConfig, None, [*asked, *refused])

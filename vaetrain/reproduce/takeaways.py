@@ -354,7 +354,7 @@ TAKEAWAYS = (
     ),
     Takeaway(
         "kl_weight", "KL weight", "“More KL weight: better generation, worse reconstruction.”",
-        "The lecture's loss, Σ(x − m)² + weight · KL: MNIST, dense; cats, convolutional (small: half the width); six weights or seven.",
+        "The lecture's loss, Σ(x − m)² + weight · KL: MNIST, dense; cats, convolutional (small: half width); six or seven weights.",
         ("kl_weight", "kl_weight_cats"), ("mnist", "cats64"), kl_weight, priors=("standard", "gmm"),
     ),
     Takeaway(
