@@ -90,7 +90,9 @@ def main(arguments: CheckArguments) -> None:
     right.plot([point.x for point in batches], expected, "--", label="predicted from the critical batch")
     right.axvline(critical, color="k", alpha=0.4, label=f"critical batch, {critical:,.0f} images")
     right.set(xscale="log", xlabel="batch, images", ylabel="validation ELBO, nats", title=f"The same {images:,} images")
-    for axes in (left, right):
+    for axes, found in ((left, grid), (right, batches)):
+        axes.set_xticks([point.x for point in found], [f"{point.x:g}" for point in found], fontsize=8)
+        axes.set_xticks([], minor=True)
         axes.legend(fontsize=8)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=110)
