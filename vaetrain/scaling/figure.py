@@ -104,7 +104,7 @@ def _draw_noise(axes: Axes, noise: Sequence[Stretch], critical: NoiseScale | Non
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         return
     for label, values in (("simple", [each.simple for each in noise]), ("Adam's", [each.adam for each in noise])):
-        # None and what lies below 0 is a noise that drowns the gradient: a gap.
+        # A gap where noise drowns the gradient.
         axes.plot(
             [each.images_seen for each in noise],
             [value or math.nan for value in values],
