@@ -6,6 +6,7 @@ python tools/check_scaling.py --lr-grid DIR --suggested DIR --rule DIR --lengths
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class CheckArguments:
     rule: tuple[Path, ...]
     """Runs whose batch differs, the optimizer following it, for the same number of images."""
 
-    lengths: Path
+    lengths: tuple[Path, ...]
     """Runs at one small batch for several numbers of images: what a number of images is worth."""
 
     noise: Path
@@ -44,13 +45,13 @@ if __name__ == "__main__":
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vaetrain.scaling.evidence import Point, critical_batches, points, predicted, runs_below, shortfall
+from vaetrain.scaling.evidence import Point, Run, critical_batches, points, predicted, runs_below, shortfall
 
 
 def main(arguments: CheckArguments) -> None:
     """Print both tables as Markdown and draw them."""
     grid = points(runs_below(arguments.lr_grid), lambda run: run.lr)
-    [own] = points([run for folder in arguments.suggested for run in runs_below(folder)], lambda run: run.lr)
+    [own] = points(every(arguments.suggested), lambda run: run.lr)
     best = max(point.mean for point in grid)
     print("| learning rate | ELBO, nats | below the best |\n|---|---|---|")
     for point in sorted([*grid, own], key=lambda each: each.x):
@@ -63,8 +64,7 @@ def main(arguments: CheckArguments) -> None:
             f"{arguments.noise}: noise drowns the gradient, so that there is no critical batch to predict from"
         )
     critical, error = adam.images, adam.standard_error
-    runs = [run for folder in arguments.rule for run in runs_below(folder)]
-    by_length = runs_below(arguments.lengths)
+    runs, by_length = every(arguments.rule), every(arguments.lengths)
     batches, lengths = points(runs, lambda run: run.batch), points(by_length, lambda run: run.images)
     images, smallest = min(run.images for run in runs), batches[0]
     expected = [predicted(lengths, images, by_length[0].batch, point.x, critical) for point in batches]
@@ -97,6 +97,11 @@ def main(arguments: CheckArguments) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=110)
     print(f"\npicture written to {arguments.out}")
+
+
+def every(folders: Iterable[Path]) -> list[Run]:
+    """The runs below any of the folders."""
+    return [run for folder in folders for run in runs_below(folder)]
 
 
 def draw(axes: Axes, found: list[Point], label: str, marker: str = "o-") -> None:
