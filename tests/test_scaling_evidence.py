@@ -93,7 +93,7 @@ def test_the_tool_prints_both_tables_and_draws(tmp_path):
     write_noise_run(tmp_path / "noise", adam=96.0, simple=24.0)
     printed = succeed(
         "tools/check_scaling.py", "--lr-grid", tmp_path / "grid", "--suggested", tmp_path / "own",
-        "--rule", tmp_path / "rule" / "32", tmp_path / "rule" / "544", "--lengths", tmp_path / "lengths",
+        "--rule", tmp_path / "rule" / "32", tmp_path / "rule" / "544", "--lengths", *sorted((tmp_path / "lengths").iterdir()),
         "--noise", tmp_path / "noise", "--out", tmp_path / "x.png",
     )  # fmt: skip
     assert "| **0.002, suggested** | -101.5 | 1.5% |" in printed

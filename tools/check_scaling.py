@@ -30,7 +30,8 @@ class CheckArguments:
     """Runs at one small batch for several numbers of images: what a number of images is worth."""
 
     noise: Path
-    """Run at that batch with --log.noise-scale True: its critical batch over all of training makes the prediction."""
+    """Run with the rule at one of its batches and --log.noise-scale True: its critical batch over all of training makes the
+    prediction."""
 
     out: Path
     """Picture to write."""
@@ -88,7 +89,8 @@ def main(arguments: CheckArguments) -> None:
     )
     draw(right, batches, "measured, square-root rule")
     right.plot([point.x for point in batches], expected, "--", label="predicted from the critical batch")
-    right.axvline(critical, color="k", alpha=0.4, label=f"critical batch, {critical:,.0f} images")
+    right.axvline(critical, color="k", alpha=0.4, label=f"critical batch, {critical:,.0f} ± {error or 0:,.0f} images")
+    right.axvspan(max(critical - (error or 0), 1), critical + (error or 0), color="k", alpha=0.1)
     right.set(xscale="log", xlabel="batch, images", ylabel="validation ELBO, nats", title=f"The same {images:,} images")
     for axes, found in ((left, grid), (right, batches)):
         axes.set_xticks([point.x for point in found], [f"{point.x:g}" for point in found], fontsize=8)
