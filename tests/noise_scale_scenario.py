@@ -52,19 +52,19 @@ def adam_at_rest(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 if __name__ == "__main__":
     accelerator = distributed.start()
-    layout = BatchLayout.of(BATCH, None, accelerator.process_index, 2)
-    model = accelerator.prepare(Quadratic())
-    optimizer = adam_at_rest(model)
-    small = SmallGradient(model, optimizer, layout, 2)
-    found = []
-    for step in range(STEPS):
-        x = images(step, DEVIATIONS)[layout.positions(0)[0]]
-        model.zero_grad()
-        accelerator.backward(model(x).mean())
-        norms = distributed.sum_over_processes(accelerator, torch.stack(small.take())) / 2
-        grad_sq = float(accelerator.clip_grad_norm_(model.parameters(), 1e9)) ** 2
-        found.append([grad_sq, *norms.tolist()])  # NOISE_METERS
-        optimizer.step()
-    if accelerator.is_main_process:
-        Path(sys.argv[1]).write_text(json.dumps({"norms": found, "batch": small.batch_size}))
-    accelerator.end_training()
+    with distributed.finishing(accelerator):
+        layout = BatchLayout.of(BATCH, None, accelerator.process_index, 2)
+        model = accelerator.prepare(Quadratic())
+        optimizer = adam_at_rest(model)
+        small = SmallGradient(model, optimizer, layout, 2)
+        found = []
+        for step in range(STEPS):
+            x = images(step, DEVIATIONS)[layout.positions(0)[0]]
+            model.zero_grad()
+            accelerator.backward(model(x).mean())
+            norms = distributed.sum_over_processes(accelerator, torch.stack(small.take())) / 2
+            grad_sq = float(accelerator.clip_grad_norm_(model.parameters(), 1e9)) ** 2
+            found.append([grad_sq, *norms.tolist()])  # NOISE_METERS
+            optimizer.step()
+        if accelerator.is_main_process:
+            Path(sys.argv[1]).write_text(json.dumps({"norms": found, "batch": small.batch_size}))
