@@ -11,8 +11,8 @@ from vaetrain.scaling.advice import Facts, advise, images_needed, stops_helping,
 from vaetrain.scaling.all_reduce import Network
 
 FACTS = Facts(
-    step_s=lambda size: 0.001 + 0.001 * size, knee=32, largest_safe=64, all_reduce_s=lambda _: 0.0, critical_batch=None,
-    base_batch=32, optim=OptimConfig(), total_images=100_000, rule="none",
+    step_s=lambda size: 0.001 + 0.001 * size, knee=32, all_reduce_s=lambda _: 0.0, critical_batch=None,
+    base_batch=32, optim=OptimConfig(), total_images=100_000, dataset_images=50_000, rule="none",
 )  # fmt: skip
 
 
@@ -29,11 +29,14 @@ def test_without_costs_processes_scale_perfectly():
 
 
 def test_beyond_the_critical_batch_more_processes_stop_helping_and_it_says_so():
-    advice = advise(replace(FACTS, critical_batch=16.0), (1, 2, 4, 8, 16, 64))
+    advice = advise(replace(FACTS, critical_batch=16.0, base_batch=4), (1, 2, 4, 8, 16, 64))
     hours = [each.hours for each in advice]
     assert hours == sorted(hours, reverse=True)
     assert stops_helping(advice) in (8, 16)
-    assert f"stops helping at {stops_helping(advice)}: at the critical batch of 16 images; " in verdict(advice)
+    assert (
+        f"stops helping between {stops_helping(advice) // 2} and {stops_helping(advice)}: at the critical batch of 16 images; "
+        in verdict(advice)
+    )
     assert any("above the critical batch of 16 images" in limit for limit in advice[-1].limits)
     assert advice[-1].total_images > advice[0].total_images
 
@@ -57,6 +60,28 @@ def test_the_square_root_rule_bounds_the_batch():
     assert many.global_batch_size == 1024
     assert "beyond the square-root rule: not scaled" in many.limits
     assert many.optim == FACTS.optim
+
+
+def test_no_batch_is_below_the_base_above_the_data_set_or_too_large_for_the_training():
+    knee = replace(FACTS, step_s=lambda size: 0.001 * size, critical_batch=19.0)
+    assert [each.global_batch_size for each in advise(knee, (1, 2, 3, 64))] == [32, 32, 33, 64]
+    free = replace(FACTS, step_s=lambda size: 1.0, all_reduce_s=lambda _: 1.0, rule="linear")
+    assert advise(free, (1,))[0].global_batch_size == 512  # 100,000 images in 100 steps
+    assert advise(replace(free, total_images=10**7, dataset_images=300), (1,))[0].global_batch_size == 256
+    assert advise(replace(free, total_images=64, dataset_images=40), (1, 40))[0].global_batch_size == 32
+
+
+def test_a_base_batch_that_divides_badly_is_rounded_up_to_whole_micro_batches():
+    [three] = advise(replace(FACTS, base_batch=200, critical_batch=1.0), (3,))
+    assert (three.global_batch_size, three.micro_batch_size, three.grad_accum_steps) == (288, 32, 3)
+
+
+def test_hours_count_whole_steps_and_an_unknown_critical_batch_is_said():
+    [each] = advise(replace(FACTS, total_images=100, critical_batch=1e9), (1,))
+    assert each.hours == pytest.approx(4 * 0.033 / 3600)
+    assert "critical batch not known" not in each.limits
+    assert "critical batch not known" in advise(FACTS, (1,))[0].limits
+    assert "10,000" in table([replace(each, optim=OptimConfig(warmup_images=10_000))])
 
 
 def test_images_needed_are_mccandlishs():

@@ -113,8 +113,14 @@ def test_two_equations_two_unknowns():
     assert scale.standard_error is None
 
 
-def test_a_drowned_gradient_gives_no_number():
-    assert NoiseScale.of([4.0, 4.0, 4.0, 4.0], [0.5, 0.5, 0.5, 0.5], 2, 8).images is None
+def test_a_drowned_gradient_or_no_noise_gives_no_number_and_says_which():
+    drowned = NoiseScale.of([4.0, 4.0, 4.0, 4.0], [0.5, 0.5, 0.5, 0.5], 2, 8)
+    assert drowned.images is None
+    assert "noise drowns the gradient" in drowned.why_none
+    quiet = NoiseScale.of([3.0] * 8, [4.0] * 8, 2, 8)
+    assert quiet.images is None
+    assert "hardly any noise" in quiet.why_none
+    assert NoiseScale.of([7.0], [4.0], 2, 8).why_none is None
 
 
 def test_the_error_covers_what_other_seeds_find():

@@ -61,9 +61,7 @@ def main(arguments: CheckArguments) -> None:
 
     adam, simple = critical_batches(arguments.noise)
     if adam.images is None:
-        raise ValueError(
-            f"{arguments.noise}: noise drowns the gradient, so that there is no critical batch to predict from"
-        )
+        raise ValueError(f"{arguments.noise} has no critical batch to predict from: {adam.why_none}")
     critical, error = adam.images, adam.standard_error
     runs, by_length = every(arguments.rule), every(arguments.lengths)
     batches, lengths = points(runs, lambda run: run.batch), points(by_length, lambda run: run.images)

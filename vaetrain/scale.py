@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -23,51 +23,54 @@ from vaetrain import distributed
 from vaetrain.command_line import plain
 from vaetrain.config import OptimConfig
 from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import Reader, open_split
+from vaetrain.data.reader import open_split
 from vaetrain.files import replace_file
+from vaetrain.micro_batch import explained_out_of_memory
 from vaetrain.model.autoencoder import VAE
 from vaetrain.run import provenance, write_json
-from vaetrain.scaling.advice import Advice, Facts, advise, stops_helping, table, verdict
+from vaetrain.scaling.advice import Advice, Facts, advise, largest_divisor, stops_helping, table, verdict
 from vaetrain.scaling.all_reduce import Network
-from vaetrain.scaling.figure import Stretch, save_figure
+from vaetrain.scaling.figure import save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
-from vaetrain.scaling.noise_scale import NoiseScale, by_progress
+from vaetrain.scaling.noise_scale import NoiseScale
+from vaetrain.scaling.noise_trial import Noise, measure_noise, noise_micro_batch
 from vaetrain.scaling.probe import Probe, probe
-from vaetrain.scaling.trial import Step, trial
 
 ASSUMED_GB_PER_S, ASSUMED_LATENCY_US = 10.0, 50.0
 """Of a network that nobody measured and nobody gave."""
-
-NUM_STRETCHES = 10
-"""Points of the curve of the noise scale over training."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The gradient noise scale, over all steps that count and over stretches of training."""
-
-    simple: NoiseScale
-    """From plain averages over steps."""
-    adam: NoiseScale
-    """Adam's, stretches counted by their progress: the critical batch that advice goes by."""
-    stretches: tuple[Stretch, ...]
-    small_batch: int
-    big_batch: int
 
 
 def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Measure, advise, and write DIR/scaling.json, scaling.png and recommended.yaml; returns what is in the first.
 
-    A collective. Raises ValueError when not a single image fits, and FileExistsError when DIR already holds a result.
+    A collective. Raises ValueError when not a single image fits, or when what is asked cannot be measured, before anything is;
+    FileExistsError when DIR already holds a result.
     """
     if (config.out / "scaling.json").exists():
         raise FileExistsError(f"{config.out} already holds a scaling.json; name another folder with --out")
+    if config.out.exists() and not config.out.is_dir():
+        raise FileExistsError(f"{config.out} is a file; name a folder with --out")
     with closing(open_split(config.data, accelerator, "train")) as reader:
         config.model.check_images(reader.manifest.image_size, reader.manifest.channels)
+        layout = BatchLayout.of(
+            config.train.global_batch_size, config.train.micro_batch_size, 0, accelerator.num_processes
+        )
+        total_images = config.train.num_images or config.train.epochs * layout.images_per_epoch(reader.num_images)
+        dataset_images, fingerprint = reader.num_images, reader.manifest.fingerprint
+        if "noise" in config.phases:
+            noise_micro_batch(config, accelerator.num_processes, layout.per_process_batch_size)
+        counts = [count for count in config.for_num_processes if count <= dataset_images]
+        if not counts:
+            raise ValueError(
+                f"--for-num-processes {' '.join(map(str, config.for_num_processes))}: the training split has {dataset_images} "
+                "images, fewer than one for each process; give smaller numbers"
+            )
         probes = probe(config, config.probe, accelerator)
         fastest = best_of(probes)
         report(accelerator, describe_probes(probes))
+        assert fastest.largest_safe is not None
+        config = fitting(config, fastest.largest_safe, accelerator.num_processes)
         found_lr = lr_range(config, config.lr_range, accelerator, reader) if "lr" in config.phases else None
         optim, trials = config.optim, None
         if found_lr is not None:
@@ -75,26 +78,20 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
                 trials = lr_trials(config, candidates(found_lr), config.lr_range.trial_steps, accelerator, reader)
             report(accelerator, describe_lr(found_lr, trials, config.optim))
             optim = replace(optim, lr=suggested_lr(found_lr, trials) or optim.lr)
-        noise = measure_noise(replace(config, optim=optim), accelerator, reader) if "noise" in config.phases else None
-        if noise is not None:
-            report(accelerator, describe_noise(noise))
-        layout = BatchLayout.of(
-            config.train.global_batch_size, config.train.micro_batch_size, 0, accelerator.num_processes
-        )
-        total_images = config.train.num_images or config.train.epochs * layout.images_per_epoch(reader.num_images)
-        fingerprint = reader.manifest.fingerprint
+        noise = None
+        if "noise" in config.phases:
+            noise = measure_noise(replace(config, optim=optim), fastest.largest_safe, accelerator, reader)
+            report(accelerator, describe_noise(noise, optim))
     network = network_of(config, accelerator)
     gradient_bytes = 4 * sum(parameter.numel() for parameter in VAE(config.model).parameters())
-    knee, largest_safe = fastest.knee, fastest.largest_safe
-    assert knee is not None
-    assert largest_safe is not None
+    assert fastest.knee is not None
     facts = Facts(
-        step_s=fastest.step_s, knee=knee.micro_batch_size, largest_safe=largest_safe,
+        step_s=fastest.step_s, knee=fastest.knee.micro_batch_size,
         all_reduce_s=lambda count: network.all_reduce_s(gradient_bytes, count),
         critical_batch=noise.adam.images if noise else None, base_batch=config.train.global_batch_size, optim=optim,
-        total_images=total_images, rule=config.advice.rule,
+        total_images=total_images, dataset_images=dataset_images, rule=config.advice.rule,
     )  # fmt: skip
-    advice = advise(facts, config.for_num_processes)
+    advice = advise(facts, counts)
     result = {
         "probe": [
             plain(each) | {"knee": plain(each.knee) if each.knee else None, "largest_safe": each.largest_safe} for each in probes
@@ -127,8 +124,13 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         write_json(config.out / "scaling.json", result)  # last: its presence says that all is there
         print(f"\nnetwork: {network.bytes_per_s / 1e9:.3g} GB/s, {network.latency_s * 1e6:.3g} µs, {network.source}")
         print(f"{table(advice)}\n{verdict(advice)}\n")
+        if left_out := sorted(set(config.for_num_processes) - set(counts)):
+            print(
+                f"left out: {', '.join(map(str, left_out))} processes, more than the {dataset_images} training images\n"
+            )
         print(
-            f"recommended.yaml (for {own.num_processes} processes), scaling.json and scaling.png written to {config.out}"
+            f"recommended.yaml (for {own.num_processes} process{'es' * (own.num_processes > 1)}), scaling.json and scaling.png "
+            f"written to {config.out}"
         )
     return result
 
@@ -144,58 +146,42 @@ def best_of(probes: Sequence[Probe]) -> Probe:
     return max(usable, key=lambda each: (each.knee.images_per_s or 0.0) if each.knee else 0.0)
 
 
-def measure_noise(config: ScaleConfig, accelerator: Accelerator, reader: Reader) -> Noise:
-    """Train with the config's learning rate and read off the noise scale; on one process a step is cut into parts."""
-    options = config.noise
-    batch = config.train.global_batch_size
-    train = config.train
-    if accelerator.num_processes == 1:
-        if batch % options.parts:
-            raise ValueError(
-                f"--noise.parts {options.parts} does not divide --train.global-batch-size {batch}; give a number that does"
-            )
-        train = replace(train, micro_batch_size=batch // options.parts)
-    steps: list[Step] = []
-    with trial(replace(config, train=train), accelerator, reader, watch_noise=True) as training:
-        assert training.small is not None
-        small_batch = training.small.batch_size
-        for number in range(options.num_steps):
-            warmed = min(1.0, (number + 1) * batch / max(1, config.optim.warmup_images))
-            steps.append(training.step(config.optim.lr * warmed))
-
-    def simple(chosen: Sequence[Step]) -> NoiseScale:
-        small_sq = [step.small_grad_sq for step in chosen if step.small_grad_sq is not None]
-        return NoiseScale.of(small_sq, [step.grad_sq for step in chosen], small_batch, batch)
-
-    def adam(chosen: Sequence[Step]) -> NoiseScale:
-        small_sq = [step.adam_small_grad_sq for step in chosen if step.adam_small_grad_sq is not None]
-        big_sq = [step.adam_grad_sq for step in chosen if step.adam_grad_sq is not None]
-        return NoiseScale.of(*by_progress(small_sq, big_sq), small_batch, batch)
-
-    length = max(2, options.num_steps // NUM_STRETCHES)  # Adam's first step has no preconditioner yet
-    stretches = []
-    for start in range(0, options.num_steps - length + 1, length):
-        part = steps[start : start + length]
-        stretches.append(Stretch((start + length) * batch, simple(part).images, adam(part).images))
-    counted = steps[options.skip_steps :]
-    return Noise(simple(counted), adam(counted), tuple(stretches), small_batch, batch)
+def fitting(config: ScaleConfig, largest_safe: int, num_processes: int) -> ScaleConfig:
+    """The config with micro-batches that fit into memory."""
+    per_process = config.train.global_batch_size // num_processes
+    micro = largest_divisor(per_process, min(largest_safe, config.train.micro_batch_size or per_process))
+    return replace(config, train=replace(config.train, micro_batch_size=micro))
 
 
 def network_of(config: ScaleConfig, accelerator: Accelerator) -> Network:
-    """What the options say, what can be measured between these processes, or what is assumed. A collective."""
+    """Each number as the options give it, else as measured between these processes, else assumed. A collective."""
     given = config.advice
-    if given.gb_per_s is not None and given.latency_us is not None:
-        return Network(given.gb_per_s * 1e9, given.latency_us / 1e6, "as given")
+    bytes_per_s = None if given.gb_per_s is None else given.gb_per_s * 1e9
+    latency_s = None if given.latency_us is None else given.latency_us / 1e6
+    if bytes_per_s is not None and latency_s is not None:
+        return Network(bytes_per_s, latency_s, "as given")
     if accelerator.num_processes > 1:
-        return Network.measure(accelerator)
-    gb_per_s = ASSUMED_GB_PER_S if given.gb_per_s is None else given.gb_per_s
-    latency_us = ASSUMED_LATENCY_US if given.latency_us is None else given.latency_us
-    return Network(gb_per_s * 1e9, latency_us / 1e6, "ASSUMED; give --advice.gb-per-s and --advice.latency-us")
+        rest = Network.measure(accelerator)
+    else:
+        missing = [option for option, value in (("gb-per-s", bytes_per_s), ("latency-us", latency_s)) if value is None]
+        source = f"ASSUMED; give {' and '.join(f'--advice.{option}' for option in missing)}"
+        rest = Network(ASSUMED_GB_PER_S * 1e9, ASSUMED_LATENCY_US / 1e6, source)
+    if bytes_per_s is None and latency_s is None:
+        return rest
+    given_one, other = ("latency", "bandwidth") if bytes_per_s is None else ("bandwidth", "latency")
+    return Network(
+        rest.bytes_per_s if bytes_per_s is None else bytes_per_s, rest.latency_s if latency_s is None else latency_s,
+        f"{given_one} as given, {other} {rest.source}",
+    )  # fmt: skip
 
 
 def recommended(advice: Advice, fastest: Probe, network: Network) -> str:
     """The config fragment: what differs from the config that was measured, for `--config C --config recommended.yaml`."""
-    optim = {name: value for name, value in plain(advice.optim).items() if name in ("lr", "beta1", "beta2", "eps")}
+    optim = {
+        name: value
+        for name, value in plain(advice.optim).items()
+        if name in ("lr", "beta1", "beta2", "eps", "warmup_images")
+    }
     train = {
         "num_images": advice.total_images,
         "global_batch_size": advice.global_batch_size,
@@ -246,10 +232,12 @@ def describe_lr(found: LrRange, trials: LrTrials | None, optim: OptimConfig) -> 
     return f"{text}; the config has {optim.lr:g}"
 
 
-def describe_noise(found: Noise) -> str:
+def describe_noise(found: Noise | None, optim: OptimConfig) -> str:
     """The critical batch with its error, and the simple noise scale beside it."""
+    if found is None:
+        return f"no gradient noise scale: training with learning rate {optim.lr:.3g} diverged; lower --optim.lr"
     if found.adam.images is None:
-        return "the gradient noise scale is not measurable: noise drowns the gradient; give more --noise.num-steps"
+        return f"the gradient noise scale is not measurable: {found.adam.why_none} (--noise.num-steps)"
     return f"critical batch (Adam's gradient noise scale) {shown(found.adam)} images; simple noise scale {shown(found.simple)}"
 
 
@@ -271,7 +259,7 @@ def main(config: ScaleConfig) -> None:
     """Join the other processes and measure."""
     with user_errors():
         accelerator = distributed.start(config.train.precision)
-        with distributed.finishing(accelerator):
+        with explained_out_of_memory(config, accelerator), distributed.finishing(accelerator):
             scale(config, accelerator)
 
 

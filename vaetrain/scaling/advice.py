@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,9 @@ from vaetrain.scaling.rules import RuleName, largest_ratio, scaled
 
 MIN_EFFICIENCY = 0.5
 """Below this share of perfect speed-up a process more is called no help."""
+
+MIN_STEPS = 100
+"""Optimizer steps of a whole training below which no batch above the base is advised: nothing has been learned by then."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,17 @@ class Facts:
     """Seconds of forward, backward and update of a micro-batch of this size, in one process."""
     knee: int
     """Smallest micro-batch that runs at full speed."""
-    largest_safe: int
-    """Largest micro-batch that fits."""
     all_reduce_s: Callable[[int], float]
     """Seconds to average the gradients over so many processes, not hidden behind the backward pass."""
     critical_batch: float | None
-    """Images; the gradient noise scale. None: not known."""
+    """Images, above 0; the gradient noise scale. None: not known."""
     base_batch: int
     """The batch at which `optim` was found to be right."""
     optim: OptimConfig
     total_images: int
     """Images that training at `base_batch` takes."""
+    dataset_images: int
+    """Images of the training split: no batch is larger."""
     rule: RuleName
 
 
@@ -57,10 +61,11 @@ class Advice:
 
 
 def advise(facts: Facts, for_num_processes: Iterable[int]) -> list[Advice]:
-    """The fastest batch for each number of processes, among powers of two times the processes, and what it costs.
+    """The fastest batch for each number of processes, from the base batch upwards by factors of two, and what it costs.
 
     A larger batch makes steps rarer, and with them communication, but needs more images: E = E_min (1 + B / B_crit)
-    (McCandlish et al. 2018, Eq. 2.11), here relative to the base batch. The rule for the optimizer bounds it too.
+    (McCandlish et al. 2018, Eq. 2.11), here relative to the base batch. Bounds are the rule for the optimizer, the data set
+    and MIN_STEPS; downwards the rule is not to be trusted (docs/scaling.md). No number of processes may exceed the images.
     """
     alone = _fastest(facts, 1)
     found = []
@@ -80,7 +85,7 @@ def stops_helping(advice: Iterable[Advice]) -> int | None:
 
 
 def verdict(advice: Iterable[Advice]) -> str:
-    """Where adding processes stops helping, and why, in a sentence."""
+    """Where adding processes stops helping, as closely as the numbers asked for tell, and why, in a sentence."""
     advice = list(advice)
     end = stops_helping(advice)
     if end is None:
@@ -88,7 +93,9 @@ def verdict(advice: Iterable[Advice]) -> str:
             f"up to {advice[-1].num_processes} processes each works at {MIN_EFFICIENCY:.0%} of perfect speed-up or more"
         )
     why = next(each.limits for each in advice if each.num_processes == end)
-    return f"adding processes stops helping at {end}: {'; '.join(why)}"
+    fewer = max((each.num_processes for each in advice if each.num_processes < end), default=None)
+    where = f"at {end}" if fewer in (None, end - 1) else f"between {fewer} and {end}"
+    return f"adding processes stops helping {where}: {'; '.join(why)}"
 
 
 def images_needed(facts: Facts, batch: int) -> int:
@@ -101,19 +108,38 @@ def images_needed(facts: Facts, batch: int) -> int:
 
 
 def _fastest(facts: Facts, num_processes: int) -> Advice:
-    sizes = []
-    size = num_processes
-    while size <= num_processes * facts.largest_safe * 64:
-        sizes.append(size)
-        size *= 2
+    assert num_processes <= facts.dataset_images
+    smallest = _smallest_batch(facts, num_processes)
+    largest = max(smallest, min(facts.dataset_images, facts.total_images // MIN_STEPS))
+    sizes = [smallest * 2**power for power in range(largest // smallest) if smallest * 2**power <= largest]
     candidates = [advice for size in sizes if (advice := _at(facts, num_processes, size)) is not None]
-    if not candidates:  # even one image a process is more than the rule reaches
-        smallest = _at(facts, num_processes, num_processes, beyond_rule=True)
-        assert smallest is not None
-        return smallest
+    if not candidates:  # even the smallest is more than the rule reaches
+        advice = _at(facts, num_processes, smallest, beyond_rule=True)
+        assert advice is not None
+        return advice
     # Of nearly equal ones the smallest batch: it needs the fewest images, whatever the noise scale's error.
     fastest = min(advice.hours for advice in candidates)
     return next(advice for advice in candidates if advice.hours <= 1.02 * fastest)
+
+
+def _smallest_batch(facts: Facts, num_processes: int) -> int:
+    """The first at or above the base batch that shares out evenly, in micro-batches not below half the knee if possible."""
+    per_process = math.ceil(facts.base_batch / num_processes)
+    if 2 * _micro_batch(facts, per_process) < min(facts.knee, per_process):
+        rounded = math.ceil(per_process / facts.knee) * facts.knee
+        if rounded * num_processes <= facts.dataset_images:
+            per_process = rounded
+    return min(per_process * num_processes, facts.dataset_images // num_processes * num_processes)
+
+
+def _micro_batch(facts: Facts, per_process: int) -> int:
+    """The largest at or below the knee that divides a process's part."""
+    return largest_divisor(per_process, facts.knee)
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """Of `number`, the largest that is not above `at_most`."""
+    return next(size for size in range(min(number, at_most), 0, -1) if number % size == 0)
 
 
 def _at(facts: Facts, num_processes: int, batch: int, *, beyond_rule: bool = False) -> Advice | None:
@@ -122,13 +148,12 @@ def _at(facts: Facts, num_processes: int, batch: int, *, beyond_rule: bool = Fal
     if facts.rule == "sqrt" and ratio > largest_ratio(facts.optim) and not beyond_rule:
         return None
     per_process = batch // num_processes
-    micro = min(per_process, facts.knee)
-    micro = next(size for size in range(micro, 0, -1) if per_process % size == 0)
+    micro = _micro_batch(facts, per_process)
     accumulation = per_process // micro
     compute, communication = accumulation * facts.step_s(micro), facts.all_reduce_s(num_processes)
     total_images = images_needed(facts, batch)
-    hours = total_images / batch * (compute + communication) / 3600
-    limits = []
+    hours = math.ceil(total_images / batch) * (compute + communication) / 3600
+    limits = [] if facts.critical_batch is not None else ["critical batch not known"]
     if communication > 0.2 * (compute + communication):
         limits.append("communication")
     if facts.critical_batch is not None and 2 * batch > facts.critical_batch:
@@ -148,13 +173,14 @@ def _at(facts: Facts, num_processes: int, batch: int, *, beyond_rule: bool = Fal
 
 
 def table(advice: Iterable[Advice]) -> str:
-    """Aligned columns."""
+    """Aligned columns; warm-up is in images."""
     lines = [
         (
             "processes",
             "global batch",
             "micro batch",
             "accum.",
+            "warm-up",
             "lr",
             "β1",
             "β2",
@@ -168,7 +194,8 @@ def table(advice: Iterable[Advice]) -> str:
         lines.append(
             (
                 str(each.num_processes), f"{each.global_batch_size:,}", str(each.micro_batch_size),
-                str(each.grad_accum_steps), f"{each.optim.lr:.2e}", f"{each.optim.beta1:.3g}", f"{each.optim.beta2:.4g}",
+                str(each.grad_accum_steps), f"{each.optim.warmup_images:,}",
+                f"{each.optim.lr:.2e}", f"{each.optim.beta1:.3g}", f"{each.optim.beta2:.4g}",
                 f"{each.total_images:,}", f"{each.hours:.3g}", f"{each.efficiency:.0%}", "; ".join(each.limits) or "–",
             )
         )  # fmt: skip

@@ -40,6 +40,8 @@ class ProbeConfig:
             raise ValueError("--probe.largest and --probe.num-steps must be at least 1")
         if not 0 < self.safe_fraction <= 1:
             raise ValueError(f"--probe.safe-fraction is {self.safe_fraction}; give a number in (0, 1]")
+        if self.cpu_memory_gib <= 0:
+            raise ValueError(f"--probe.cpu-memory-gib is {self.cpu_memory_gib}; give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,13 @@ class AdviceConfig:
 
     latency_us: float | None = None
     """Latency of one message between processes, µs. None: as for the bandwidth; 50 assumed."""
+
+    def __post_init__(self) -> None:
+        """Refuse networks that are none."""
+        if self.gb_per_s is not None and self.gb_per_s <= 0:
+            raise ValueError(f"--advice.gb-per-s is {self.gb_per_s}; give a number above 0")
+        if self.latency_us is not None and self.latency_us < 0:
+            raise ValueError(f"--advice.latency-us is {self.latency_us}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class NoiseScale:
     """An estimate from squared gradient norms, simple or Adam's, with its standard error."""
 
     images: float | None
-    """tr Σ / |G|²; None when the noise drowns |G|² and the estimate of it is not above 0."""
+    """tr Σ / |G|², above 0; None when either estimate is not above 0: see `why_none`."""
     standard_error: float | None
     """Of `images`, by jackknife over stretches of steps; None with fewer than four steps, or without an estimate."""
     gradient_sq: float
@@ -48,6 +48,15 @@ class NoiseScale:
     covariance_trace: float
     """tr Σ, unbiased, mean over steps."""
     num_steps: int
+
+    @property
+    def why_none(self) -> str | None:
+        """What kept `images` from being measured."""
+        if self.images is not None:
+            return None
+        if self.gradient_sq > 0:
+            return "hardly any noise: the parts of a step agree; give more steps, or a smaller batch"
+        return "noise drowns the gradient; give more steps"
 
     @classmethod
     def of(cls, small_sq: Sequence[float], big_sq: Sequence[float], small_batch: int, big_batch: int) -> NoiseScale:
@@ -81,7 +90,7 @@ def _estimate(
     small, big = sum(small_sq) / len(small_sq), sum(big_sq) / len(big_sq)
     gradient_sq = (big_batch * big - small_batch * small) / (big_batch - small_batch)
     trace = (small - big) / (1 / small_batch - 1 / big_batch)
-    return (trace / gradient_sq if gradient_sq > 0 else None), gradient_sq, trace
+    return (trace / gradient_sq if gradient_sq > 0 and trace > 0 else None), gradient_sq, trace
 
 
 def by_progress(
