@@ -50,7 +50,8 @@ def adam_at_rest(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.98))
 
 
-if __name__ == "__main__":
+def main(out: Path) -> None:
+    """In a function, since a process group that is still known when the interpreter ends can abort it."""
     accelerator = distributed.start()
     with distributed.finishing(accelerator):
         layout = BatchLayout.of(BATCH, None, accelerator.process_index, 2)
@@ -67,4 +68,8 @@ if __name__ == "__main__":
             found.append([grad_sq, *norms.tolist()])  # NOISE_METERS
             optimizer.step()
         if accelerator.is_main_process:
-            Path(sys.argv[1]).write_text(json.dumps({"norms": found, "batch": small.batch_size}))
+            out.write_text(json.dumps({"norms": found, "batch": small.batch_size}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

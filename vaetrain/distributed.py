@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import struct
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed.nn.functional  # noqa: F401: see below
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from jaxtyping import Int64, Shaped
@@ -21,6 +23,10 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from vaetrain.machine import num_cores
+
+# torch.distributed.nn keeps the process group that exists when it is imported, as the default of its arguments, and the first
+# optimizer imports it. Gloo's threads would then outlive the group's end, and abort a process that ends under them while they
+# free their last tensors (torch 2.15). So it is imported above, before there is a group; tests/test_exit.py.
 
 T = TypeVar("T")
 
@@ -78,10 +84,12 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
     """Leave the process group in order when the work inside is done.
 
     After an exception it is left alone: the other processes may be inside a collective, and waiting for them here would
-    keep the launcher from seeing the failure and ending them.
+    keep the launcher from seeing the failure and ending them. Let models wrapped for DDP go first: they keep the group.
     """
     yield
     accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    gc.collect()  # a wrapped model refers to itself, and Accelerate collects before it lets go
     accelerator.end_training()
 
 
