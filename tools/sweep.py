@@ -51,6 +51,11 @@ def main(arguments: SweepArguments, extra: list[str]) -> int:
 
     sweep = Sweep.read(arguments.file)
     trials = sweep.trials(arguments.num_trials, arguments.seed)
+    asked = arguments.num_trials or sweep.run_cap
+    if asked and sweep.method == "random" and len(trials) < asked:
+        print(
+            f"{sweep.path}: {asked} trials are asked for, its parameters have {len(trials)}; each runs once", flush=True
+        )
     out = arguments.out or Path("runs") / "sweeps" / sweep.name
     try:
         runs = run_sweep(sweep, trials, out, processes=arguments.processes, extra=extra, root=ROOT)
