@@ -77,3 +77,36 @@ def test_the_reason_is_of_the_last_start_alone(tmp_path):
     run_jobs([job], processes=1, root=ROOT)
     assert job.reason.startswith("today")
     assert json.loads(job.record_file.read_text())["reason"] == job.reason
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus", "processes", "shares"),
+    [
+        (None, 4, 2, {"0,2", "1,3"}),
+        (None, 4, 3, {"0,3", "1", "2"}),
+        (None, 1, 2, {"0"}),
+        ("5,GPU-ab", 4, 2, {"5", "GPU-ab"}),
+        ("3,-1,2", 4, 2, {"3"}),
+        ("", 4, 2, {""}),
+        (None, 0, 2, {"unset"}),
+        (None, 4, 1, {"unset"}),
+    ],
+)
+def test_jobs_at_a_time_share_the_gpus(tmp_path, monkeypatch, visible, num_gpus, processes, shares):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f'#!/bin/sh\nfor n in $(seq 0 {num_gpus - 1}); do echo "GPU $n: NVIDIA X (UUID: GPU-$n)"; done\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    # Each waits for its neighbours, so that all places are taken; twice as many jobs take the places again.
+    jobs = []
+    for n in range(2 * processes):
+        last = n // processes * processes + processes - 1
+        code = f"echo ${{CUDA_VISIBLE_DEVICES-unset}}; touch {n}; until test -e {last}; do sleep 0.05; done"
+        jobs.append(Job(str(n), ("sh", "-c", code), tmp_path / f"{n}.json", tmp_path / f"{n}.log"))
+    run_jobs(jobs, processes=processes, root=tmp_path)
+    seen = [job.log_file.read_text().strip() for job in jobs]
+    assert set(seen) == shares
+    assert sorted(seen[:processes]) == sorted(seen[processes:])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vaetrain.files import replace_file
-from vaetrain.machine import num_cores
+from vaetrain.machine import num_cores, visible_gpus
 
 POLL_S = 0.2
 EXIT_STOPPED = 75
@@ -87,7 +87,8 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, root: Path) -> None:
     """Run the jobs in the folder `root`, `processes` at a time, in their order; each says afterwards how it ended.
 
     A job whose record says finished is not run again. One that needs a job which failed fails too. SIGINT and SIGTERM are passed
-    on as SIGTERM, at which trainings save and stop; then this raises KeyboardInterrupt.
+    on as SIGTERM, at which trainings save and stop; then this raises KeyboardInterrupt. Where there are GPUs and `processes` is
+    more than one, each job at a time sees its own share of them alone.
     """
     for job in jobs:
         job.record_file.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,8 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, root: Path) -> None:
         number: signal.signal(number, lambda number, _: told.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
-    alive: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
+    gpus = visible_gpus() if processes > 1 else []
+    alive: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by place, of `processes`
     try:
         waiting = [job for job in jobs if job.state != "finished"]
         while (waiting and not told) or alive:
@@ -106,11 +108,13 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, root: Path) -> None:
             while ready and not told and len(alive) < processes:
                 job = ready.pop(0)
                 waiting.remove(job)
-                process = _start(job, processes, root)
-                alive[process.pid] = job, process, time.monotonic()
-            for pid, (job, process, start) in list(alive.items()):
+                place = min(set(range(processes)) - alive.keys())
+                share = gpus[place::processes] or gpus[place % len(gpus) :][:1] if gpus else []
+                process = _start(job, processes, share, root)
+                alive[place] = job, process, time.monotonic()
+            for place, (job, process, start) in list(alive.items()):
                 if process.poll() is not None:
-                    del alive[pid]
+                    del alive[place]
                     job.seconds = round(time.monotonic() - start, 1)
                     _note_end(job, process.returncode, was_told=bool(told))
             if told and alive:
@@ -135,8 +139,8 @@ def _fails_with_another(job: Job) -> bool:
     return True
 
 
-def _start(job: Job, processes: int, root: Path) -> subprocess.Popen[bytes]:
-    variables = {**os.environ, **job.variables}
+def _start(job: Job, processes: int, gpus: Sequence[str], root: Path) -> subprocess.Popen[bytes]:
+    variables = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}), **job.variables}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
     variables.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
     job.state = "running"
