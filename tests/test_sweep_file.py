@@ -107,12 +107,58 @@ def test_a_random_search_draws_by_its_seed(tmp_path):
         sweep.trials()
 
 
+def test_no_trial_is_drawn_twice(tmp_path):
+    two = write(tmp_path, method="random", run_cap=4, parameters={"optim.lr": {"values": [1e-3, 2e-3]}})
+    for seed in range(20):
+        assert sorted(trial["optim.lr"] for trial in two.trials(seed=seed)) == [1e-3, 2e-3]
+    many = write(
+        tmp_path, method="random",
+        parameters={"a": {"values": [*range(10)]}, "b": {"distribution": "q_uniform", "min": 1, "max": 10, "q": 1}},
+    )  # fmt: skip
+    trials = many.trials(1000)
+    assert sorted((trial["a"], trial["b"]) for trial in trials) == [(a, b) for a in range(10) for b in range(1, 11)]
+    assert trials[:60] == many.trials(60)
+    assert write(tmp_path, parameters={"a": {"values": [1, 2, 1]}}).trials() == [{"a": 1}, {"a": 2}]
+
+
+def test_a_grid_ends_at_its_run_cap(tmp_path):
+    assert len(write(tmp_path, run_cap=2).trials()) == 2
+    assert len(write(tmp_path, run_cap=2).trials(3)) == 3
+
+
+def random_search(**parameter: object) -> dict[str, object]:
+    return {"method": "random", "parameters": {"optim.lr": parameter}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (random_search(min="1e-3", max=1), r"s\.yaml, optim\.lr: min is '1e-3', no finite number; write 1\.0e-3"),
+        (random_search(min=0, max="1.0e3"), r"max is '1\.0e3', no finite number; write 1\.0e\+3"),
+        (random_search(min=0, max=math.inf), r"max is inf, no finite number"),
+        (random_search(min=None, max=1), r"min is None, no finite number"),
+        (random_search(min=0, max=1, distribution="q_uniform", q=0), r"optim\.lr: q is 0; give the positive step"),
+        (random_search(min=0.5, max=3, distribution="int_uniform"), r"must be whole numbers"),
+        (random_search(min=0, max=1, quantile=2), r"optim\.lr: quantile does not go with int_uniform"),
+        (random_search(min=0, max=1.0, q=0.1), r"optim\.lr: q does not go with uniform"),
+        (random_search(values=[1, 2], min=1), r"min does not go with values"),
+        (random_search(values=[1, 2], distribution="uniform"), r"distribution uniform does not go with values"),
+        (random_search(), r"give value, values, or min and max"),
+        ({"parameters": {"optim.lr": 3}}, r"optim\.lr is 3; write \{value: 3\}"),
+        ({"parameters": {"optim.lr": {"values": 3}}}, r"optim\.lr: values is 3; write a list, such as \[3\]"),
+        ({"parameters": [1]}, r"s\.yaml: parameters is \[1\]; write a mapping"),
+        ({"parameters": None}, r"s\.yaml: parameters is None; write a mapping"),
+        ({"parameters": {1: {"value": 2}}}, r"s\.yaml: parameters is .*; write a mapping of names"),
+        ({"metric": "val/elbo_nats"}, r"s\.yaml: metric is 'val/elbo_nats'; write \{name: "),
+        ({"metric": {"name": "x", "goal": "minimize", "target": 1}}, r"metric is .*target.*; write \{name: "),
+        ({"command": "python"}, r"s\.yaml: program is a path and command a list"),
+        ({"program": 3}, r"s\.yaml: program is a path and command a list"),
+        ({"run_cap": "x"}, r"s\.yaml: run_cap is 'x'; give a whole number of trials, at least 1"),
+        ({"run_cap": 0}, r"run_cap is 0; give a whole number"),
         ({"method": "bayes"}, "method bayes needs a server"),
         ({"early_terminate": {"type": "hyperband"}}, "early_terminate is not known here"),
-        ({"metric": {"name": "x"}}, "metric needs a name, and a goal"),
+        ({"metric": {"name": "x"}}, "metric is .*; write"),
+        ({"metric": {"name": "x", "goal": "up"}}, "metric needs a name, and a goal"),
         ({"parameters": {"a": {"min": 1, "max": 2}}}, "a grid needs value or values"),
         ({"parameters": {"a": {"values": []}}}, "values is empty"),
         ({"method": "random", "parameters": {"a": {"distribution": "normal", "mu": 0}}}, "distribution normal is not known"),

@@ -117,8 +117,32 @@ def test_told_to_stop_it_tells_its_trials_and_goes_on_later(sweep_file, tmp_path
     (tmp_path / "slow.py").write_text("")  # the third ends at once now
     result = run("tools/sweep.py", file, "--out", out)
     assert "3 trials, 0 of them finished already" in result.stdout
-    assert result.returncode == 0
     assert "no record has val/elbo_nats" in result.stdout
+    assert [json.loads(file.read_text())["state"] for file in out.glob("*.trial.json")] == ["finished"] * 3
+
+
+RECORDS = (
+    SLOW.split("if ")[0]
+    + """
+with (folder / "metrics.jsonl").open("a") as file:
+    file.write('{"split": "val", "step": 1, "val/elbo_nat": -1.0}\\n')
+"""
+)
+
+
+def test_a_search_says_what_it_cannot_give_and_fails_without_its_metric(sweep_file, tmp_path):
+    (tmp_path / "records.py").write_text(RECORDS)
+    file = sweep_file(tmp_path / "records.py", a={"values": [1, 2]})
+    file.write_text(file.read_text().replace("method: grid", "method: random\nrun_cap: 4"))
+    result = run("tools/sweep.py", file, "--out", tmp_path / "out", "--processes", 2)
+    assert f"{file}: 4 trials are asked for, its parameters have 2; each runs once" in result.stdout
+    assert result.stdout.count("finished  a=") == 2
+    assert result.returncode == 1
+    assert f"no record of any trial has the metric val/elbo_nats; give metric in {file} a name" in result.stderr
+    assert "such as val/elbo_nat\n" in result.stderr
+    file.write_text(file.read_text().replace("val/elbo_nats", "val/elbo_nat"))
+    result = run("tools/sweep.py", file, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
 
 
 def test_seeds_are_averaged_and_the_best_row_is_marked(sweep_file, tmp_path):

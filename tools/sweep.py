@@ -44,13 +44,18 @@ class SweepArguments:
 
 
 def main(arguments: SweepArguments, extra: list[str]) -> int:
-    """Run, print the table, write the results; returns 1 when a trial failed."""
+    """Run, print the table, write the results; returns 1 when a trial failed, raises ValueError when none has the metric."""
     from vaetrain.sweeps import results
     from vaetrain.sweeps.runner import run_sweep
     from vaetrain.sweeps.sweep_file import Sweep
 
     sweep = Sweep.read(arguments.file)
     trials = sweep.trials(arguments.num_trials, arguments.seed)
+    asked = arguments.num_trials or sweep.run_cap
+    if asked and sweep.method == "random" and len(trials) < asked:
+        print(
+            f"{sweep.path}: {asked} trials are asked for, its parameters have {len(trials)}; each runs once", flush=True
+        )
     out = arguments.out or Path("runs") / "sweeps" / sweep.name
     try:
         runs = run_sweep(sweep, trials, out, processes=arguments.processes, extra=extra, root=ROOT)
@@ -63,6 +68,7 @@ def main(arguments: SweepArguments, extra: list[str]) -> int:
     failed = sum(run.job.state != "finished" for run in runs)
     end = f"; {failed} of {len(runs)} trials did not finish" if failed else ""
     print(f"results.json and results.png written to {out}{end}")
+    results.check_metric(sweep, runs)
     return 1 if failed else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +15,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vaetrain.files import replace_file
-from vaetrain.machine import num_cores
+from vaetrain.machine import num_cores, visible_gpus
 
 POLL_S = 0.2
 EXIT_STOPPED = 75
 """Of a training that was told to stop and saved; vaetrain/preemption.py."""
 TIME_TO_STOP_S = 120
 """For jobs that are told to stop, before they are killed."""
+
+MAX_WORDS = 200
+"""Characters of the reason why a job failed; its log has the rest."""
+TOLD = re.compile(
+    r"^(error: .*)$"  # ours (command_line.py)
+    r"|^╭─ .*╮\n((?:│.*\n)+?)│ ─+ *│$"  # tyro's: a frame, its first paragraph
+    r"|^ \w.*\n -{5,} *\n((?: .*\n)+?) +-{5,} *$",  # the same where the log is not UTF-8
+    re.MULTILINE,
+)
+EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception|Interrupt)(?:: .*)?)$", re.MULTILINE)
+LAUNCHER_TRACEBACK = re.compile(
+    r"^Traceback \(most recent call last\):\n(?:[ ].*\n)+"
+    r"(?:subprocess\.CalledProcessError: Command|torch\.distributed\.elastic\.\S*ChildFailedError:)(?:.|\n)*",
+    re.MULTILINE,
+)
+LAUNCHER_LINE = re.compile(r"[EWI]\d{4} .*torch/distributed/")
+SIGNAL = re.compile(r"died with <Signals\.(\w+)|Signal \d+ \((\w+)\) received by PID")
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
 
@@ -46,6 +64,8 @@ class Job:
     """Why it failed."""
     seconds: float | None = None
     """That it ran, the last time."""
+    log_start: int = 0
+    """Bytes that earlier starts had left in the log."""
 
     def read_record(self) -> None:
         """Take over that it finished, if its record says so of this very command."""
@@ -67,7 +87,8 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, root: Path) -> None:
     """Run the jobs in the folder `root`, `processes` at a time, in their order; each says afterwards how it ended.
 
     A job whose record says finished is not run again. One that needs a job which failed fails too. SIGINT and SIGTERM are passed
-    on as SIGTERM, at which trainings save and stop; then this raises KeyboardInterrupt.
+    on as SIGTERM, at which trainings save and stop; then this raises KeyboardInterrupt. Where there are GPUs and `processes` is
+    more than one, each job at a time sees its own share of them alone.
     """
     for job in jobs:
         job.record_file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +98,8 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, root: Path) -> None:
         number: signal.signal(number, lambda number, _: told.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
-    alive: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
+    gpus = visible_gpus() if processes > 1 else []
+    alive: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}  # by place, of `processes`
     try:
         waiting = [job for job in jobs if job.state != "finished"]
         while (waiting and not told) or alive:
@@ -86,11 +108,13 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, root: Path) -> None:
             while ready and not told and len(alive) < processes:
                 job = ready.pop(0)
                 waiting.remove(job)
-                process = _start(job, processes, root)
-                alive[process.pid] = job, process, time.monotonic()
-            for pid, (job, process, start) in list(alive.items()):
+                place = min(set(range(processes)) - alive.keys())
+                share = gpus[place::processes] or gpus[place % len(gpus) :][:1] if gpus else []
+                process = _start(job, processes, share, root)
+                alive[place] = job, process, time.monotonic()
+            for place, (job, process, start) in list(alive.items()):
                 if process.poll() is not None:
-                    del alive[pid]
+                    del alive[place]
                     job.seconds = round(time.monotonic() - start, 1)
                     _note_end(job, process.returncode, was_told=bool(told))
             if told and alive:
@@ -115,14 +139,15 @@ def _fails_with_another(job: Job) -> bool:
     return True
 
 
-def _start(job: Job, processes: int, root: Path) -> subprocess.Popen[bytes]:
-    variables = {**os.environ, **job.variables}
+def _start(job: Job, processes: int, gpus: Sequence[str], root: Path) -> subprocess.Popen[bytes]:
+    variables = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}), **job.variables}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
     variables.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
     job.state = "running"
     job.write()
     print(f"started   {job.name}", flush=True)
     with job.log_file.open("ab") as log:
+        job.log_start = log.tell()
         # A session of its own: Ctrl-C reaches this command alone, which tells the jobs in order.
         return subprocess.Popen(
             job.command, cwd=root, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -134,17 +159,32 @@ def _note_end(job: Job, code: int, *, was_told: bool) -> None:
     stopped = code == EXIT_STOPPED or (was_told and code != 0)
     job.state = "finished" if code == 0 else "stopped" if stopped else "failed"
     if job.state == "failed":
-        job.reason = f"{last_words(job.log_file.read_text(errors='replace'))} (exit code {code}; {job.log_file})"
+        log = job.log_file.read_bytes()[job.log_start :].decode(errors="replace")
+        job.reason = f"{last_words(log)} (exit code {code}; {job.log_file})"
     job.write()
     print(f"{job.state:9s} {job.name}{f': {job.reason}' if job.reason else ''}", flush=True)
 
 
 def last_words(log: str) -> str:
-    """The line of a log that says what went wrong: its last `error: …`, else the last with words in it."""
-    lines = [line.strip("╭╮╰╯─│ ") for line in log.splitlines()]  # without the frame that tyro draws
-    errors = [line for line in lines if line.startswith("error: ")]
-    others = [line for line in lines if line and not line.startswith("For full helptext")]
-    return (errors or others or ["it said nothing"])[-1]
+    """What a log says went wrong, on one line of at most `MAX_WORDS` characters.
+
+    The last `error: …` or message of the option parser; else the last exception, else the last line. What a launcher
+    (accelerate, torchrun) adds about its child says only that it failed, unless a signal ended it.
+    """
+    told = [found[1] or found[2] or found[3] for found in TOLD.finditer(log)]
+    own = LAUNCHER_TRACEBACK.sub("", log)
+    exceptions = EXCEPTION.findall(own)
+    lines = [line for line in own.splitlines() if line.strip() and not LAUNCHER_LINE.match(line)]
+    if told:
+        words = told[-1]
+    elif exceptions:
+        words = exceptions[-1]
+    elif killed := SIGNAL.search(log):
+        words = f"ended by {killed[1] or killed[2]}"
+    else:
+        words = lines[-1] if lines else "it said nothing"
+    words = " ".join(words.replace("│", " ").split())
+    return words if len(words) <= MAX_WORDS else f"{words[: MAX_WORDS - 1]}…"
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import statistics
@@ -69,6 +70,19 @@ def rows_of(sweep: Sweep, runs: Sequence[TrialRun]) -> list[Row]:
         speed = statistics.median(speeds) if speeds else None
         rows.append(Row(values, tuple(final), tuple(best), speed, tuple(unfinished)))
     return rows
+
+
+def check_metric(sweep: Sweep, runs: Sequence[TrialRun]) -> None:
+    """Raise ValueError when trials finished and none of their records has the sweep's metric."""
+    records = [record for run in runs if run.job.state == "finished" for record in run.metrics()]
+    if any(run.job.state == "finished" for run in runs) and all(record.get(sweep.metric) is None for record in records):
+        names = {name for record in records for name in record}
+        near = difflib.get_close_matches(sweep.metric, sorted(names), n=3) or sorted(n for n in names if "val/" in n)
+        hint = f", such as {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"no record of any trial has the metric {sweep.metric}; give metric in {sweep.path} a name that "
+            f"metrics.jsonl holds{hint}"
+        )
 
 
 def best_row(sweep: Sweep, rows: Sequence[Row]) -> Row | None:

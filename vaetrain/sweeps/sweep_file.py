@@ -7,8 +7,7 @@ not know it refuses by name, so that no search is quietly another one.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from vaetrain.sweeps.parameter import drawing, is_listed, listed
+
 Trial = dict[str, Any]
 """A value for each parameter."""
+
+NUM_REDRAWS = 30
+"""For each distinct trial of a random search, before there are taken to be no more."""
 
 KNOWN_KEYS = {
     "program",
@@ -47,7 +51,7 @@ class Sweep:
     """With W&B's macros ${env}, ${interpreter}, ${program} and ${args} in it."""
     program: str
     run_cap: int | None
-    """Most trials of a random search, which otherwise has no end."""
+    """Most trials; a random search otherwise has no end."""
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
@@ -62,33 +66,40 @@ class Sweep:
             raise ValueError(f"{path} holds no mapping; see configs/sweeps for its form")
         if unknown := content.keys() - KNOWN_KEYS:
             raise ValueError(
-                f"{path}: {', '.join(sorted(unknown))} is not known here; run it with `wandb sweep {path}`"
+                f"{path}: {', '.join(sorted(map(str, unknown)))} is not known here; run it with `wandb sweep {path}`"
             )
         if missing := {"program", "method", "metric", "parameters", "command"} - content.keys():
             raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
         method, metric = content["method"], content["metric"]
         if method not in ("grid", "random"):
             raise ValueError(f"{path}: method {method} needs a server; use grid or random, or `wandb sweep {path}`")
-        if metric.get("goal") not in ("minimize", "maximize") or not isinstance(metric.get("name"), str):
-            raise ValueError(f"{path}: metric needs a name, and a goal that is minimize or maximize")
-        for name, parameter in content["parameters"].items():
-            draw = drawing(parameter, f"{path}, {name}")
-            if method == "grid" and draw is not None:
+        if not isinstance(metric, Mapping) or metric.keys() != {"name", "goal"}:
+            raise ValueError(f"{path}: metric is {metric!r}; write {{name: val/elbo_nats, goal: maximize}}")
+        if metric["goal"] not in ("minimize", "maximize") or not isinstance(metric["name"], str):
+            raise ValueError(f"{path}: metric needs a name, and a goal that is minimize or maximize, not {metric!r}")
+        parameters, command, run_cap = content["parameters"], content["command"], content.get("run_cap")
+        if (
+            not isinstance(parameters, Mapping)
+            or not parameters
+            or not all(isinstance(name, str) for name in parameters)
+        ):
+            raise ValueError(
+                f"{path}: parameters is {parameters!r}; write a mapping of names, such as optim.lr: {{values: […]}}"
+            )
+        for name, parameter in parameters.items():
+            drawing(parameter, f"{path}, {name}")
+            if method == "grid" and not is_listed(parameter):
                 raise ValueError(f"{path}, {name}: a grid needs value or values")
-        command = tuple(map(str, content["command"]))
+        if not isinstance(content["program"], str) or not isinstance(command, list):
+            raise ValueError(f"{path}: program is a path and command a list of words; see configs/sweeps")
         if "${args}" not in command:
             raise ValueError(f"{path}: the command has no ${{args}}, so no parameter would reach it")
-        run_cap = content.get("run_cap")
+        if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
+            raise ValueError(f"{path}: run_cap is {run_cap!r}; give a whole number of trials, at least 1")
         return cls(
-            path,
-            method,
-            metric["name"],
-            metric["goal"],
-            dict(content["parameters"]),
-            command,
-            content["program"],
+            path, method, metric["name"], metric["goal"], dict(parameters), tuple(map(str, command)), content["program"],
             run_cap,
-        )
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -101,36 +112,39 @@ class Sweep:
         return [
             name
             for name, parameter in self.parameters.items()
-            if len(parameter.get("values", ())) > 1 or "min" in parameter
+            if not is_listed(parameter) or len(listed(parameter)) > 1
         ]
 
     def trials(self, num_trials: int | None = None, seed: int = 0) -> list[Trial]:
-        """The trials: all of a grid, the last parameter changing first; of a random search those that `seed` draws.
+        """The distinct trials: all of a grid, the last parameter changing first; of a random search those that `seed` draws.
 
-        A random search's first trials are the same however many are asked for. Raises ValueError for one without a number.
+        At most `num_trials`, or else the file's run_cap; fewer where the parameters have no more distinct values. A random search's
+        first trials are the same however many are asked for. Raises ValueError for one without a number.
         """
-        if self.method == "grid":
-            choices = [parameter.get("values", [parameter.get("value")]) for parameter in self.parameters.values()]
-            grid = [dict(zip(self.parameters, values, strict=True)) for values in itertools.product(*choices)]
-            return grid[:num_trials]
         count = num_trials or self.run_cap
-        if count is None:
+        if self.method == "random" and count is None:
             raise ValueError(
                 f"{self.path} is a random search without an end; give --num-trials N, or run_cap in the file"
             )
-        rng = np.random.default_rng(seed)
-        return [self._draw(rng) for _ in range(count)]
+        found: dict[tuple[str, ...], Trial] = {}
+        repeats = 0
+        for trial in self._grid() if self.method == "grid" else self._draws(seed):
+            repeats = repeats + 1 if tuple(self.arguments(trial)) in found else 0
+            found.setdefault(tuple(self.arguments(trial)), trial)
+            # The last of n equally likely trials stays hidden for so many draws with a probability of exp(-NUM_REDRAWS).
+            if len(found) == count or (self.method == "random" and repeats > NUM_REDRAWS * (len(found) + 1)):
+                break
+        return list(found.values())
 
-    def _draw(self, rng: np.random.Generator) -> Trial:
-        trial = {}
-        for name, parameter in self.parameters.items():
-            draw = drawing(parameter, f"{self.path}, {name}")
-            if draw is not None:
-                trial[name] = draw(rng)
-            else:
-                values = parameter.get("values", [parameter.get("value")])
-                trial[name] = values[int(rng.integers(len(values)))]
-        return trial
+    def _grid(self) -> Iterator[Trial]:
+        for values in itertools.product(*map(listed, self.parameters.values())):
+            yield dict(zip(self.parameters, values, strict=True))
+
+    def _draws(self, seed: int) -> Iterator[Trial]:
+        rng = np.random.default_rng(seed)
+        draws = {name: drawing(parameter, f"{self.path}, {name}") for name, parameter in self.parameters.items()}
+        while True:
+            yield {name: draw(rng) for name, draw in draws.items()}
 
     def arguments(self, trial: Trial) -> list[str]:
         """A trial as W&B's ${args} has it."""
@@ -154,37 +168,3 @@ class Sweep:
                 case _:
                     filled.append(word)
         return filled
-
-
-def drawing(parameter: Mapping[str, Any], where: str) -> Callable[[np.random.Generator], float | int] | None:
-    """What draws a number for a parameter; None for one with listed values. Raises ValueError for what is not known."""
-    if "value" in parameter or "values" in parameter:
-        if extra := parameter.keys() - {"value", "values", "distribution"}:
-            raise ValueError(f"{where}: {', '.join(sorted(extra))} does not go with value or values")
-        if "values" in parameter and not parameter["values"]:
-            raise ValueError(f"{where}: values is empty")
-        return None
-    both_int = isinstance(parameter.get("min"), int) and isinstance(parameter.get("max"), int)
-    distribution = parameter.get("distribution", "int_uniform" if both_int else "uniform")
-    if distribution not in ("uniform", "int_uniform", "log_uniform_values", "q_uniform", "q_log_uniform_values"):
-        raise ValueError(
-            f"{where}: distribution {distribution} is not known here (value, values, uniform, int_uniform, q_uniform, "
-            "log_uniform_values and q_log_uniform_values are)"
-        )
-    if not {"min", "max"} <= parameter.keys():
-        raise ValueError(f"{where}: give value, values, or min and max")
-    low, high = parameter["min"], parameter["max"]
-    if not low < high or (distribution.endswith("log_uniform_values") and low <= 0):
-        raise ValueError(f"{where}: min {low} and max {high} are no range for {distribution}")
-    step = parameter.get("q", 1)
-
-    def draw(rng: np.random.Generator) -> float | int:
-        if distribution == "int_uniform":
-            return int(rng.integers(low, high + 1))
-        if distribution.endswith("log_uniform_values"):
-            number = math.exp(rng.uniform(math.log(low), math.log(high)))
-        else:
-            number = rng.uniform(low, high)
-        return round(number / step) * step if distribution.startswith("q_") else float(number)
-
-    return draw
