@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,10 +84,9 @@ def _draw_lr(axes: Axes, found: LrRange | None, trials: LrTrials | None) -> None
         axes.text(
             0.5,
             0.95,
-            f"no suggestion: {why_none}",
+            textwrap.fill(f"no suggestion: {why_none}", 72),
             ha="center",
             va="top",
-            wrap=True,
             fontsize=8,
             transform=axes.transAxes,
         )

@@ -75,7 +75,7 @@ class LrTrials:
         if any(each.final for each in self.trials):
             return ""
         return (
-            f"no short training ends with a finite loss, not even at {self.trials[0].lr:.3g}: lower --lr-range.lowest"
+            f"no short training ends with a finite loss, not even at {self.trials[0].lr:.3g}: try --optim.lr below that"
         )
 
     @property
