@@ -55,7 +55,23 @@ def test_a_range_that_ends_too_early_gives_none():
     short = curve(0, at=1e-3)
     found = LrRange((Curve(0, short.lrs[:60], short.losses[:60], reached_end=True),))
     assert "raise --lr-range.highest" in found.why_none
-    assert "not finite from the start" in LrRange((Curve(0, (1e-5,), (1.0,), reached_end=False),)).why_none
+
+
+def test_a_range_that_starts_too_high_gives_none_and_says_what_to_lower():
+    rising = tuple(500.0 + 40 * number for number in range(12))
+    found = LrRange((curve(0), Curve(1, RATES[:12], rising, reached_end=False)))
+    assert found.suggestion is None
+    assert found.why_none == (
+        "with seed 1 the loss never falls below its first value: the range starts too high, lower --lr-range.lowest 1e-05"
+    )
+    short = LrRange((Curve(0, (1e-5,), (1.0,), reached_end=False),))
+    assert "not finite from the start: lower --lr-range.lowest 1e-05" in short.why_none
+
+
+def test_a_first_loss_that_is_not_finite_is_told():
+    found = LrRange((curve(0), Curve(1, (), (), reached_end=False)))
+    assert found.suggestion is found.interval is None
+    assert "with seed 1 the loss is not finite before the first step, whatever the learning rate" in found.why_none
 
 
 def test_a_loss_that_stops_being_finite_while_it_falls_ends_the_test_and_no_more():

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -92,20 +93,29 @@ def train_on_dummies(
     shape = (micro_batch_size, model.in_channels, model.image_size, model.image_size)
     x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     noise = torch.zeros(micro_batch_size, *model.latent_shape, device=device)
+    # As in training, with a scale at which no step overflows and is skipped: the first makes the optimizer's moments.
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.train.precision == "fp16")
     seconds = []
     for _ in range(num_steps):
         start = time.perf_counter()
         optimizer.zero_grad()
-        with accelerator.autocast():
+        with arithmetic(device, config.train.precision):
             terms = vae(x, noise)
         loss = negative_elbo(terms.distortion, terms.kl, config.objective.beta, config.objective.free_bits).sum()
-        (loss / (micro_batch_size * model.num_pixels)).backward()
-        optimizer.step()
+        scaler.scale(loss / (micro_batch_size * model.num_pixels)).backward()
+        scaler.step(optimizer)
+        scaler.update()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     kept.clear()
     return seconds
+
+
+def arithmetic(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> torch.autocast:
+    """Autocast of this precision, whatever the accelerator's own is."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def data_bytes_on(device: torch.device, config: DataConfig) -> int:

@@ -100,7 +100,8 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
             "suggestion": found_lr.suggestion, "interval": found_lr.interval, "why_none": found_lr.why_none,
         },
         "lr_trials": None if trials is None else plain(trials) | {
-            "suggestion": trials.suggestion, "interval": trials.interval,
+            "suggestion": trials.suggestion, "interval": trials.interval, "why_none": trials.why_none,
+            "caveat": trials.caveat,
         },
         "noise_scale": None if noise is None else plain(noise),
         "network": plain(network) | {"gradient_bytes": gradient_bytes, "model": "ring, not hidden behind the backward pass"},
@@ -227,8 +228,11 @@ def describe_lr(found: LrRange, trials: LrTrials | None, optim: OptimConfig) -> 
     low, high = found.interval
     text = f"the range test suggests learning rate {found.suggestion:.3g} (seeds {low:.3g} to {high:.3g})"
     if trials is not None:
+        if trials.suggestion is None or trials.interval is None:
+            return f"{text}, but no learning rate can be suggested: {trials.why_none}; --optim.lr {optim.lr:g} is kept"
         low, high = trials.interval
         text += f"; short trainings: {trials.suggestion:.3g} ({low:.3g} to {high:.3g} as good)"
+        text += f"; {trials.caveat}" if trials.caveat else ""
     return f"{text}; the config has {optim.lr:g}"
 
 

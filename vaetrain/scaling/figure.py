@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from vaetrain.scaling.advice import Advice
 from vaetrain.scaling.lr_range import LrRange
-from vaetrain.scaling.lr_trials import LrTrials
+from vaetrain.scaling.lr_trials import LrTrial, LrTrials
 from vaetrain.scaling.noise_scale import NoiseScale
 from vaetrain.scaling.probe import Probe
 
@@ -69,32 +70,32 @@ def _draw_lr(axes: Axes, found: LrRange | None, trials: LrTrials | None) -> None
     for curve in found.curves:
         [line] = axes.plot(curve.lrs, curve.smoothed, label=f"seed {curve.seed}")
         axes.plot(curve.lrs, curve.losses, ".", ms=2, alpha=0.4, color=line.get_color())
-    if found.suggestion is not None and found.interval is not None:
-        decided, interval = found.suggestion, found.interval
-        if trials is not None:
-            decided, interval = trials.suggestion, trials.interval
-            lived = [each for each in trials.trials if each.final]
-            axes.plot(
-                [each.lr for each in lived], [each.loss for each in lived], "ks-", ms=4, label="end of a training"
-            )
+    decided, interval, why_none = found.suggestion, found.interval, found.why_none
+    lived: list[LrTrial] = []
+    if trials is not None:
+        decided, interval, why_none = trials.suggestion, trials.interval, trials.why_none
+        lived = [each for each in trials.trials if each.final]
+        axes.plot([each.lr for each in lived], [each.loss for each in lived], "ks-", ms=4, label="end of a training")
+    if decided is not None and interval is not None:
+        at_edge = ", at the end of those tried" if trials is not None and trials.caveat else ""
         axes.axvline(decided, color="k")
-        axes.axvspan(*interval, color="k", alpha=0.1, label=f"suggested {decided:.2e}")
+        axes.axvspan(*interval, color="k", alpha=0.1, label=f"suggested {decided:.2e}{at_edge}")
     else:
         axes.text(
             0.5,
             0.95,
-            f"no suggestion: {found.why_none}",
+            textwrap.fill(f"no suggestion: {why_none}", 72),
             ha="center",
             va="top",
-            wrap=True,
             fontsize=8,
             transform=axes.transAxes,
         )
     smoothed = [value for curve in found.curves for value in curve.smoothed]
-    ends = [each.loss for each in trials.trials if each.final] if trials is not None else []
-    low, high = min([*smoothed, *ends]), max(curve.smoothed[0] for curve in found.curves)
+    low = min([*smoothed, *(each.loss for each in lived)], default=math.inf)
+    high = max((curve.smoothed[0] for curve in found.curves if curve.losses), default=-math.inf)
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per image")
-    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    if low < high:  # unless no loss was finite, or none below the first
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     axes.legend(fontsize=8)
 
 
@@ -104,17 +105,18 @@ def _draw_noise(axes: Axes, noise: Sequence[Stretch], critical: NoiseScale | Non
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         return
     for label, values in (("simple", [each.simple for each in noise]), ("Adam's", [each.adam for each in noise])):
-        # A gap where noise drowns the gradient.
+        # A gap where noise drowns the gradient, to below zero even: a line to there would leave a logarithmic axis.
         axes.plot(
             [each.images_seen for each in noise],
-            [value or math.nan for value in values],
+            [value if value is not None and value > 0 else math.nan for value in values],
             "o-",
             label=f"{label}, by stretch",
         )
     if critical is not None and critical.images is not None:
         error = critical.standard_error or 0.0
         axes.axhline(critical.images, color="k", label=f"critical batch {critical.images:,.0f} ± {error:,.0f} images")
-        axes.axhspan(critical.images - error, critical.images + error, color="k", alpha=0.1)
+        if critical.images > error:
+            axes.axhspan(critical.images - error, critical.images + error, color="k", alpha=0.1)
     axes.set(xlabel="images seen", ylabel="images", yscale="log")
     axes.legend(fontsize=8)
 
@@ -123,14 +125,18 @@ def _draw_advice(axes: Axes, advice: Sequence[Advice]) -> None:
     counts = [each.num_processes for each in advice]
     axes.plot(counts, [each.hours for each in advice], "o-", label="expected")
     first = advice[0]
-    axes.plot(counts, [first.hours * first.num_processes / count for count in counts], ":", color="k", label="perfect")
+    alone = first.efficiency * first.num_processes * first.hours  # what efficiency is relative to, listed or not
+    perfect = sorted({1, *counts})
+    axes.plot(perfect, [alone / count for count in perfect], ":", color="k", label="perfect")
     for each in advice:
+        last = each is advice[-1]  # its label would run over the frame
         axes.annotate(
             f"B {each.global_batch_size:,}",
             (each.num_processes, each.hours),
             fontsize=7,
-            xytext=(3, 5),
+            xytext=(-3 if last else 3, 5),
             textcoords="offset points",
+            ha="right" if last else "left",
         )
     axes.set(xscale="log", yscale="log", xlabel="processes", ylabel="hours to the same loss")
     axes.legend(fontsize=8)

@@ -86,8 +86,21 @@ class LrRange:
     @property
     def why_none(self) -> str:
         """Why no rate can be suggested; empty when one can."""
+        if broken := [curve for curve in self.curves if not curve.losses]:
+            return (
+                f"with seed {broken[0].seed} the loss is not finite before the first step, whatever the learning rate: see to "
+                "the --model and --objective options, or try --train.precision fp32"
+            )
+        lowest_rate = self.curves[0].lrs[0]
         if short := [curve.seed for curve in self.curves if len(curve.losses) < 3]:
-            return f"with seed {short[0]} the loss is not finite from the start"
+            return (
+                f"with seed {short[0]} the loss is not finite from the start: lower --lr-range.lowest {lowest_rate:g}"
+            )
+        if rising := [curve.seed for curve in self.curves if min(curve.losses) == curve.losses[0]]:
+            return (
+                f"with seed {rising[0]} the loss never falls below its first value: the range starts too high, lower "
+                f"--lr-range.lowest {lowest_rate:g}"
+            )
         if noisy := [curve for curve in self.curves if curve.fall < MIN_FALL]:
             return (
                 f"with seed {noisy[0].seed} the loss falls by {noisy[0].fall:.1f} standard deviations of its noise, less than "

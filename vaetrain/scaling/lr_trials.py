@@ -26,6 +26,9 @@ LOW_FALL = 0.9
 FACTOR = 2.0
 """Between candidates."""
 
+MAX_BEYOND = 3
+"""Trainings more, each FACTOR further, while the best rate is the lowest or the highest tried."""
+
 AS_GOOD = 0.01
 """Share of the best loss by which another may be higher and still count as equally good."""
 
@@ -67,14 +70,41 @@ class LrTrials:
         return [each for each in self.trials if each.loss <= self.best.loss + AS_GOOD * abs(self.best.loss)]
 
     @property
-    def suggestion(self) -> float:
-        """The lowest rate that is as good as the best: a training of full length wants a lower one than a short training."""
-        return self.as_good[0].lr
+    def why_none(self) -> str:
+        """Why no rate can be suggested; empty when one can."""
+        if any(each.final for each in self.trials):
+            return ""
+        return (
+            f"no short training ends with a finite loss, not even at {self.trials[0].lr:.3g}: try --optim.lr below that"
+        )
 
     @property
-    def interval(self) -> tuple[float, float]:
+    def suggestion(self) -> float | None:
+        """The lowest rate that is as good as the best: a training of full length wants a lower one than a short training.
+
+        None when all trainings broke, see `why_none`.
+        """
+        return None if self.why_none else self.as_good[0].lr
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
         """The lowest and the highest rate that is as good as the best."""
-        return self.as_good[0].lr, self.as_good[-1].lr
+        return None if self.why_none else (self.as_good[0].lr, self.as_good[-1].lr)
+
+    @property
+    def beyond(self) -> float | None:
+        """The rate to try next, below the lowest or above the highest where that is the best; None where both sides are worse."""
+        if self.best is self.trials[0]:
+            return self.best.lr / FACTOR
+        return self.best.lr * FACTOR if self.best is self.trials[-1] else None
+
+    @property
+    def caveat(self) -> str:
+        """That the best rate is the last one tried, on which side; empty when it is not."""
+        if self.why_none or self.beyond is None:
+            return ""
+        end, other = ("lowest", "lower") if self.beyond < self.best.lr else ("highest", "higher")
+        return f"the best is {self.best.lr:.3g}, the {end} rate tried: a {other} one may be better"
 
 
 def candidates(found: LrRange) -> list[float]:
@@ -88,22 +118,34 @@ def candidates(found: LrRange) -> list[float]:
 def lr_trials(
     config: Config, rates: Sequence[float], num_steps: int, accelerator: Accelerator, reader: Reader
 ) -> LrTrials:
-    """Train with each rate for `num_steps` steps; a collective."""
-    batch = config.train.global_batch_size
-    warmup_steps = min(config.optim.warmup_images / batch, WARMUP * num_steps)
+    """Train with each of the ascending rates for `num_steps` steps, and beyond them while the best is at an end.
+
+    A collective: losses, and so what is tried next, are the same on all processes.
+    """
+    found = LrTrials(tuple(train_at(lr, config, num_steps, accelerator, reader) for lr in rates))
+    for _ in range(MAX_BEYOND):
+        if found.beyond is None:
+            break
+        further = train_at(found.beyond, config, num_steps, accelerator, reader)
+        found = LrTrials(tuple(sorted((*found.trials, further), key=lambda each: each.lr)))
+    return found
+
+
+def train_at(lr: float, config: Config, num_steps: int, accelerator: Accelerator, reader: Reader) -> LrTrial:
+    """One short training, from scratch; a collective."""
+    warmup_steps = min(config.optim.warmup_images / config.train.global_batch_size, WARMUP * num_steps)
+    losses: list[float] = []
+    with trial(config, accelerator, reader) as training:
+        for step in range(num_steps):
+            warmed = min(1.0, (step + 1) / max(1.0, warmup_steps))
+            cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup_steps) / (num_steps - warmup_steps)))
+            losses.append(training.step(lr * warmed * cosine).loss)
+            if not math.isfinite(losses[-1]):
+                break
+    whole = len(losses) == num_steps and math.isfinite(losses[-1])
     num_last = max(2, round(LAST * num_steps))
-    found = []
-    for lr in rates:
-        losses: list[float] = []
-        with trial(config, accelerator, reader) as training:
-            for step in range(num_steps):
-                warmed = min(1.0, (step + 1) / max(1.0, warmup_steps))
-                cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup_steps) / (num_steps - warmup_steps)))
-                losses.append(training.step(lr * warmed * cosine).loss)
-                if not math.isfinite(losses[-1]):
-                    break
-        whole = len(losses) == num_steps and math.isfinite(losses[-1])
-        found.append(LrTrial(lr, tuple(losses[-num_last:]) if whole else ()))
-        if accelerator.is_main_process:
-            print(f"{num_steps} steps with learning rate {lr:.3g}: loss {found[-1].loss:,.5g} nats", flush=True)
-    return LrTrials(tuple(found))
+    found = LrTrial(lr, tuple(losses[-num_last:]) if whole else ())
+    if accelerator.is_main_process:
+        ended = f"loss {found.loss:,.5g} nats" if whole else f"the loss is not finite after {len(losses) - 1}"
+        print(f"{num_steps} steps with learning rate {lr:.3g}: {ended}", flush=True)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from vaetrain.config import Config
 from vaetrain.distributed import max_over_processes
 from vaetrain.micro_batch import GIB, is_out_of_memory, release_memory, train_on_dummies
 from vaetrain.scaling.config import ProbeConfig
-from vaetrain.tracking import peak_rss_gib
+from vaetrain.tracking import forget_peak_rss, peak_rss_gib
 
 KNEE = 0.95
 """Share of the best throughput from which a size counts as fast enough."""
@@ -74,9 +75,15 @@ class Probe:
 
 def probe(config: Config, options: ProbeConfig, accelerator: Accelerator) -> list[Probe]:
     """Measure every arithmetic asked for. A collective: all processes try the same sizes and stop at the same one."""
-    found = []
+    found: list[Probe] = []
     for precision in options.precisions or (config.train.precision,):
         for compiled in options.compile or (config.train.compile,):
+            if found and accelerator.device.type == "cpu" and not forget_peak_rss() and accelerator.is_main_process:
+                print(
+                    "note: this system cannot reset a process's peak memory (/proc/self/clear_refs): sizes after the first "
+                    "arithmetic's are charged with the peak of all before; run each arithmetic by itself to compare memory",
+                    file=sys.stderr,
+                )
             train = replace(config.train, precision=precision, compile=compiled)
             found.append(_probe_one(replace(config, train=train), options, accelerator))
     return found
@@ -116,13 +123,14 @@ def _would_exceed(done: dict[int, Measurement], size: int, bound_gib: float) -> 
 
 def _measure(config: Config, options: ProbeConfig, accelerator: Accelerator, size: int) -> Measurement:
     step_s, peak_gib = float("inf"), 0.0
+    cuda = accelerator.device.type == "cuda"
     release_memory(accelerator)
+    if not cuda:
+        forget_peak_rss()
     try:
-        with arithmetic(accelerator, config):
-            times = train_on_dummies(config, accelerator, size, num_steps=2 + options.num_steps)
+        times = train_on_dummies(config, accelerator, size, num_steps=2 + options.num_steps)
         step_s = statistics.median(times[2:])
-        cuda = accelerator.device.type == "cuda"
-        # On a CPU of the whole process so far: sizes ascend, so the last one made the peak.
+        # On a CPU of the whole process, on Linux since the line above; elsewhere so far, made by the largest size yet.
         peak_gib = torch.cuda.max_memory_reserved() / GIB if cuda else peak_rss_gib()
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -131,9 +139,3 @@ def _measure(config: Config, options: ProbeConfig, accelerator: Accelerator, siz
         release_memory(accelerator)
     step_s, peak_gib = max_over_processes(accelerator, [step_s, peak_gib])
     return Measurement(size, None, None) if step_s == float("inf") else Measurement(size, step_s, peak_gib)
-
-
-def arithmetic(accelerator: Accelerator, config: Config) -> torch.autocast:
-    """Autocast of the config's precision, whatever the accelerator's own is."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return torch.autocast(accelerator.device.type, dtype, enabled=config.train.precision == "bf16")
