@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed.nn.functional  # noqa: F401: see below
+import torch.distributed.nn.functional
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from jaxtyping import Int64, Shaped
