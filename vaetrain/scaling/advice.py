@@ -111,7 +111,7 @@ def _fastest(facts: Facts, num_processes: int) -> Advice:
     assert num_processes <= facts.dataset_images
     smallest = _smallest_batch(facts, num_processes)
     largest = max(smallest, min(facts.dataset_images, facts.total_images // MIN_STEPS))
-    sizes = [smallest * 2**power for power in range(largest // smallest) if smallest * 2**power <= largest]
+    sizes = [smallest * 2**power for power in range((largest // smallest).bit_length())]  # up to `largest`
     candidates = [advice for size in sizes if (advice := _at(facts, num_processes, size)) is not None]
     if not candidates:  # even the smallest is more than the rule reaches
         advice = _at(facts, num_processes, smallest, beyond_rule=True)
@@ -125,16 +125,11 @@ def _fastest(facts: Facts, num_processes: int) -> Advice:
 def _smallest_batch(facts: Facts, num_processes: int) -> int:
     """The first at or above the base batch that shares out evenly, in micro-batches not below half the knee if possible."""
     per_process = math.ceil(facts.base_batch / num_processes)
-    if 2 * _micro_batch(facts, per_process) < min(facts.knee, per_process):
+    if 2 * largest_divisor(per_process, facts.knee) < min(facts.knee, per_process):
         rounded = math.ceil(per_process / facts.knee) * facts.knee
         if rounded * num_processes <= facts.dataset_images:
             per_process = rounded
     return min(per_process * num_processes, facts.dataset_images // num_processes * num_processes)
-
-
-def _micro_batch(facts: Facts, per_process: int) -> int:
-    """The largest at or below the knee that divides a process's part."""
-    return largest_divisor(per_process, facts.knee)
 
 
 def largest_divisor(number: int, at_most: int) -> int:
@@ -148,7 +143,7 @@ def _at(facts: Facts, num_processes: int, batch: int, *, beyond_rule: bool = Fal
     if facts.rule == "sqrt" and ratio > largest_ratio(facts.optim) and not beyond_rule:
         return None
     per_process = batch // num_processes
-    micro = _micro_batch(facts, per_process)
+    micro = largest_divisor(per_process, facts.knee)
     accumulation = per_process // micro
     compute, communication = accumulation * facts.step_s(micro), facts.all_reduce_s(num_processes)
     total_images = images_needed(facts, batch)
