@@ -221,12 +221,22 @@ def test_likelihood_and_lpips_are_in_the_record(run_dir, accelerator, tmp_path):
     )
 
 
-def test_a_missing_lpips_file_is_told_before_anything_is_computed(run_dir, accelerator, tmp_path, monkeypatch):
-    monkeypatch.setattr("vaetrain.scoring.load_run", None)
+def test_a_missing_file_of_weights_costs_its_own_scores_alone(run_dir, accelerator, tmp_path):
     lpips = write_random_lpips_weights(tmp_path, "alex")
     lpips.heads.unlink()
-    with pytest.raises(FileNotFoundError, match=r"--lpips\.heads .*alex-heads\.pth is no file"):
-        evaluate(EvaluateConfig(run_dir, scores=("elbo", "lpips"), lpips=lpips), accelerator)
+    fid = FidConfig(num_images=20, weights=tmp_path / "inception.pth")
+    config = EvaluateConfig(run_dir, tmp_path / "s.json", scores=("elbo", "lpips", "fid", "rfid"), lpips=lpips, fid=fid)
+    scores = evaluate(config, accelerator)
+    assert scores["val/psnr_db"] > 0
+    assert "alex-heads.pth is no file" in scores["eval/lpips_reason"]
+    for name in ("eval/fid", "eval/kid", "eval/rfid"):
+        assert scores[name] is None
+        assert "inception.pth" in scores[f"{name}_reason"]
+    assert scores["failed"].keys() == {"lpips", "fid", "rfid"}
+    assert json.loads((tmp_path / "s.json").read_text()) == scores
+    with pytest.raises(ValueError, match=r"--scores fid: .*inception\.pth"):
+        evaluate(replace(config, scores=("fid",)), accelerator)
+    assert json.loads((tmp_path / "s.json").read_text()) == scores
 
 
 def test_the_first_prior_is_the_one_named_first():

@@ -16,6 +16,8 @@ from vaetrain.data.config import DataConfig
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.config import ObjectiveConfig
 
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -26,6 +28,9 @@ class OptimConfig:
 
     warmup_images: int = 10_000
     """Images over which the learning rate rises linearly from 0."""
+
+    warmup_fraction: float | None = None
+    """The same as a fraction of the length of training, from 0 to below 1, in place of `warmup_images`. None: those."""
 
     schedule: Literal["cosine", "constant"] = "cosine"
     """After warm-up: a half cosine down to `final_lr_fraction` of the peak at the end of training, or flat."""
@@ -54,8 +59,14 @@ class OptimConfig:
             raise ValueError(f"--optim.lr is {self.lr}; it must be positive")
         if self.warmup_images < 0:
             raise ValueError(f"--optim.warmup-images is {self.warmup_images}; it must not be negative")
+        if self.warmup_fraction is not None and not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"--optim.warmup-fraction is {self.warmup_fraction}; give a fraction in [0, 1), or None")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"--optim.clip-norm is {self.clip_norm}; give a positive number, or None not to clip")
+
+    def warmup_within(self, total_images: int) -> int:
+        """Images over which the learning rate rises in a training of so many."""
+        return self.warmup_images if self.warmup_fraction is None else round(self.warmup_fraction * total_images)
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,10 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Images one process handles at a time; gradients accumulate to the global batch. None: no accumulation."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the network; densities, weights and optimizer stay fp32. fp16 needs a GPU."""
+    precision: PrecisionName = "auto"
+    """Arithmetic of the network; densities, weights and optimizer stay fp32. auto: that of the run that is resumed; otherwise bf16
+    where all devices compute it natively (GPUs from compute capability 8.0, CPUs on which it is measured to be faster), else
+    fp32. fp16 needs a GPU."""
 
     compile: bool = False
     """Compile the model with torch.compile: a minute at the start for a faster step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import socket
 import struct
@@ -15,14 +16,16 @@ from typing import TypeVar
 
 import torch
 import torch.distributed.nn.functional
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import broadcast_object_list
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from vaetrain.config import PrecisionName
 from vaetrain.machine import num_cores
+from vaetrain.precision import choose
 
 # torch.distributed.nn keeps the process group that exists when it is imported, as the default of its arguments, and the first
 # optimizer imports it. Gloo's threads would then outlive the group's end, and abort a process that ends under them while they
@@ -35,40 +38,46 @@ TIMEOUT_S = 600.0
 
 
 def start(
-    precision: str = "fp32",
+    precision: PrecisionName = "fp32",
     *,
+    kept_precision: PrecisionName | None = None,
     log_with: Sequence[str] = (),
     project_dir: Path | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Accelerator:
     """Join the processes that `accelerate launch` (or torchrun) started, or run alone; call once, first.
 
-    A collective that waits longer than `timeout_s` fails. On a machine without a GPU the processes talk through gloo.
+    A collective that waits longer than `timeout_s` fails. On a machine without a GPU the processes talk through gloo. Precision
+    auto becomes `kept_precision`, that of the run that goes on, or what fits the devices (precision.py).
     Raises ValueError when the launcher announced more processes than joined, which Accelerate would pass over in silence,
     every process believing it is alone.
     """
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--train.precision fp16 needs a GPU and there is none; use bf16 or fp32")
     timeout = timedelta(seconds=timeout_s)
     interface = interface_to(os.environ.get("MASTER_ADDR", ""))
     if interface is not None:
         # gloo would ask for the address of the host's own name, which on many machines is loopback: other hosts wait.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     join_another_attempt(timeout)
+    # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
+    on_cpu = not torch.cuda.is_available()
+    processes = PartialState(cpu=on_cpu, timeout=timeout)
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced != processes.num_processes:
+        raise ValueError(
+            f"the launcher announced {announced} processes (WORLD_SIZE) but {processes.num_processes} joined; start with "
+            "`accelerate launch --config_file launch/cpu2.yaml …` (or gpu1, node8, multinode) or `torchrun`"
+        )
+    choice = choose(precision, kept=kept_precision)
+    name = precision if choice is None else choice.name
+    if choice is not None and processes.is_main_process:
+        print(f"precision {choice.name}: {choice.reason}", flush=True)
     accelerator = Accelerator(
-        # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=on_cpu,
+        mixed_precision="no" if name == "fp32" else name,
         log_with=list(log_with) or None,
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
-    if announced != accelerator.num_processes:
-        raise ValueError(
-            f"the launcher announced {announced} processes (WORLD_SIZE) but {accelerator.num_processes} joined; start with "
-            "`accelerate launch --config_file launch/cpu2.yaml …` (or gpu1, node8, multinode) or `torchrun`"
-        )
     if accelerator.is_main_process and accelerator.device.type == "cpu":
         cores, used = num_cores(), torch.get_num_threads() * processes_per_node()
         if used < cores:  # accelerate launch sets OMP_NUM_THREADS=1 where the user has not
@@ -176,6 +185,26 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     if problem[0] is not None:
         raise problem[0]
     return decision[0]  # type: ignore[return-value]  # None only where `decide` returned it
+
+
+def problems_of_all(problem: str, *, patience_s: float = 60.0) -> list[str]:
+    """What kept each process from finishing some work ("": nothing), in order of rank; every process calls this after it.
+
+    Not a collective but through the launcher's store: whoever failed inside the work may have left the others in one that waits for
+    him. He waits `patience_s` for them to fail as well, or to finish; then TimeoutError ends him, and the launcher the others.
+    """
+    store = shared_store()
+    if store is None:
+        return [problem]
+    rank, size = dist.get_rank(), dist.get_world_size()
+    number = store.add(f"vaetrain/problems/{rank}", 1)  # the same on all: they do the same work in the same order
+    keys = [f"vaetrain/problems/{number}/{each}" for each in range(size)]
+    store.set(keys[rank], json.dumps(problem))
+    try:
+        store.wait(keys, timedelta(seconds=patience_s if problem else TIMEOUT_S))
+    except (dist.DistError, RuntimeError) as error:
+        raise TimeoutError(problem or "other processes have not finished in time") from error
+    return [json.loads(store.get(key)) for key in keys]
 
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -9,48 +9,78 @@ floor (real images against real ones) and its extrapolation to endlessly many im
 from __future__ import annotations
 
 from vaetrain.command_line import parse, plain, user_errors
-from vaetrain.metrics.config import EvaluateConfig, ScoreName
+from vaetrain.metrics.config import EvaluateConfig
 
 if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, __doc__)  # before the imports below, which take seconds
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
 from vaetrain import distributed
-from vaetrain.run import write_json
+from vaetrain.progress_bar import ProgressBar
+from vaetrain.scores_file import ScoresFile
 from vaetrain.scoring import Scoring, out_file
+
+EXIT_INCOMPLETE = 3
+"""Scores were written, and something failed or was asked for by name and could not be measured."""
 
 
 def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]:
     """All scores by name, with the protocol behind them and the provenance of model and scores. A collective.
 
-    `val/*` are means over every image of the val split; what compares images through a network is None, with a reason, when
-    no weights are given. Raises ValueError when nothing else was asked for.
+    `val/*` are means over every image of the val split. What cannot be measured, for want of weights or because its group fails,
+    is None with a reason, and what fails or was asked for by name stands under `failed`. The file is written after each
+    group. Raises ValueError when nothing at all can be measured.
     """
-    scoring = Scoring(config, accelerator)
-    # FID first: it is what may find fault with the options, and nothing has been computed in vain by then.
-    parts: dict[ScoreName, Callable[[], dict[str, Any]]] = {
-        "fid": scoring.generation,
-        "rfid": scoring.reconstruction,
-        "elbo": scoring.elbo,
-        "lpips": scoring.perceptual,
-        "likelihood": scoring.likelihood,
-        "nearest": scoring.nearest,
-        "latents": scoring.latents,
+    scoring, file = Scoring(config, accelerator), ScoresFile(out_file(config))
+    # FID first: it is what is most often impossible, and nothing has been waited for by then.
+    groups: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+        "priors": ("priors of the latents", scoring.compare_priors),
+        "fid": ("FID of samples", scoring.generation),
+        "rfid": ("FID of reconstructions", scoring.reconstruction),
+        "elbo": ("ELBO and reconstruction of the validation images", scoring.elbo),
+        "lpips": ("LPIPS of reconstructions", scoring.perceptual),
+        "likelihood": ("bound on log p(x), mutual information, active units", scoring.likelihood),
+        "nearest": ("nearest training images of samples", scoring.nearest),
+        "latents": ("pictures of the latent space", scoring.latents),
     }
-    scores = scoring.compare_priors()
-    for name, measure in parts.items():
-        if name in config.scores:
-            scores |= measure()
-    trained = scoring.trained
-    record: dict[str, Any] = {
+    asked = [name for name in groups if name in config.scores or (name == "priors" and scoring.wants_priors)]
+    scores: dict[str, Any] = {}
+    for number, name in enumerate(asked, start=1):
+        what, measure = groups[name]
+        if accelerator.is_main_process:
+            print(f"{number}/{len(asked)} {what}", flush=True)
+        with ProgressBar(what, quiet=not accelerator.is_main_process):
+            if name != "priors":
+                scoring.prepare_samples()
+            scores |= scoring.attempt(name, measure)
+        record = describe(scoring, scores, unfinished=asked[number:])
+        if accelerator.is_main_process:
+            file.write(record)
+    if set(config.scores) <= scoring.failures.keys():
+        if accelerator.is_main_process:
+            file.give_up()
+        scoring.raise_first_error()
+    if accelerator.is_main_process:
+        file.finish()
+        print_scores(record)
+        print(f"scores written to {file.path}")
+    return record
+
+
+def describe(scoring: Scoring, scores: dict[str, Any], unfinished: Sequence[str]) -> dict[str, Any]:
+    """The record: what was scored, the scores so far, what failed, and how all of it was made."""
+    config, trained = scoring.config, scoring.trained
+    return {
         "run": str(config.run),
         "checkpoint": str(trained.checkpoint),
         **trained.position(),
         "split": "val",
+        **({"unfinished": list(unfinished)} if unfinished else {}),
+        **({"failed": dict(scoring.failures)} if scoring.failures else {}),
         **scores,
         "protocol": {
             "evaluate": plain(config),
@@ -60,11 +90,6 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
         "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
         "provenance": scoring.provenance(scoring.val_reader.manifest.fingerprint),
     }
-    if accelerator.is_main_process:
-        write_json(out_file(config), record)
-        print_scores(record)
-        print(f"scores written to {out_file(config)}")
-    return record
 
 
 def print_scores(record: dict[str, Any]) -> None:
@@ -86,16 +111,20 @@ def print_scores(record: dict[str, Any]) -> None:
         }
         known = ", ".join(f"{label} {value:,.4g}" for label, value in numbers.items() if value is not None)
         print(f"prior {name:12s} {known or 'no density'}")
+    for name, reason in record.get("failed", {}).items():
+        print(f"failed: {name}: {reason}")
     if not record.get("fid_protocol", {}).get("weights_are_published", True):
         print("eval/fid is no FID that compares with anybody's: the extractor's weights are not the published ones")
 
 
 def main(config: EvaluateConfig) -> None:
-    """Join the other processes and score."""
+    """Join the other processes and score; exits with EXIT_INCOMPLETE when something is missing that was asked for."""
     with user_errors():
         accelerator = distributed.start(config.precision)
         with distributed.finishing(accelerator):
-            evaluate(config, accelerator)
+            record = evaluate(config, accelerator)
+    if record.get("failed"):
+        raise SystemExit(EXIT_INCOMPLETE)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
-from vaetrain.config import Config
+from vaetrain.config import Config, PrecisionName
 from vaetrain.data.choice import choose_reader, remote_folder
 from vaetrain.data.config import DataConfig
 from vaetrain.data.resident import DEVICE_MEMORY_SHARE
@@ -23,6 +22,7 @@ from vaetrain.data.shards import ShardSet
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import negative_elbo
 from vaetrain.optim import build_optimizer
+from vaetrain.precision import resolved
 
 GIB = 2**30
 
@@ -78,6 +78,7 @@ def train_on_dummies(
     config: Config, accelerator: Accelerator, micro_batch_size: int, num_steps: int = 2
 ) -> list[float]:
     """Steps as train.py takes them, and the seconds of each: from the second on there are the optimizer's moments too."""
+    config = resolved(config, accelerator)
     device, model = accelerator.device, config.model
     vae = VAE(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept = [
@@ -112,7 +113,7 @@ def train_on_dummies(
     return seconds
 
 
-def arithmetic(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> torch.autocast:
+def arithmetic(device: torch.device, precision: PrecisionName) -> torch.autocast:
     """Autocast of this precision, whatever the accelerator's own is."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,12 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from vaetrain import distributed
 from vaetrain.data.chosen import ChosenImages
 from vaetrain.data.reader import Reader
 from vaetrain.labelled_grid import save_labelled_grid
+from vaetrain.metrics.split_pass import pass_over
 from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 
@@ -68,6 +69,8 @@ class Memorisation(NamedTuple):
     scores: dict[str, float | None]
     neighbours: dict[str, Neighbours]
     """Of each sample, in pixels and in features."""
+    save_picture: Callable[[Path], None]
+    """Writes samples and neighbours side by side as a PNG."""
 
 
 class NearestSearch:
@@ -136,12 +139,7 @@ def nearest_images(
     for name, features in spaces.items():
         rows = [features(block.to(device)).flatten(1) for block in queries.split(batch_size)]
         searches[name] = NearestSearch(features, torch.cat(rows), queries[:num_shown].to(device))
-    for batch in tqdm(
-        reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes),
-        desc="nearest training images",
-        unit="batch",
-        disable=None if accelerator.is_main_process else True,
-    ):
+    for batch in pass_over("nearest training images", reader, accelerator, batch_size):
         indices = batch.indices.to(device)
         for name, search in searches.items():
             passing = known[name][indices] if name in known else search.features(batch.images.to(device))
@@ -156,14 +154,13 @@ def memorisation(
     train_reader: Reader,
     val_reader: Reader,
     accelerator: Accelerator,
-    file: Path,
     *,
     features: Features | None = None,
     known: Float[Tensor, "m ..."] | None = None,
     num_shown: int = 16,
     seed: int = 0,
 ) -> Memorisation:
-    """Scores of how much closer samples are to training images than held-out images are, and the picture `file`. A collective.
+    """Scores of how much closer samples are to training images than held-out images are, and their picture. A collective.
 
     `samples` are the same on every process (`vaetrain.sampling.gather_samples`) and compared with as many validation
     images, drawn by `seed`, or all. `features` defaults to the encoder's mean; `known` are those of the whole train split, if
@@ -198,13 +195,11 @@ def memorisation(
         for name, reference in (("distance_ratio", of_val), ("distance_ratio_to_recon", of_recon)):
             scores[f"eval/nearest_{space}_{name}"] = ratio(float(of_samples.median()), float(reference.median()))
         scores[f"eval/nearest_{space}_closer_than_val"] = probability_of_less(of_samples, of_val)
-    if accelerator.is_main_process:
-        save_nearest(samples, found, references, file)
     of_samples_alone = {
         space: Neighbours(each.distance[: len(samples)], each.index[: len(samples)], each.image)
         for space, each in found.items()
     }
-    return Memorisation(scores, of_samples_alone)
+    return Memorisation(scores, of_samples_alone, partial(save_nearest, samples, found, references))
 
 
 def ratio(distance: float, reference: float) -> float | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import yaml
 from torch import nn
 
 from vaetrain.checkpoint import best, check, find, load_into, newest_good, warn_of_damage
 from vaetrain.command_line import parse
-from vaetrain.config import Config
+from vaetrain.config import Config, PrecisionName
 from vaetrain.reading import Reading
+from vaetrain.retention import list_checkpoints
 from vaetrain.run import RunDirectory
 
 
@@ -63,6 +66,20 @@ def resume_point(
             )
     check_reading(checkpoint, reading, images_per_epoch)
     return checkpoint
+
+
+def recorded_precision(config: Config) -> PrecisionName | None:
+    """The arithmetic of the run that `config` would go on with; None where there is none, or nothing that can be read yet."""
+    own = list_checkpoints(RunDirectory(config.run_dir).checkpoints)
+    # What cannot be read is found, and said, by `resume_point`.
+    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        checkpoint = own[-1] if own else None
+        if checkpoint is None and config.resume not in ("auto", "never"):
+            checkpoint = find(Path(config.resume))
+        if checkpoint is not None:
+            name: PrecisionName = yaml.safe_load((checkpoint / "config.yaml").read_text())["train"]["precision"]
+            return name if name in get_args(PrecisionName) else None
+    return None
 
 
 def check_reading(checkpoint: Path, reading: Reading, images_per_epoch: int) -> None:

@@ -188,7 +188,12 @@ def describe_dataset(train: Manifest, val: Manifest) -> dict[str, Any]:
 
 
 def provenance(
-    *, device: str, num_processes: int, dataset_fingerprint: str | None, processes_per_node: int = 1
+    *,
+    device: str,
+    num_processes: int,
+    dataset_fingerprint: str | None,
+    processes_per_node: int = 1,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """What is making this result: code revision, package versions, machine, processes, data, command and time (UTC)."""
     revision, dirty = git_state(Path(__file__).parents[1])
@@ -201,6 +206,7 @@ def provenance(
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "device": device,
+        "precision": precision,
         "num_processes": num_processes,
         "processes_per_node": processes_per_node,
         "num_cores": num_cores(),

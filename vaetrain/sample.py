@@ -74,7 +74,6 @@ from dataclasses import replace
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from vaetrain import distributed
 from vaetrain.data.encode import png
@@ -83,6 +82,7 @@ from vaetrain.data.shard_writer import ShardWriter
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.priors.fit import fitted_priors
 from vaetrain.priors.saved import SavedPrior
+from vaetrain.progress_bar import ProgressBar
 from vaetrain.run import RunDirectory, provenance
 from vaetrain.sample_manifest import content_of, manifest_of
 from vaetrain.sample_set import Share, is_finished, refuse_other_content, write_manifest, write_request
@@ -133,9 +133,7 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
             trained.vae, accelerator, config.num_images, seed=config.seed, temperature=config.temperature,
             batch_size=config.batch_size, prior=saved.prior if saved else None, first_block=num_whole // config.batch_size,
         )  # fmt: skip
-        with tqdm(
-            total=len(share.indices()), initial=num_whole, unit="img", disable=None if share.rank == 0 else True
-        ) as bar:
+        with ProgressBar("sampling", len(share.indices()), done=num_whole, quiet=share.rank != 0) as bar:
             to_skip = num_whole % config.batch_size  # a shard may end within a block
             for indices, images in blocks:
                 for index, image in zip(indices[to_skip:], images[to_skip:].cpu(), strict=True):

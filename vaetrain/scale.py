@@ -27,6 +27,7 @@ from vaetrain.data.reader import open_split
 from vaetrain.files import replace_file
 from vaetrain.micro_batch import explained_out_of_memory
 from vaetrain.model.autoencoder import VAE
+from vaetrain.precision import in_use, resolved
 from vaetrain.run import provenance, write_json
 from vaetrain.scaling.advice import Advice, Facts, advise, largest_divisor, stops_helping, table, verdict
 from vaetrain.scaling.all_reduce import Network
@@ -111,7 +112,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         "provenance": provenance(
             device=distributed.device_name(accelerator.device), num_processes=accelerator.num_processes,
             processes_per_node=distributed.processes_per_node(),
-            dataset_fingerprint=fingerprint,
+            dataset_fingerprint=fingerprint, precision=in_use(accelerator),
         ),
     }  # fmt: skip
     if accelerator.is_main_process:
@@ -263,6 +264,7 @@ def main(config: ScaleConfig) -> None:
     """Join the other processes and measure."""
     with user_errors():
         accelerator = distributed.start(config.train.precision)
+        config = resolved(config, accelerator)
         with explained_out_of_memory(config, accelerator), distributed.finishing(accelerator):
             scale(config, accelerator)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from accelerate import Accelerator
@@ -18,7 +21,7 @@ from vaetrain.command_line import plain
 from vaetrain.data.reader import Reader, open_split
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.files import replace_file
-from vaetrain.metrics.config import EvaluateConfig, ScoreName
+from vaetrain.metrics.config import ALL_SCORES, EvaluateConfig, ScoreName
 from vaetrain.metrics.extractor import FeatureExtractor, missing_weights
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.metrics.generation import Reference, describe_extractor, reconstruct, reconstruction_fid
@@ -30,6 +33,7 @@ from vaetrain.metrics.reference import RealImages
 from vaetrain.metrics.validation import validate
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.nearest import describe_neighbours, draw_images, memorisation
+from vaetrain.precision import in_use
 from vaetrain.priors.config import PriorName
 from vaetrain.priors.fit import fitted_priors, prior_table, priors_for
 from vaetrain.priors.saved import SavedPrior, weights_sha256
@@ -38,26 +42,104 @@ from vaetrain.sample_manifest import content_of, manifest_of
 from vaetrain.sample_reader import SampleReader
 from vaetrain.sampling import gather_images, gather_samples, generate
 
+T = TypeVar("T")
+
 PRIOR_COLUMNS = 12
 """Samples of each prior in their picture."""
 
 
+NAMES: dict[str, tuple[str, ...]] = {
+    "fid": ("eval/fid", "eval/kid", "eval/precision", "eval/recall"),
+    "rfid": ("eval/rfid",),
+    "elbo": ("val/elbo_nats", "val/bits_per_dim", "val/psnr_db", "val/ssim"),
+    "lpips": ("eval/lpips",),
+    "likelihood": ("eval/nll_nats", "eval/mutual_information_nats", "eval/marginal_kl_nats", "eval/active_units"),
+    "nearest": ("eval/nearest_pixel_distance_ratio", "eval/nearest_feature_distance_ratio"),
+}
+"""What a group of scores would have measured: None, with a reason, where it failed."""
+
+
 class Scoring:
-    """A trained model, the images it is held against, and each group of scores as a method; all of them collectives."""
+    """A trained model, the images it is held against, and each group of scores as a method; all of them collectives.
+
+    `failures` says, for each group, prior and picture that could not be had, why.
+    """
 
     def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
-        refuse_to_measure_nothing(config)
-        self.extractor = open_extractor(config, accelerator)
-        measures_lpips = "lpips" in config.scores and config.lpips.backbone is not None
-        self.distance = PerceptualDistance(config.lpips).to(accelerator.device) if measures_lpips else None
+        self.failures: dict[str, str] = {}
+        self._first_error: Exception | None = None
+        self.missing = unmeasured(config)
+        self.extractor = self._opened(("fid", "rfid"), lambda: FeatureExtractor(config.fid, accelerator.device))
+        self.distance = self._opened(("lpips",), lambda: PerceptualDistance(config.lpips).to(accelerator.device))
+        refuse_to_measure_nothing(config, self.missing)
+        if config.scores != ALL_SCORES:  # asked for by name
+            self.failures |= dict(self.missing.items())
         self.trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
         self.given = open_given_samples(config, self.trained)
         self.run = RunDirectory.open(config.run)
         data = replace(self.run.config().data, allow_pipe=config.allow_pipe)
         self.data = data if config.data is None else replace(data, train=config.data, val=None)
         self.trained.vae.config.check_images(self.val_reader.manifest.image_size, self.val_reader.manifest.channels)
+        self._samples_to_score: dict[PriorName, Iterable[NumberedImages]] | None = None
+
+    def _opened(self, scores: tuple[ScoreName, ...], open_network: Callable[[], T]) -> T | None:
+        """The network that these scores need, first of all, so that a wrong file is known before anything is computed.
+
+        None when none of them is asked for, or the file is missing or no such network: then `missing` says so.
+        """
+        wanted = [name for name in scores if name in self.config.scores]
+        if not wanted or wanted[0] in self.missing:
+            return None
+        try:
+            return open_network()
+        except (ValueError, OSError) as error:
+            self.missing |= dict.fromkeys(wanted, str(error))
+            self.failures |= dict.fromkeys(wanted, str(error))  # asked for by name: the file was given
+        return None
+
+    def attempt(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The scores of a group; where it fails, None for each of its names and the reason. A collective.
+
+        A failure on one process fails the group on all. Raises TimeoutError when the others cannot be told, because they wait
+        inside the group for this one.
+        """
+        problem, found = "", {}
+        try:
+            found = measure()
+        except Exception as error:
+            self._first_error = self._first_error or error
+            problem = f"{type(error).__name__}: {error}" if not isinstance(error, (ValueError, OSError)) else str(error)
+            if os.environ.get("VAETRAIN_TRACEBACK"):
+                traceback.print_exc()
+        problems = distributed.problems_of_all(problem)
+        problem = next(filter(None, problems), "")
+        if not problem:
+            return found
+        self.failures[name] = problem
+        if self.accelerator.is_main_process:
+            print(f"warning: {name} could not be measured: {problem}", file=sys.stderr, flush=True)
+        missing = NAMES.get(name, ())
+        return {**dict.fromkeys(missing), **{f"{each}_reason": problem for each in missing}}
+
+    def raise_first_error(self) -> NoReturn:
+        """When no group could be measured: what was wrong with the first one that was tried."""
+        raise self._first_error or ValueError("; ".join(dict.fromkeys(self.failures.values())))
+
+    def draw(self, name: str, save: Callable[[Path], None]) -> None:
+        """Have `save` write the picture `name`, on the main process; one that fails is left out, and said to be."""
+        if not self.accelerator.is_main_process:
+            return
+        file = self.figure(name)
+        file.unlink(missing_ok=True)  # not that an older evaluation's stands for it
+        try:
+            save(file)
+        except Exception as error:
+            self.failures[f"picture {name}"] = f"{type(error).__name__}: {error}"
+            if os.environ.get("VAETRAIN_TRACEBACK"):
+                traceback.print_exc()
+            print(f"warning: the picture {file} could not be drawn: {error}", file=sys.stderr, flush=True)
 
     @cached_property
     def train_reader(self) -> Reader:
@@ -80,18 +162,53 @@ class Scoring:
             return {}
         if "all" in self.config.priors:
             names = tuple(name for name in names if name in priors_for(self.trained.vae.config.latent_shape))
-        return fitted_priors(
+        unfitted: dict[PriorName, str] = {}
+        fitted = fitted_priors(
             self.config.run, self.trained, names, self.accelerator,
-            lambda split: self.train_reader if split == "train" else self.val_reader, self.config.fit,
+            lambda split: self.train_reader if split == "train" else self.val_reader, self.config.fit, unfitted,
         )  # fmt: skip
+        self.failures |= {f"prior {name}": reason for name, reason in unfitted.items()}
+        return fitted
+
+    @property
+    def wants_priors(self) -> bool:
+        """Whether there is more to draw from than the standard normal."""
+        return self.config.chosen_priors != ("standard",)
 
     @property
     def first_prior(self) -> PriorName:
-        """The prior that `eval/fid` is of."""
+        """The prior that `eval/fid` is of; raises ValueError where that one could not be fitted."""
         if self.given is not None:
             name: PriorName = self.given.manifest["prior"]
             return name
-        return next(iter(self.priors), "standard")
+        first = self.config.chosen_priors[0]
+        if self.priors and first not in self.priors:
+            raise ValueError(f"prior {first}: {self.failures.get(f'prior {first}', 'it does not fit this latent')}")
+        return first
+
+    @cached_property
+    def real(self) -> RealImages:
+        """The train split, as what samples are compared with."""
+        return RealImages(self.data, "train", self.config.fid)
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        """How many samples are compared with which images; raises ValueError where there are too few of those."""
+        return Protocol.of(self.config.fid, self.real.num_images)
+
+    def prepare_samples(self) -> None:
+        """Find fault, before anything is computed, with where samples are to be kept or with those that are given.
+
+        Raises ValueError or FileExistsError. What only makes FID impossible is left for `generation` to say.
+        """
+        if self._samples_to_score is not None or "fid" not in self.config.scores or self.extractor is None:
+            return
+        try:
+            protocol, first = self.protocol, self.first_prior
+        except ValueError:
+            return
+        names = self.priors or (first,)
+        self._samples_to_score = {name: self._samples(name, protocol.num_generated) for name in names}
 
     def figure(self, name: str) -> Path:
         """Where a picture goes: among the run's figures, or beside the scores when these have a file of their own."""
@@ -111,15 +228,13 @@ class Scoring:
     def generation(self) -> dict[str, Any]:
         """Samples of each prior against training images, and what they were computed from."""
         if self.extractor is None:
-            reason = missing_weights(self.config.fid)
-            missing = ("eval/fid", "eval/kid", "eval/precision", "eval/recall")
-            return {**dict.fromkeys(missing), **{f"{name}_reason": reason for name in missing}}
-        real = RealImages(self.data, "train", self.config.fid)
-        protocol = Protocol.of(self.config.fid, real.num_images)
-        first = self.first_prior
+            return self._absent("fid")
+        real, protocol, first = self.real, self.protocol, self.first_prior
+        if self._samples_to_score is None:
+            self.prepare_samples()
+        assert self._samples_to_score is not None
+        images = self._samples_to_score
         table = self._prior_rows()
-        # Before the reference, to find fault with where samples are to be kept, or with those that are given.
-        images = {name: self._samples(name, protocol.num_generated) for name in self.priors or (first,)}
         val = RealImages(self.data, "val", self.config.fid)
         reference = Reference.open(real, val, protocol, self.config.fid, self.extractor, self.accelerator)
         scores = reference.score(images[first], self.accelerator)
@@ -143,7 +258,7 @@ class Scoring:
         """rFID of the val split, and what it was computed from."""
         config = self.config
         if self.extractor is None:
-            return {"eval/rfid": None, "eval/rfid_reason": missing_weights(config.fid)}
+            return self._absent("rfid")
         images = reconstruct(self.trained.vae, self.val_reader, self.accelerator, config.batch_size)
         real = RealImages(self.data, "val", config.fid)
         return reconstruction_fid(images, real, self.extractor, self.accelerator, config.fid.batch_size)
@@ -152,7 +267,7 @@ class Scoring:
         """LPIPS of the val split's reconstructions."""
         config, distance = self.config.lpips, self.distance
         if distance is None:
-            return {"eval/lpips": None, "eval/lpips_reason": how_to_get_weights(config.net)}
+            return self._absent("lpips")
         found = reconstruction_lpips(self.trained.vae, self.val_reader, self.accelerator, distance, config.batch_size)
         return {
             "eval/lpips": found.mean,
@@ -164,6 +279,10 @@ class Scoring:
                 "heads_sha256": distance.heads_sha256,
             },
         }
+
+    def _absent(self, name: ScoreName) -> dict[str, Any]:
+        """The names of a group whose network is missing, with the reason."""
+        return {**dict.fromkeys(NAMES[name]), **{f"{each}_reason": self.missing[name] for each in NAMES[name]}}
 
     def likelihood(self) -> dict[str, Any]:
         """How likely the model finds images, and what its latent holds."""
@@ -191,9 +310,10 @@ class Scoring:
         if extractor is not None and all_are_known:
             known = real.features(np.arange(real.num_images), extractor, accelerator).features
         found = memorisation(
-            vae, samples, self.train_reader, self.val_reader, accelerator, self.figure("nearest"), known=known,
+            vae, samples, self.train_reader, self.val_reader, accelerator, known=known,
             features=None if extractor is None else lambda images: extractor(images).features, seed=config.seed,
         )  # fmt: skip
+        self.draw("nearest", found.save_picture)
         listing = out_file(config).with_suffix(".nearest.jsonl")
         if accelerator.is_main_process:
             lines = [
@@ -211,12 +331,10 @@ class Scoring:
     def latents(self) -> dict[str, Any]:
         """Pictures of the latent space in the run's figures: interpolations, traversals and the codes' principal axes."""
         images, labels = draw_images(self.val_reader, self.config.num_pictures, self.accelerator, self.config.seed)
-        if self.accelerator.is_main_process:
-            vae = self.trained.vae
-            latent_pictures.save_interpolations(vae, images[:12], self.figure("latent_interpolations"))
-            latent_pictures.save_traversals(vae, images, self.figure("latent_traversals"))
-            classes = self.val_reader.manifest.classes
-            latent_pictures.save_latent_pca(vae, images, labels, classes, self.figure("latent_pca"))
+        vae, classes = self.trained.vae, self.val_reader.manifest.classes
+        self.draw("latent_interpolations", partial(latent_pictures.save_interpolations, vae, images[:12]))
+        self.draw("latent_traversals", partial(latent_pictures.save_traversals, vae, images))
+        self.draw("latent_pca", partial(latent_pictures.save_latent_pca, vae, images, labels, classes))
         return {}
 
     def provenance(self, fingerprint: str) -> dict[str, Any]:
@@ -226,6 +344,7 @@ class Scoring:
             num_processes=self.accelerator.num_processes,
             processes_per_node=distributed.processes_per_node(),
             dataset_fingerprint=fingerprint,
+            precision=in_use(self.accelerator),
         )
 
     def compare_priors(self) -> dict[str, Any]:
@@ -242,8 +361,7 @@ class Scoring:
         if not samples:
             return {}
         real, _ = draw_images(self.val_reader, PRIOR_COLUMNS, self.accelerator, config.seed)
-        if self.accelerator.is_main_process:
-            latent_pictures.save_prior_comparison(samples, self.figure("priors"), real=real)
+        self.draw("priors", partial(latent_pictures.save_prior_comparison, samples, real=real))
         return {"priors": self._prior_rows()}
 
     def _prior_rows(self) -> dict[PriorName, dict[str, Any]]:
@@ -310,22 +428,12 @@ def unmeasured(config: EvaluateConfig) -> dict[ScoreName, str]:
     return {name: reasons[name] for name in config.scores if name in reasons}
 
 
-def refuse_to_measure_nothing(config: EvaluateConfig) -> None:
+def refuse_to_measure_nothing(config: EvaluateConfig, missing: dict[ScoreName, str]) -> None:
     """Raise ValueError when every score that was asked for lacks its weights, or samples are to be kept that nobody draws."""
-    missing = unmeasured(config)
     if set(config.scores) <= missing.keys():
         raise ValueError(f"--scores {' '.join(config.scores)}: {' '.join(dict.fromkeys(missing.values()))}")
     if config.keep_samples is not None and "fid" in missing:
         raise ValueError(f"--keep-samples {config.keep_samples}: samples are drawn for FID, and {missing['fid']}")
-
-
-def open_extractor(config: EvaluateConfig, accelerator: Accelerator) -> FeatureExtractor | None:
-    """The network that FID compares images through, first of all, so that a wrong file costs nobody an evaluation.
-
-    None when no weights are given or no FID is asked for.
-    """
-    wanted = {"fid", "rfid"} & set(config.scores)
-    return FeatureExtractor(config.fid, accelerator.device) if wanted - unmeasured(config).keys() else None
 
 
 def open_given_samples(config: EvaluateConfig, trained: TrainedModel) -> SampleReader | None:

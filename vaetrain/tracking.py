@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from vaetrain.checkpoint import Progress
 from vaetrain.command_line import plain
@@ -31,6 +29,7 @@ from vaetrain.config import Config
 from vaetrain.distributed import max_over_processes, sum_over_processes
 from vaetrain.metrics.validation import ValidationScores
 from vaetrain.model.autoencoder import VAE
+from vaetrain.progress_bar import ProgressBar
 from vaetrain.run import RunDirectory, write_json
 from vaetrain.scaling.noise_scale import NoiseScale
 
@@ -216,6 +215,7 @@ class Tracker:
         vae: VAE,
         *,
         step: int,
+        images_seen: int,
         total_images: int,
         images_per_epoch: int,
         dataset_fingerprint: str,
@@ -225,11 +225,9 @@ class Tracker:
         self.images_per_epoch = images_per_epoch
         peak = peak_flops(accelerator.device, config.train.precision)
         self.mfu_per_image_per_s = training_flops_per_image(vae) / peak / accelerator.num_processes if peak else None
-        self.bar = tqdm(
-            total=total_images, unit="img", unit_scale=True, smoothing=0.05,
-            disable=not accelerator.is_main_process or not sys.stderr.isatty(),
-        )  # fmt: skip
-        self.total_images = total_images
+        self.bar = ProgressBar(
+            "training", total_images, done=images_seen, quiet=not accelerator.is_main_process, write=write_to_stdout
+        )
         self.global_batch_size = config.train.global_batch_size
         if accelerator.log_with:
             accelerator.init_trackers(
@@ -278,13 +276,7 @@ class Tracker:
         self.write("train", progress, record)
         loss = interval.means["loss"]
         loss_text = "loss not finite" if loss is None else f"loss {loss:,.1f} nats"
-        self.bar.set_postfix_str(f"{loss_text}, {speed:,.0f} img/s")
-        self.bar.update(progress.images_seen - self.bar.n)
-        left = timedelta(seconds=round((self.total_images - progress.images_seen) / speed))
-        self.say(
-            f"step {progress.step:,}  {progress.images_seen:,}/{self.total_images:,} images  {loss_text}  "
-            f"{speed:,.0f} images/s  {left} left"
-        )
+        self.bar.noted(f"step {progress.step:,}, {loss_text}")
 
     def log_validation(self, progress: Progress, **scores: ValidationScores) -> None:
         """One record of split "val": each keyword becomes a prefix of its scores' names."""
@@ -294,9 +286,8 @@ class Tracker:
         self.write("val", progress, record)
         val = scores["val"]
         bound = "" if val.elbo_nats is None else f"ELBO {val.elbo_nats:,.1f} nats  {val.bits_per_dim:.3f} bits/dim  "
-        self.say(
-            f"epoch {progress.images_seen / self.images_per_epoch:g}  validation  {bound}PSNR {val.psnr_db:.2f} dB",
-            above_bar=True,
+        self.bar.say(
+            f"epoch {progress.images_seen / self.images_per_epoch:g}  validation  {bound}PSNR {val.psnr_db:.2f} dB"
         )
 
     def log_divergence(self, progress: Progress, reason: str) -> None:
@@ -317,10 +308,9 @@ class Tracker:
             self.run.drop_metrics_after(restored.step, restored.validated_at)
         event = {"event": "rollback", "from_step": from_step, "to_step": restored.step, "reason": reason}
         self.write("event", restored, event | {"lr_factor": restored.lr_factor})
-        self.bar.update(restored.images_seen - self.bar.n)
-        self.say(
-            f"rolled back from step {from_step:,} to {restored.step:,}, learning rates × {restored.lr_factor:g}: {reason}",
-            above_bar=True,
+        self.bar.moved_to(restored.images_seen)
+        self.bar.say(
+            f"rolled back from step {from_step:,} to {restored.step:,}, learning rates × {restored.lr_factor:g}: {reason}"
         )
 
     def write(self, split: str, progress: Progress, record: Mapping[str, Any]) -> None:
@@ -337,19 +327,6 @@ class Tracker:
         numbers = {key: value for key, value in (place | record).items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=progress.step)
 
-    def say(self, line: str, *, above_bar: bool = False) -> None:
-        """A plain line where there is no terminal to draw a progress bar on, or where it may stand above the bar."""
-        if not self.accelerator.is_main_process:
-            return
-        if self.bar.disable:
-            print(line, flush=True)
-        elif above_bar:
-            self.bar.write(line)
-
-    def close(self) -> None:
-        """End the progress bar."""
-        self.bar.close()
-
     def log_picture(self, name: str, file: Path, step: int) -> None:
         """Send a PNG of the run to the trackers that show images."""
         if not self.accelerator.is_main_process or not self.accelerator.trackers:
@@ -361,6 +338,11 @@ class Tracker:
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: pixels[None]}, step=step, **layout)
+
+
+def write_to_stdout(line: str) -> None:
+    """At once, also into a file."""
+    print(line, flush=True)
 
 
 def wandb_id(run: RunDirectory) -> str:

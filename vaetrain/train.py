@@ -32,12 +32,13 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.config import beta_at
 from vaetrain.objective.elbo import negative_elbo, rate
-from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_rate_at
+from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_rate_at, unfinished_warmups
 from vaetrain.plots import RunFigures
+from vaetrain.precision import resolved
 from vaetrain.preemption import EXIT_STOPPED, StopRequest
 from vaetrain.randomness import noise_of_global_batch
 from vaetrain.reading import Reading
-from vaetrain.resume import load_weights, origin, resume_point
+from vaetrain.resume import load_weights, origin, recorded_precision, resume_point
 from vaetrain.run import RunDirectory, describe_dataset, provenance
 from vaetrain.run_lock import hold
 from vaetrain.scaling.noise_scale import NOISE_METERS, SmallGradient
@@ -73,6 +74,7 @@ def train_with(
     opened: contextlib.ExitStack,
 ) -> Progress:
     """`train`, with what `opened` closes however it ends: the readers, the lock, the checkpoint being written."""
+    config = resolved(config, accelerator)
     device, model_config = accelerator.device, config.model
     run = RunDirectory(config.run_dir)
 
@@ -131,6 +133,7 @@ def train_with(
             num_processes=accelerator.num_processes,
             processes_per_node=distributed.processes_per_node(),
             dataset_fingerprint=train_reader.manifest.fingerprint,
+            precision=config.train.precision,
         )
         made_by |= origin(run, config, resumed_from)
         run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)
@@ -140,10 +143,13 @@ def train_with(
             print(f"resuming from {resumed_from} at {progress.images_seen:,} images")
         elif config.init_from:
             print(f"starting with the weights of {config.init_from}")
+        for unfinished in unfinished_warmups(config, total_images):
+            print(f"note: {unfinished}")
     tracker = Tracker(
-        accelerator, run, config, vae, step=progress.step, total_images=total_images,
+        accelerator, run, config, vae, step=progress.step, images_seen=progress.images_seen, total_images=total_images,
         images_per_epoch=images_per_epoch, dataset_fingerprint=train_reader.manifest.fingerprint,
     )  # fmt: skip
+    opened.enter_context(tracker.bar)
     if resumed_from and resumed_from.parent == run.checkpoints:
         tracker.log_missing_rollback(progress)
     figures = RunFigures(run, ema.module, val_reader, num_pictures=config.log.num_pictures)
@@ -221,6 +227,7 @@ def train_with(
         optimizer.step()
         progress.step += 1
         progress.images_seen += layout.global_batch_size
+        tracker.bar.moved_to(progress.images_seen)
         ema.update(vae, layout.global_batch_size, progress.images_seen, skipped)
 
         images = layout.per_process_batch_size
@@ -229,7 +236,7 @@ def train_with(
             grad_norm=grad_norm * images,
             **({name: sq * images for name, sq in zip(NOISE_METERS, (grad_norm**2, *norms), strict=True)} if norms else {}),
         )  # fmt: skip
-        if progress.step % config.log.every_steps == 0 or validation_is_due():
+        if progress.step == 1 or progress.step % config.log.every_steps == 0 or validation_is_due():
             pulse.enter("waiting for the device and the others, to log")
             interval = meters.fetch(accelerator)  # the one wait for the device, once per logging interval
             diverged = note_steps(progress, interval, config.train.max_nonfinite_steps)
@@ -237,7 +244,7 @@ def train_with(
             small_batch_size = small_gradient.batch_size if small_gradient else None
             tracker.log_training(progress, interval, performance, beta=beta, lr=lr, small_batch_size=small_batch_size)
             if note := time_limit.forecast(total_images - progress.images_seen, performance["perf/images_per_s"]):
-                tracker.say(note, above_bar=True)
+                tracker.bar.say(note)
             if diverged:
                 meters.reset()
                 progress = roll_back(config.train, run, checkpoints, tracker, accelerator, progress, interval)
@@ -245,8 +252,8 @@ def train_with(
                 batches = train_reader.train_batches(config.seed, progress.images_seen, layout)
 
     checkpoints.finish()
+    tracker.bar.close()
     if accelerator.is_main_process:
-        tracker.close()
         end = f"run written to {run.path}"
         if stop.agreed:
             end = f"saved and stopped by {stop.reason or 'a signal to another process'}; the same command goes on from here"
@@ -265,9 +272,10 @@ def main(config: Config) -> None:
     longest_wait_s = timeout_s + FIRST_STEP_S  # in a collective; the watchdog, who knows who is missing, speaks before
     with user_errors():
         accelerator = distributed.start(
-            config.train.precision, log_with=config.log.trackers, project_dir=config.run_dir,
-            timeout_s=longest_wait_s,
+            config.train.precision, kept_precision=recorded_precision(config), log_with=config.log.trackers,
+            project_dir=config.run_dir, timeout_s=longest_wait_s,
         )  # fmt: skip
+        config = resolved(config, accelerator)
         stop = StopRequest(longest_wait_s)
         watchdog = Watchdog(
             pulse, rank=accelerator.process_index, num_processes=accelerator.num_processes,

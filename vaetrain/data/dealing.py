@@ -12,11 +12,11 @@ from vaetrain.data.duplicates import find_groups
 from vaetrain.data.likeness import LIKENESS
 from vaetrain.data.originals import Listing, Pictures, Source
 from vaetrain.data.picture import Recipe
-from vaetrain.data.progress import Progress
 from vaetrain.data.shard_task import PieceTask, look
 from vaetrain.data.sharding_config import ShardingConfig
 from vaetrain.data.worker_pool import map_in_order
 from vaetrain.machine import num_cores
+from vaetrain.progress_bar import ProgressBar
 
 
 def deal(group: Int64[np.ndarray, " n"], num_val: int) -> Bool[np.ndarray, " n"]:
@@ -61,8 +61,9 @@ def _groups_among(
 ) -> Int64[np.ndarray, " n"]:
     pieces = list(PieceTask("", 0, listing.items, pictures, recipe, listing.classes).cut())
     num_workers = min(config.workers or num_cores(), len(pieces))
-    with Progress(len(listing.items), doing="looking for duplicates") as progress:
-        looks = list(progress.counting(map_in_order(look, pieces, num_workers)))
+    with ProgressBar("looking for duplicates", len(listing.items)) as progress:
+        looked = map_in_order(look, pieces, num_workers)
+        looks = list(progress.counting(looked, size=lambda each: each.num_originals))
     rejected = {original.source for each in looks for original in each.rejected}
     readable = np.flatnonzero([item.source not in rejected for item in listing.items])
     group = np.arange(len(listing.items))

@@ -15,14 +15,12 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
 from vaetrain.files import sha256_of_file
+from vaetrain.progress_bar import ProgressBar
 
 CHUNK_BYTES = 1 << 18
 PROGRESS_BYTES = 1 << 20  # a connection that brings less than this counts as one more failure
 SLOWEST_BYTES_PER_S = 1024
-SECONDS_BETWEEN_LINES = 10
 RANGE_NOT_SATISFIABLE = 416
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
@@ -179,7 +177,7 @@ class _Transfer:
                 if not offset:
                     self.version.write_text(_version_of(response))
                 check_free_space(self.part.parent, (total or offset) - offset, self.path.name)
-                with _Progress(self.path.name, total, offset) as progress:
+                with ProgressBar(self.path.name, total, "MB", done=offset, scale=10**6) as progress:
                     for chunk in self._chunks(response):
                         file.write(chunk)
                         offset += len(chunk)
@@ -256,27 +254,3 @@ def _version_of(response: HTTPResponse) -> str:
     # A weak ETag promises the same meaning, not the same bytes.
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
-
-
-class _Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, name: str, total: int | None, done: int) -> None:
-        self.bar = tqdm(desc=name, total=total, initial=done, unit="B", unit_scale=True, disable=None)
-        self.name, self.total, self.done = name, total, done
-        self.last_line = time.perf_counter()
-
-    def update(self, num_bytes: int) -> None:
-        self.done += num_bytes
-        self.bar.update(num_bytes)
-        now = time.perf_counter()
-        if self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            of = f" of {self.total / 1e6:,.0f}" if self.total else ""
-            print(f"{self.name}: {self.done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

@@ -33,7 +33,6 @@ from vaetrain.data.finished_shard import PARTIAL_NAME, FinishedShard
 from vaetrain.data.likeness import LIKENESS
 from vaetrain.data.originals import Pictures, Source
 from vaetrain.data.picture import SUFFIXES
-from vaetrain.data.progress import Progress
 from vaetrain.data.shard_index import SplitIndex, pack_index
 from vaetrain.data.shard_plan import Plan
 from vaetrain.data.shard_task import Piece, Rejected, ShardTask, make_piece
@@ -43,6 +42,7 @@ from vaetrain.data.shards import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, Mani
 from vaetrain.data.worker_pool import map_in_order
 from vaetrain.files import replace_file
 from vaetrain.machine import num_cores
+from vaetrain.progress_bar import ProgressBar
 
 REJECTED_NAME = "rejected.jsonl"
 NO_IMAGE_NAME = f"its name is not that of an image ({', '.join(sorted(SUFFIXES))})"
@@ -201,9 +201,10 @@ def _write_shards(tasks: list[ShardTask], aside: Path, num_workers: int) -> dict
     parts = [list(task.pieces(pictures[task.source])) for task in to_do]
     num_images, num_to_do = (sum(len(task.items) for task in some) for some in (tasks, to_do))
     pieces = map_in_order(make_piece, chain.from_iterable(parts), min(num_workers, sum(map(len, parts))))
-    with closing(pieces), Progress(num_images, done=num_images - num_to_do) as progress:
+    with closing(pieces), ProgressBar("sharding", num_images, done=num_images - num_to_do) as progress:
         for task, own in zip(to_do, parts, strict=True):
-            notes[task.name] = write_shard(task, progress.counting(islice(pieces, len(own))))
+            own_pieces = progress.counting(islice(pieces, len(own)), size=lambda piece: piece.num_originals)
+            notes[task.name] = write_shard(task, own_pieces)
     return notes
 
 

@@ -11,9 +11,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from vaetrain.data.download import check_free_space, readable_disk_errors
+from vaetrain.progress_bar import ProgressBar
 
 IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.(jpe?g|png)", re.IGNORECASE | re.ASCII)
 MAX_IMAGE_BYTES = 32 << 20
@@ -48,10 +47,11 @@ def unpack_images(
                 for split in splits:
                     for class_name in classes:
                         (folder / split / class_name).mkdir(parents=True)
-                for path, info in tqdm(images.items(), desc="unpacking", unit="img", disable=None):
-                    # zipfile never gives more than the declared size, and compares the checksum at the end.
-                    with opened.open(info) as member, (folder / path).open("xb") as file:
-                        shutil.copyfileobj(member, file)
+                with ProgressBar("unpacking", len(images)) as progress:
+                    for path, info in progress.counting(images.items()):
+                        # zipfile never gives more than the declared size, and compares the checksum at the end.
+                        with opened.open(info) as member, (folder / path).open("xb") as file:
+                            shutil.copyfileobj(member, file)
     except DAMAGE as error:
         raise UnusableArchiveError(f"{archive} is damaged or no zip: {error}; download it again") from error
     counts = {split: dict.fromkeys(classes, 0) for split in splits}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vaetrain.data.reader import Reader
 from vaetrain.distributed import sum_over_processes
+from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 
 THRESHOLD = 0.01
@@ -50,7 +51,7 @@ def latent_activity(vae: VAE, reader: Reader, accelerator: Accelerator, batch_si
     mean, squares, kl = torch.zeros(
         3, math.prod(vae.config.latent_shape), dtype=torch.float64, device=accelerator.device
     )
-    for batch in reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes):
+    for batch in pass_over("active units", reader, accelerator, batch_size):
         x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             posterior = vae.encode(x)

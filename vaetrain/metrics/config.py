@@ -71,6 +71,8 @@ class FidConfig:
 
 ScoreName = Literal["elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents"]
 
+ALL_SCORES: tuple[ScoreName, ...] = ("elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -94,13 +96,13 @@ class EvaluateConfig:
     batch_size: int = 64
     """Images per forward pass and process."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; fp32 gives the numbers to publish."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; fp32 gives the numbers to publish. auto: bf16 where the device computes it natively."""
 
     seed: int = 0
     """Of the latent noise in the ELBO, and of the samples scored by FID."""
 
-    scores: tuple[ScoreName, ...] = ("elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents")
+    scores: tuple[ScoreName, ...] = ALL_SCORES
     """elbo: ELBO and reconstruction of the val split. fid: samples against the train split, by FID, KID, inception score,
     precision and recall. rfid: the val split's reconstructions against its images. likelihood: importance-weighted bound on
     log p(x), mutual information, marginal KL, active units, gap between the splits (docs/likelihood_scores.md). lpips: LPIPS

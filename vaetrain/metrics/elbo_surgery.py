@@ -26,6 +26,7 @@ from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.objective.elbo import rate
+from vaetrain.progress_bar import counted
 from vaetrain.randomness import mixed_seed, noise_of_images
 
 BLOCK = 1024
@@ -89,9 +90,9 @@ def elbo_surgery(
     rates = torch.zeros(len(mine), dtype=torch.float64, device=device)
     information = torch.zeros_like(rates)
     judged = [torch.zeros(0, num_dimensions, dtype=torch.float64, device=device)]
-    for start in range(
-        0, len(mine), BLOCK
-    ):  # noise and latents are float64: of all images they would outweigh the moments
+    # In blocks: noise and latents are float64, and of all images they would outweigh the moments.
+    starts = range(0, len(mine), BLOCK)
+    for start in counted("mutual information", starts, len(starts), "blocks", quiet=not accelerator.is_main_process):
         rows = mine[start : start + BLOCK]
         block = slice(start, start + len(rows))
         own = DiagonalGaussian(posteriors.mean[rows], posteriors.logvar[rows])

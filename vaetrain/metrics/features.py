@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float32, UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from vaetrain import distributed
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian
+from vaetrain.progress_bar import ProgressBar
 
 NumberedImages = tuple[Sequence[int] | Tensor, UInt8[Tensor, "b c h w"]]
 """A batch of one process: the images' numbers in their set, and their pixels."""
@@ -52,7 +52,7 @@ def extract(
     Every process ends with all of them, in its device's memory: for Inception 8 KB an image, and its logits' 4 KB.
     """
     numbers, features, logits = [torch.empty(0, dtype=torch.int64)], [], []
-    with tqdm(total=num_images, desc=what, unit="img", disable=None if accelerator.is_main_process else True) as bar:
+    with ProgressBar(f"features of {what}", num_images, quiet=not accelerator.is_main_process) as bar:
         for indices, images in batches:
             numbers.append(torch.as_tensor(indices, dtype=torch.int64))
             for part in images.split(batch_size):

@@ -24,6 +24,7 @@ from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
+from vaetrain.progress_bar import counted
 from vaetrain.randomness import mixed_seed, noise_of_images
 
 BLOCK = 50
@@ -71,7 +72,9 @@ def importance_bound(vae: VAE, reader: Reader, accelerator: Accelerator, config:
     images_at_a_time = max(1, config.batch_size // BLOCK)
     columns = len(config.sample_counts) + 2
     scores = [torch.empty(0, columns, dtype=torch.float64, device=accelerator.device)]
-    for batch in subset_batches(reader, mine, images_at_a_time):
+    batches = subset_batches(reader, mine, images_at_a_time)
+    quiet = not accelerator.is_main_process
+    for batch in counted("bound on log p(x)", batches, len(mine), size=lambda each: len(each.indices), quiet=quiet):
         x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             scores.append(image_scores(vae, x, batch.indices.tolist(), config))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vaetrain.data.reader import Reader
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.lpips_config import LpipsConfig
+from vaetrain.metrics.split_pass import pass_over
 from vaetrain.metrics.weights import read_weights
 from vaetrain.model.autoencoder import VAE
 
@@ -135,7 +136,7 @@ def reconstruction_lpips(
 ) -> Estimate:
     """Mean LPIPS over every image of the reader's split, between image and decoded posterior mode. A collective."""
     distances = [torch.empty(0, dtype=torch.float64, device=accelerator.device)]
-    for batch in reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes):
+    for batch in pass_over("LPIPS", reader, accelerator, batch_size):
         x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             recon = vae.reconstruct(x)

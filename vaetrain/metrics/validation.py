@@ -12,6 +12,7 @@ from torch import Tensor
 from vaetrain.data.reader import Batch, Reader
 from vaetrain.distributed import sum_over_processes
 from vaetrain.metrics.reconstruction import mse, psnr_db, ssim
+from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import rate
 from vaetrain.randomness import noise_of_images
@@ -53,10 +54,10 @@ def validate(
 ) -> ValidationScores:
     """Score every image of the reader's split exactly once, whatever the number of processes. A collective.
 
-    The batches go through `each`, such as a progress bar.
+    The batches go through `each`, such as the signs of life of a training loop.
     """
     sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
-    for batch in each(reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)):
+    for batch in each(pass_over("validation", reader, accelerator, batch_size)):
         x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
         noise = noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape).to(x.device)
         with accelerator.autocast():

@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from vaetrain import distributed
 from vaetrain.data.reader import Reader
+from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.priors.config import PriorFitConfig
@@ -109,10 +109,7 @@ def encode(vae: VAE, reader: Reader, accelerator: Accelerator, config: PriorFitC
     wanted[torch.from_numpy(rng.choice(reader.num_images, num_kept, replace=False))] = True
     indices = [torch.empty(0, dtype=torch.int64)]
     moments = [torch.empty(0, 2, num_dims)]
-    num_batches = -(-reader.num_images // (BATCH_SIZE * accelerator.num_processes))
-    quiet = None if accelerator.is_main_process else True
-    batches = reader.eval_batches(BATCH_SIZE, accelerator.process_index, accelerator.num_processes)
-    for batch in tqdm(batches, desc=what, total=num_batches, unit="batch", disable=quiet):
+    for batch in pass_over(what, reader, accelerator, BATCH_SIZE):
         chosen = wanted[batch.indices.cpu()]
         if chosen.any():
             indices.append(batch.indices.cpu()[chosen])

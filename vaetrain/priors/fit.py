@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
+from vaetrain import distributed
 from vaetrain.command_line import plain
 from vaetrain.data.reader import Reader
 from vaetrain.export import TrainedModel
@@ -32,6 +33,7 @@ from vaetrain.priors.saved import (
     weights_sha256,
 )  # fmt: skip
 from vaetrain.priors.whitening import Whitening
+from vaetrain.progress_bar import ProgressBar
 from vaetrain.randomness import mixed_seed
 
 MAX_COVARIANCE_DIMS = 4096
@@ -57,11 +59,13 @@ def fitted_priors(
     accelerator: Accelerator,
     reader_of: Callable[[Literal["train", "val"]], Reader],
     config: PriorFitConfig,
+    unfitted: dict[PriorName, str] | None = None,
 ) -> dict[PriorName, SavedPrior]:
     """The named priors of a run's checkpoint, from their files; those that have none are fitted and saved. A collective.
 
     `reader_of` a split is asked when something is to be fitted; who gave it closes the readers. All processes encode, the
-    main one fits, everybody reads the file: the run directory is one that all of them see. Raises ValueError when a file is
+    main one fits, everybody reads the file: the run directory is one that all of them see. A prior that cannot be fitted goes into
+    `unfitted` with the reason, in place of an error, if that is given. Raises ValueError when a file is
     of something else (see `load_prior`), the images are not those the run was trained on, or the latent is too large for the
     prior.
     """
@@ -85,9 +89,11 @@ def fitted_priors(
             )
         aggregate = gather_aggregate(trained.vae, train_reader, reader_of("val"), accelerator, config)
         for name in missing:
-            if accelerator.is_main_process:
+
+            def fit_and_save(name: PriorName = name) -> None:
                 print(f"fitting prior {name} to {run / trained.checkpoint}", flush=True)
-                prior, details = fit_prior(name, aggregate, config)
+                with ProgressBar(f"fitting prior {name}"):
+                    prior, details = fit_prior(name, aggregate, config)
                 facts = PriorFacts(
                     format_version=FORMAT_VERSION,
                     prior=name,
@@ -102,9 +108,16 @@ def fitted_priors(
                     details=details,
                 )
                 save_prior(files[name], prior, facts)
-            accelerator.wait_for_everyone()  # after each one, since nobody waits longer than distributed.TIMEOUT
-            priors[name] = load_prior(files[name], trained, sha256, config)
-    return {name: priors[name] for name in names}
+
+            try:
+                # Together after each one, since nobody waits longer than distributed.TIMEOUT_S.
+                distributed.decided_by_main(accelerator, fit_and_save)
+                priors[name] = load_prior(files[name], trained, sha256, config)
+            except Exception as error:
+                if unfitted is None:
+                    raise
+                unfitted[name] = f"{type(error).__name__}: {error}"
+    return {name: priors[name] for name in names if name in priors}
 
 
 def prior_table(priors: dict[PriorName, SavedPrior]) -> list[dict[str, Any]]:

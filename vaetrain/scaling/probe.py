@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from vaetrain.config import Config
 from vaetrain.distributed import max_over_processes
 from vaetrain.micro_batch import GIB, is_out_of_memory, release_memory, train_on_dummies
+from vaetrain.precision import resolved
 from vaetrain.scaling.config import ProbeConfig
 from vaetrain.tracking import forget_peak_rss, peak_rss_gib
 
@@ -75,7 +76,7 @@ class Probe:
 
 def probe(config: Config, options: ProbeConfig, accelerator: Accelerator) -> list[Probe]:
     """Measure every arithmetic asked for. A collective: all processes try the same sizes and stop at the same one."""
-    found: list[Probe] = []
+    config, found = resolved(config, accelerator), list[Probe]()
     for precision in options.precisions or (config.train.precision,):
         for compiled in options.compile or (config.train.compile,):
             if found and accelerator.device.type == "cpu" and not forget_peak_rss() and accelerator.is_main_process:
