@@ -1,4 +1,4 @@
-"""Who am I among the processes, and sums over them; nobody else reads RANK or WORLD_SIZE."""
+"""Who am I among the processes, and sums over them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from vaetrain.launcher_environment import LauncherEnvironment
 from vaetrain.machine import num_cores
 
 # torch.distributed.nn keeps the process group that exists when it is imported, as the default of its arguments, and the first
@@ -63,7 +64,7 @@ def start(
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    announced = LauncherEnvironment.read().num_processes
     if announced != accelerator.num_processes:
         raise ValueError(
             f"the launcher announced {announced} processes (WORLD_SIZE) but {accelerator.num_processes} joined; start with "
@@ -125,11 +126,12 @@ def join_another_attempt(timeout: timedelta) -> None:
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
     )
+    here = LauncherEnvironment.read()
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         store=dist.PrefixStore(f"vaetrain/attempt-{attempt}", store),  # type: ignore[attr-defined]
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=here.rank,
+        world_size=here.num_processes,
         timeout=timeout,
     )
 
@@ -159,7 +161,7 @@ def interface_to(host: str) -> str | None:
 
 def processes_per_node() -> int:
     """Training processes on this machine, which share its cores and memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return LauncherEnvironment.read().processes_per_node
 
 
 def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:

@@ -14,6 +14,11 @@ from vaetrain.metrics.config import EvaluateConfig, ScoreName
 if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, __doc__)  # before the imports below, which take seconds
 
+    from vaetrain.preflight import check_evaluation, refusing
+
+    with refusing():
+        check_evaluation(CONFIG)
+
 from collections.abc import Callable
 from typing import Any
 

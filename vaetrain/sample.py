@@ -69,6 +69,11 @@ class SampleConfig:
 if __name__ == "__main__":
     CONFIG = parse(SampleConfig, __doc__)  # before the imports below, which take seconds
 
+    from vaetrain.preflight import check_run, refusing
+
+    with refusing():
+        check_run(CONFIG.run)
+
 import contextlib
 from dataclasses import replace
 

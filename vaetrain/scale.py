@@ -11,6 +11,11 @@ from vaetrain.scaling.config import ScaleConfig
 if __name__ == "__main__":
     CONFIG = parse(ScaleConfig, __doc__)  # before the imports below, which take seconds
 
+    from vaetrain.preflight import check_scaling, refusing
+
+    with refusing():
+        check_scaling(CONFIG)
+
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -47,10 +52,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
     A collective. Raises ValueError when not a single image fits, or when what is asked cannot be measured, before anything is;
     FileExistsError when DIR already holds a result.
     """
-    if (config.out / "scaling.json").exists():
-        raise FileExistsError(f"{config.out} already holds a scaling.json; name another folder with --out")
-    if config.out.exists() and not config.out.is_dir():
-        raise FileExistsError(f"{config.out} is a file; name a folder with --out")
+    config.check_out()
     with closing(open_split(config.data, accelerator, "train")) as reader:
         config.model.check_images(reader.manifest.image_size, reader.manifest.channels)
         layout = BatchLayout.of(
@@ -60,12 +62,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         dataset_images, fingerprint = reader.num_images, reader.manifest.fingerprint
         if "noise" in config.phases:
             noise_micro_batch(config, accelerator.num_processes, layout.per_process_batch_size)
-        counts = [count for count in config.for_num_processes if count <= dataset_images]
-        if not counts:
-            raise ValueError(
-                f"--for-num-processes {' '.join(map(str, config.for_num_processes))}: the training split has {dataset_images} "
-                "images, fewer than one for each process; give smaller numbers"
-            )
+        counts = config.counts_within(dataset_images)
         probes = probe(config, config.probe, accelerator)
         fastest = best_of(probes)
         report(accelerator, describe_probes(probes))

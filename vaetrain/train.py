@@ -11,6 +11,11 @@ from vaetrain.config import Config
 if __name__ == "__main__":
     CONFIG = parse(Config, __doc__)  # before the imports below, which take seconds: --help and typos answer at once
 
+    from vaetrain.preflight import check_training, refusing
+
+    with refusing():
+        check_training(CONFIG)
+
 import contextlib
 import math
 from dataclasses import asdict
