@@ -1,6 +1,7 @@
 """Draw new images from a trained VAE into a sample set, on any number of processes.
 
-accelerate launch [--config_file launch/F.yaml] vaetrain/sample.py --run RUN --num-images 2000 --out DIR [--prior gmm]
+accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run RUN --num-images 2000 --out DIR [--prior gmm]
+(launch/ has layouts for more processes, too)
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Measure which batch size, which learning rate and how many processes to train with, and write a config that does.
 
-accelerate launch [--config_file launch/F.yaml] vaetrain/scale.py --config configs/C.yaml --out DIR
+accelerate launch --config_file launch/gpu1.yaml vaetrain/scale.py --config configs/C.yaml --out DIR
+(launch/ has layouts for more processes, too)
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def recommended(advice: Advice, fastest: Probe, network: Network) -> str:
     }
     header = (
         f"# Measured by vaetrain/scale.py for {advice.num_processes} process(es); network {network.source}.\n"
-        "# Use: accelerate launch ... vaetrain/train.py --config THE_SAME_CONFIG --config this file\n"
+        "# Use: accelerate launch --config_file launch/F.yaml vaetrain/train.py --config THE_SAME_CONFIG --config this file\n"
     )
     return header + yaml.safe_dump({"optim": optim, "train": train}, sort_keys=False)
 

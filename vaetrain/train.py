@@ -1,6 +1,7 @@
 """Train a VAE on image shards, on any number of processes.
 
-accelerate launch [--config_file launch/F.yaml] vaetrain/train.py --config configs/C.yaml [--section.key value ...]
+accelerate launch --config_file launch/gpu1.yaml vaetrain/train.py --config configs/C.yaml [--section.key value ...]
+(launch/ has layouts for more processes, too)
 """
 
 from __future__ import annotations
