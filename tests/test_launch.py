@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from unittest.mock import patch
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
-from launching import LAUNCH, NO_GPU, ROOT, TINY, end, finish, start
+from launching import LAUNCH, NO_GPU, ROOT, TINY, end, finish, free_port, start
 from safetensors.torch import load_file
 from torch.distributed.run import config_from_args
 
@@ -71,6 +72,21 @@ def told_torchrun(monkeypatch, arguments):
 def test_processes_that_each_file_starts(monkeypatch, arguments, num_machines, processes_per_machine):
     config, _ = told_torchrun(monkeypatch, ["--config_file", *arguments.split(), "vaetrain/train.py"])
     assert (config.min_nodes, config.nproc_per_node) == (num_machines, processes_per_machine)
+
+
+@pytest.mark.parametrize(("name", "set_by_user", "num_threads"), [("gpu1", "3", "3"), ("cpu2", None, "1")])
+def test_a_launcher_with_a_file_prints_nothing_of_its_own(tmp_path, name, set_by_user, num_threads):
+    """No list of values that it was not passed, no advice about OMP_NUM_THREADS, of which the user's value stays."""
+    script = tmp_path / "script.py"
+    script.write_text("import os\nif os.environ.get('RANK', '0') == '0':\n    print(os.environ['OMP_NUM_THREADS'])\n")
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | NO_GPU
+    if set_by_user:
+        environment["OMP_NUM_THREADS"] = set_by_user
+    result = subprocess.run(
+        [sys.executable, *LAUNCH, f"launch/{name}.yaml", "--main_process_port", str(free_port()), script],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{num_threads}\n", "")
 
 
 def train_tiny(shards, run_dir):

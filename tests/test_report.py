@@ -73,7 +73,9 @@ def test_all_of_a_run_is_on_its_page(run):
             assert key in cells, key
     provenance = json.loads((run / "provenance.json").read_text())
     assert {provenance["git_revision"], provenance["device"], provenance["packages"]["torch"]} <= cells
-    assert any(command.text.startswith("accelerate launch --num_processes 1 ") for command in document.all("code"))
+    assert any(
+        command.text.startswith("accelerate launch --config_file launch/gpu1.yaml ") for command in document.all("code")
+    )
     dataset = json.loads((run / "dataset.json").read_text())
     assert {dataset["train"]["fingerprint"], "100", "23", "cat", "dog", "16 × 16, 3 channels"} <= cells
     pictures = {file.stem for file in (run / "figures").glob("*.png")}

@@ -31,7 +31,12 @@ class ExportArguments:
 if __name__ == "__main__":
     ARGUMENTS = parse(ExportArguments, __doc__, flags=True)
 
-    from vaetrain.export import export  # imports torch, which --help need not wait for
+    from vaetrain.preflight import check_run
+
+    with user_errors():
+        check_run(ARGUMENTS.run)
+
+    from vaetrain.export import export  # imports torch, which --help and a wrong path need not wait for
 
     with user_errors():
         out = export(ARGUMENTS.run, ARGUMENTS.out, checkpoint=ARGUMENTS.checkpoint)

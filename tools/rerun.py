@@ -31,6 +31,7 @@ if __name__ == "__main__":
     ARGUMENTS = parse(RerunArguments, __doc__, flags=True)
 
 from vaetrain import rerun
+from vaetrain.preflight import check_split
 from vaetrain.run import RunDirectory
 
 
@@ -42,6 +43,9 @@ def main(arguments: RerunArguments) -> int:
         raise FileNotFoundError(f"{run.provenance_file} does not exist, so nobody knows what made this run")
     if (out / "config.yaml").exists():
         raise FileExistsError(f"{out} already holds a run; name another folder with --out")
+    config = run.config()
+    check_split(config.data, "train", config.model)  # before `check_data`, which imports torch
+    check_split(config.data, "val", config.model)
     rerun.check_data(run)
     for caveat in rerun.caveats(run):
         print(f"note: {caveat}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 
 from vaetrain.command_line import parse, user_errors
+from vaetrain.data.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,15 @@ class ExtractorArguments:
 if __name__ == "__main__":
     ARGUMENTS = parse(ExtractorArguments, __doc__, flags=True)  # before the imports below, which take seconds
 
+    from vaetrain.preflight import check_split
+
+    with user_errors():
+        check_split(DataConfig(train=ARGUMENTS.shards), "train")
+        check_split(DataConfig(train=ARGUMENTS.shards), "val")
+
 import torch
 
 from vaetrain.command_line import plain
-from vaetrain.data.config import DataConfig
 from vaetrain.data.reader import open_reader
 from vaetrain.metrics.own_extractor import train_own_extractor
 from vaetrain.run import write_json

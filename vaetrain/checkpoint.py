@@ -34,7 +34,14 @@ from torch import Tensor, nn
 
 from vaetrain.config import CheckpointConfig
 from vaetrain.files import fsync, sha256_of_file
-from vaetrain.retention import Retention, list_checkpoints, put_in_place, step_of
+from vaetrain.retention import (
+    Retention,
+    is_checkpoint,
+    list_checkpoints,
+    no_good_checkpoint,
+    put_in_place,
+    step_of,
+)
 from vaetrain.run import RunDirectory, package_version
 from vaetrain.snapshot import SnapshotWriter, Tensors
 
@@ -302,11 +309,11 @@ def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | 
 
 def find(path: Path) -> Path:
     """The checkpoint that `path` names: itself, or the newest good one of a run directory; warns of newer, damaged ones."""
-    if (path / "state.json").is_file():
+    if is_checkpoint(path):
         return path
     checkpoint, damaged = newest_good(path / "checkpoints")
     if checkpoint is None:
-        raise FileNotFoundError("; ".join([f"{path} is neither a checkpoint nor a run that has a good one", *damaged]))
+        raise no_good_checkpoint(path, damaged)
     warn_of_damage(damaged, checkpoint)
     return checkpoint
 

@@ -1,4 +1,4 @@
-"""Who am I among the processes, and sums over them; nobody else reads RANK or WORLD_SIZE."""
+"""Who am I among the processes, and sums over them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from vaetrain.config import PrecisionName
+from vaetrain.launcher_environment import LauncherEnvironment
 from vaetrain.machine import num_cores
 from vaetrain.precision import choose
 
@@ -61,7 +62,7 @@ def start(
     # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
     on_cpu = not torch.cuda.is_available()
     processes = PartialState(cpu=on_cpu, timeout=timeout)
-    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    announced = LauncherEnvironment.read().num_processes
     if announced != processes.num_processes:
         raise ValueError(
             f"the launcher announced {announced} processes (WORLD_SIZE) but {processes.num_processes} joined; start with "
@@ -134,11 +135,12 @@ def join_another_attempt(timeout: timedelta) -> None:
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
     )
+    here = LauncherEnvironment.read()
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         store=dist.PrefixStore(f"vaetrain/attempt-{attempt}", store),  # type: ignore[attr-defined]
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=here.rank,
+        world_size=here.num_processes,
         timeout=timeout,
     )
 
@@ -168,7 +170,7 @@ def interface_to(host: str) -> str | None:
 
 def processes_per_node() -> int:
     """Training processes on this machine, which share its cores and memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return LauncherEnvironment.read().processes_per_node
 
 
 def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:

@@ -1,6 +1,7 @@
 """Score a trained VAE: ELBO, bits per dimension, reconstruction and FID, on any number of processes.
 
-accelerate launch [--config_file launch/F.yaml] vaetrain/evaluate.py --run RUN [--fid.num-images 2000] [--fid.weights FILE]
+accelerate launch --config_file launch/gpu1.yaml vaetrain/evaluate.py --run RUN [--fid.num-images 2000] [--fid.weights FILE]
+(launch/ has layouts for more processes, too)
 
 A score carries its protocol: which images, how many, through which network with which weights. FID stands next to its
 floor (real images against real ones) and its extrapolation to endlessly many images.
@@ -13,6 +14,11 @@ from vaetrain.metrics.config import EvaluateConfig
 
 if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, __doc__)  # before the imports below, which take seconds
+
+    from vaetrain.preflight import check_evaluation, refusing
+
+    with refusing():
+        check_evaluation(CONFIG)
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -29,12 +29,9 @@ def resume_point(
     damaged, or when a later vaetrain wrote them.
     """
     run.check_format()
+    run.check_resume(config.resume)
     own, damaged = newest_good(run.checkpoints)
     warn_of_damage(damaged, own)
-    if own is not None and config.resume == "never":
-        raise FileExistsError(
-            f"{run.path} already holds a run ({own.name}); choose another --run-dir, or --resume auto"
-        )
     if own is None and damaged:
         raise ValueError(
             f"{run.path} holds a run and none of its checkpoints is good; delete {run.checkpoints} to train from the "

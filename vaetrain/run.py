@@ -19,6 +19,7 @@ from vaetrain.config import Config
 from vaetrain.data.shards import Manifest
 from vaetrain.files import replace_file
 from vaetrain.machine import cpu_model, num_cores
+from vaetrain.retention import list_checkpoints
 
 FORMAT_VERSION = 1
 """Of a run directory; one without a version, from before it was recorded, has the same layout."""
@@ -110,6 +111,13 @@ class RunDirectory:
             raise ValueError(
                 f"{self.path} has run format {version}, and this vaetrain ({package_version('vaetrain')}) reads up to "
                 f"{FORMAT_VERSION}; use vaetrain {last['packages']['vaetrain']}, which wrote it, or a later one"
+            )
+
+    def check_resume(self, resume: str) -> None:
+        """Refuse, with FileExistsError, a run directory that has a checkpoint, be it damaged, when `--resume never` was given."""
+        if resume == "never" and (checkpoints := list_checkpoints(self.checkpoints)):
+            raise FileExistsError(
+                f"{self.path} already holds a run ({checkpoints[-1].name}); choose another --run-dir, or --resume auto"
             )
 
     def config(self) -> Config:

@@ -1,6 +1,7 @@
 """Draw new images from a trained VAE into a sample set, on any number of processes.
 
-accelerate launch [--config_file launch/F.yaml] vaetrain/sample.py --run RUN --num-images 2000 --out DIR [--prior gmm]
+accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run RUN --num-images 2000 --out DIR [--prior gmm]
+(launch/ has layouts for more processes, too)
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ class SampleConfig:
 
 if __name__ == "__main__":
     CONFIG = parse(SampleConfig, __doc__)  # before the imports below, which take seconds
+
+    from vaetrain.preflight import check_run, refusing
+
+    with refusing():
+        check_run(CONFIG.run)
 
 import contextlib
 from dataclasses import replace

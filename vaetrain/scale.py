@@ -1,6 +1,7 @@
 """Measure which batch size, which learning rate and how many processes to train with, and write a config that does.
 
-accelerate launch [--config_file launch/F.yaml] vaetrain/scale.py --config configs/C.yaml --out DIR
+accelerate launch --config_file launch/gpu1.yaml vaetrain/scale.py --config configs/C.yaml --out DIR
+(launch/ has layouts for more processes, too)
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from vaetrain.scaling.config import ScaleConfig
 
 if __name__ == "__main__":
     CONFIG = parse(ScaleConfig, __doc__)  # before the imports below, which take seconds
+
+    from vaetrain.preflight import check_scaling, refusing
+
+    with refusing():
+        check_scaling(CONFIG)
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -48,10 +54,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
     A collective. Raises ValueError when not a single image fits, or when what is asked cannot be measured, before anything is;
     FileExistsError when DIR already holds a result.
     """
-    if (config.out / "scaling.json").exists():
-        raise FileExistsError(f"{config.out} already holds a scaling.json; name another folder with --out")
-    if config.out.exists() and not config.out.is_dir():
-        raise FileExistsError(f"{config.out} is a file; name a folder with --out")
+    config.check_out()
     with closing(open_split(config.data, accelerator, "train")) as reader:
         config.model.check_images(reader.manifest.image_size, reader.manifest.channels)
         layout = BatchLayout.of(
@@ -61,12 +64,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         dataset_images, fingerprint = reader.num_images, reader.manifest.fingerprint
         if "noise" in config.phases:
             noise_micro_batch(config, accelerator.num_processes, layout.per_process_batch_size)
-        counts = [count for count in config.for_num_processes if count <= dataset_images]
-        if not counts:
-            raise ValueError(
-                f"--for-num-processes {' '.join(map(str, config.for_num_processes))}: the training split has {dataset_images} "
-                "images, fewer than one for each process; give smaller numbers"
-            )
+        counts = config.counts_within(dataset_images)
         probes = probe(config, config.probe, accelerator)
         fastest = best_of(probes)
         report(accelerator, describe_probes(probes))
@@ -193,7 +191,7 @@ def recommended(advice: Advice, fastest: Probe, network: Network) -> str:
     }
     header = (
         f"# Measured by vaetrain/scale.py for {advice.num_processes} process(es); network {network.source}.\n"
-        "# Use: accelerate launch ... vaetrain/train.py --config THE_SAME_CONFIG --config this file\n"
+        "# Use: accelerate launch --config_file launch/F.yaml vaetrain/train.py --config THE_SAME_CONFIG --config this file\n"
     )
     return header + yaml.safe_dump({"optim": optim, "train": train}, sort_keys=False)
 

@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -79,8 +78,7 @@ class Scoring:
         self.trained = load_run(config.run, checkpoint=config.checkpoint, device=accelerator.device)
         self.given = open_given_samples(config, self.trained)
         self.run = RunDirectory.open(config.run)
-        data = replace(self.run.config().data, allow_pipe=config.allow_pipe)
-        self.data = data if config.data is None else replace(data, train=config.data, val=None)
+        self.data = config.data_of(self.run.config().data)
         self.trained.vae.config.check_images(self.val_reader.manifest.image_size, self.val_reader.manifest.channels)
         self._samples_to_score: dict[PriorName, Iterable[NumberedImages]] | None = None
 

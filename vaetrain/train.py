@@ -1,6 +1,7 @@
 """Train a VAE on image shards, on any number of processes.
 
-accelerate launch [--config_file launch/F.yaml] vaetrain/train.py --config configs/C.yaml [--section.key value ...]
+accelerate launch --config_file launch/gpu1.yaml vaetrain/train.py --config configs/C.yaml [--section.key value ...]
+(launch/ has layouts for more processes, too)
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from vaetrain.config import Config
 
 if __name__ == "__main__":
     CONFIG = parse(Config, __doc__)  # before the imports below, which take seconds: --help and typos answer at once
+
+    from vaetrain.preflight import check_training, refusing
+
+    with refusing():
+        check_training(CONFIG)
 
 import contextlib
 import math

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from vaetrain.data.shard_index import SplitIndex
-from vaetrain.data.shards import Shard, ShardSet
+from vaetrain.data.shards import Manifest, Shard, ShardSet
 from vaetrain.data.shared_memory import SharedMemory
 from vaetrain.data.whereabouts import note_reading
 
@@ -91,6 +91,26 @@ class ImageTable:
         return sum(COLUMN_BYTES.values())
 
 
+def count_images(manifest: Manifest, split: str, classes: tuple[str, ...], source: str) -> int:
+    """Images of `split` whose class is one of `classes` (none given: all), as the manifest counts them; no index is read.
+
+    Raises ValueError for a split or class that the manifest, which is that of `source`, does not have, and when nothing is
+    left.
+    """
+    if split not in manifest.splits:
+        raise ValueError(
+            f"{source} has no {split} split, only {' '.join(manifest.splits)}; "
+            "make one with tools/make_shards.py --val-count, or name another shard set with --data.val"
+        )
+    if unknown := [name for name in classes if name not in manifest.classes]:
+        raise ValueError(f"--data.classes {' '.join(unknown)}: {source} has {' '.join(manifest.classes)}")
+    counts = manifest.splits[split].class_counts
+    num_images = sum(counts[name] for name in classes or counts)
+    if num_images == 0:
+        raise ValueError(f"{source}: no image of the {split} split is of --data.classes {' '.join(classes)}")
+    return num_images
+
+
 @dataclass(frozen=True)
 class Selection:
     """A split reduced to the wanted classes; image i of it is row i of `index`, in shard order.
@@ -112,18 +132,10 @@ class Selection:
         """
         source = source or str(shard_set.folder)
         manifest = shard_set.manifest
-        if split not in manifest.splits:
-            raise ValueError(
-                f"{source} has no {split} split, only {' '.join(manifest.splits)}; "
-                "make one with tools/make_shards.py --val-count, or name another shard set with --data.val"
-            )
-        if unknown := [name for name in classes if name not in manifest.classes]:
-            raise ValueError(f"--data.classes {' '.join(unknown)}: {source} has {' '.join(manifest.classes)}")
+        count_images(manifest, split, classes, source)
         index = shard_set.index(split)
         keep = np.isin(index.label, [manifest.classes.index(name) for name in classes]) if classes else None
         table = ImageTable.of(index, manifest.splits[split].shards, keep)
-        if len(table) == 0:
-            raise ValueError(f"{source}: no image of the {split} split is of --data.classes {' '.join(classes)}")
         # Without the index that the opened set holds in memory.
         return cls(source, ShardSet(shard_set.folder, manifest), split, table)
 

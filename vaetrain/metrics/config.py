@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from vaetrain.data.config import DataConfig
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.lpips_config import LpipsConfig
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
@@ -140,6 +141,11 @@ class EvaluateConfig:
         """The priors by name, in the order in which they were asked for, since the first is the one that `eval/fid` is of."""
         named = (name for asked in self.priors for name in (PRIOR_NAMES if asked == "all" else (asked,)))
         return tuple(dict.fromkeys(named))
+
+    def data_of(self, trained_on: DataConfig) -> DataConfig:
+        """What is scored against, of a run that was trained on `trained_on`."""
+        data = replace(trained_on, allow_pipe=self.allow_pipe)
+        return data if self.data is None else replace(data, train=self.data, val=None)
 
     def __post_init__(self) -> None:
         """Refuse to score nothing, to keep samples that are not drawn, and samples that cannot be."""

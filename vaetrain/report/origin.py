@@ -61,7 +61,9 @@ def provenance_of_run(recorded: Recorded) -> str:
     parts = []
     command = provenance.get("command")
     if isinstance(command, list) and command:
-        launcher = f"accelerate launch --num_processes {provenance.get('num_processes') or 1} "
+        num_processes = provenance.get("num_processes") or 1
+        layout = "gpu1.yaml" if num_processes == 1 else f"node8.yaml --num_processes {num_processes}"
+        launcher = f"accelerate launch --config_file launch/{layout} "
         parts += [subheading("Command"), code(launcher + shlex.join(map(str, command)))]
     parts += [
         paragraph("To train it again and compare every record:"),

@@ -143,3 +143,28 @@ class ScaleConfig(Config):
             raise ValueError("--for-num-processes needs numbers of at least 1")
         if "probe" not in self.phases:
             raise ValueError("--phases must name probe: all advice stands on it")
+
+    def check_out(self) -> None:
+        """Refuse, with FileExistsError, a folder that holds a result, and a file in its place."""
+        if (self.out / "scaling.json").exists():
+            raise FileExistsError(f"{self.out} already holds a scaling.json; name another folder with --out")
+        if self.out.exists() and not self.out.is_dir():
+            raise FileExistsError(f"{self.out} is a file; name a folder with --out")
+
+    def counts_within(self, num_images: int) -> list[int]:
+        """The numbers of processes for which a training split of so many images has one each; ValueError if there is none."""
+        counts = [count for count in self.for_num_processes if count <= num_images]
+        if not counts:
+            raise ValueError(
+                f"--for-num-processes {' '.join(map(str, self.for_num_processes))}: the training split has {num_images} "
+                "images, fewer than one for each process; give smaller numbers"
+            )
+        return counts
+
+    def check_noise_parts(self, num_processes: int) -> None:
+        """Refuse, with ValueError, a global batch that one process cannot cut into `--noise.parts`; several need not cut it."""
+        batch, parts = self.train.global_batch_size, self.noise.parts
+        if num_processes == 1 and batch % parts:
+            raise ValueError(
+                f"--noise.parts {parts} does not divide --train.global-batch-size {batch}; give a number that does"
+            )

@@ -37,13 +37,10 @@ def noise_micro_batch(config: ScaleConfig, num_processes: int, largest_safe: int
 
     Raises ValueError when a step cannot be cut into `--noise.parts`.
     """
+    config.check_noise_parts(num_processes)
     batch, parts = config.train.global_batch_size, config.noise.parts
     if num_processes > 1:
         return config.train.micro_batch_size or batch // num_processes
-    if batch % parts:
-        raise ValueError(
-            f"--noise.parts {parts} does not divide --train.global-batch-size {batch}; give a number that does"
-        )
     return largest_divisor(batch, min(batch // parts, largest_safe))
 
 

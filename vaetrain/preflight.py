@@ -1,0 +1,108 @@
+"""What a command refuses before it imports torch, which takes seconds, and on a cold disk a minute.
+
+Each check here is one that the command makes again, by the same code, together with those that need torch, a device or the
+other processes. Manifests are opened, and nothing is read that grows with the number of images; shard sets behind URLs are left
+to the command.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from vaetrain.command_line import user_errors
+from vaetrain.config import Config
+from vaetrain.data.choice import remote_folder
+from vaetrain.data.config import DataConfig
+from vaetrain.data.order import BatchLayout
+from vaetrain.data.selection import count_images
+from vaetrain.data.shards import ShardSet
+from vaetrain.launcher_environment import LauncherEnvironment
+from vaetrain.metrics.config import EvaluateConfig
+from vaetrain.model.config import ModelConfig
+from vaetrain.retention import list_checkpoints, require_checkpoint
+from vaetrain.run import RunDirectory
+from vaetrain.scaling.config import ScaleConfig
+
+OTHERS_WAIT_S = 10.0
+"""Before a process speaks that is not the first of its machine."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """`user_errors` for checks that every process makes, and that usually all fail: the first of each machine speaks.
+
+    The others wait, for the launcher ends them as soon as one has left. If it does not, the first found nothing wrong.
+    """
+    with user_errors():
+        try:
+            yield
+        except Exception:
+            if LauncherEnvironment.read().local_rank > 0:
+                time.sleep(OTHERS_WAIT_S)
+            raise
+
+
+def check_training(config: Config) -> None:
+    """Refuse, as `train` would, batches that do not divide, data that do not fit, and a place that nothing can start from.
+
+    Raises ValueError, FileNotFoundError or FileExistsError, as all functions here.
+    """
+    layout = _layout(config)
+    num_images, _ = (check_split(config.data, split, config.model) for split in ("train", "val"))
+    if num_images is not None:
+        layout.images_per_epoch(num_images)
+    run = RunDirectory(config.run_dir)
+    run.check_format()
+    run.check_resume(config.resume)
+    if list_checkpoints(run.checkpoints):
+        return
+    if config.resume not in ("auto", "never"):
+        require_checkpoint(Path(config.resume))
+    elif config.init_from is not None and not (config.init_from / "config.json").is_file():
+        require_checkpoint(config.init_from)
+
+
+def check_scaling(config: ScaleConfig) -> None:
+    """Refuse what `scale` would: a result that is there already, and what cannot be measured."""
+    config.check_out()
+    layout = _layout(config)
+    num_images = check_split(config.data, "train", config.model)
+    if num_images is not None:
+        if config.train.num_images is None:
+            layout.images_per_epoch(num_images)
+        config.counts_within(num_images)
+    if "noise" in config.phases:
+        config.check_noise_parts(layout.num_processes)
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Refuse what `evaluate` would: a run without a checkpoint, and a val split that is not there or not the model's."""
+    run = check_run(config.run).config()
+    check_split(config.data_of(run.data), "val", run.model)
+
+
+def check_run(path: Path) -> RunDirectory:
+    """A run directory that has a checkpoint, damaged or not: hashing it is left to whoever loads it."""
+    run = RunDirectory.open(path)
+    require_checkpoint(path)
+    return run
+
+
+def check_split(config: DataConfig, split: Literal["train", "val"], model: ModelConfig | None = None) -> int | None:
+    """Images that `config` keeps of a split, which fit `model` if that is given; None for a shard set behind a URL."""
+    location = config.location(split)
+    if remote_folder(location, allow_pipe=config.allow_pipe) is not None:
+        return None
+    manifest = ShardSet.open(location).manifest
+    if model is not None:
+        model.check_images(manifest.image_size, manifest.channels)
+    return count_images(manifest, split, config.classes, location)
+
+
+def _layout(config: Config) -> BatchLayout:
+    train, num_processes = config.train, LauncherEnvironment.read().num_processes
+    return BatchLayout.of(train.global_batch_size, train.micro_batch_size, 0, num_processes)  # alike for every rank
