@@ -98,12 +98,12 @@ def check_rolled_back(run_dir):
     assert event["reason"].startswith("6 steps in a row up to step 12")
     assert event["step"] == 5
     train = records(run_dir, "train")
-    assert [record["step"] for record in train] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    assert [record["step"] for record in train] == [1, 2, 4, 5, 6, 8, 10, 12, 14, 15]
     full = [
         learning_rate_at(OptimConfig(warmup_images=40, schedule="constant"), record["images_seen"], 300)
         for record in train
     ]
-    assert [record["train/lr"] for record in train] == [rate * (0.5 if n > 2 else 1) for n, rate in enumerate(full)]
+    assert [record["train/lr"] for record in train] == [rate * (0.5 if n > 3 else 1) for n, rate in enumerate(full)]
     assert [record["epoch"] for record in records(run_dir, "val")] == [1.0, 2.0, 3.0]
     state = json.loads((run_dir / "checkpoints" / "step-00000015" / "state.json").read_text())
     assert (state["progress"]["rollbacks"], state["progress"]["lr_factor"]) == (1, 0.5)

@@ -336,7 +336,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_computed(
     with pytest.raises(FileExistsError, match="kept holds something else"):
         evaluate(EvaluateConfig(run_dir, keep_samples=kept, fid=fid), accelerator)
     with pytest.raises(ValueError, match="the train split has 100 images"):
-        evaluate(EvaluateConfig(run_dir, fid=FidConfig(extractor=str(mine))), accelerator)
+        evaluate(EvaluateConfig(run_dir, scores=("fid",), fid=FidConfig(extractor=str(mine))), accelerator)
     with pytest.raises(ValueError, match="--scores names none"):
         EvaluateConfig(run_dir, scores=())
     with pytest.raises(ValueError, match="only --scores fid draws samples"):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from vaetrain.config import OptimConfig
+from vaetrain.config import Config, OptimConfig
+from vaetrain.data.config import DataConfig
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_rate_at
+from vaetrain.objective.config import ObjectiveConfig
+from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_rate_at, unfinished_warmups
 
 COSINE = OptimConfig(lr=0.1, warmup_images=1000, final_lr_fraction=0.2)
 TOTAL = 11_000
@@ -39,6 +41,44 @@ def test_training_may_start_at_the_peak_or_end_inside_the_warmup():
     assert learning_rate_at(OptimConfig(lr=0.1, warmup_images=0), 0, TOTAL) == pytest.approx(0.1)
     assert learning_rate_at(COSINE, 400, 400) == pytest.approx(0.04)
     assert learning_rate_at(COSINE, 1000, 1000) == pytest.approx(0.1)
+
+
+def test_a_warmup_may_be_a_fraction_of_the_training():
+    config = OptimConfig(lr=1.0, warmup_images=10**6, warmup_fraction=0.1, schedule="constant")
+    assert [learning_rate_at(config, images, 1000) for images in (0, 50, 100, 500)] == [0.0, 0.5, 1.0, 1.0]
+    assert learning_rate_at(config, 100, 2000) == 0.5
+    with pytest.raises(ValueError, match=r"--optim\.warmup-fraction is 1\.5; give a fraction in \[0, 1\)"):
+        OptimConfig(warmup_fraction=1.5)
+
+
+@pytest.mark.parametrize(
+    ("optim", "objective", "said"),
+    [
+        (OptimConfig(warmup_images=10_000), ObjectiveConfig(), ["1,600", "10,000", "--optim.warmup-images", "0.00016 of 0.001"]),
+        (OptimConfig(warmup_images=1_600), ObjectiveConfig(), ["1,600", "--optim.warmup-fraction 0.05"]),
+        (
+            OptimConfig(warmup_images=0),
+            ObjectiveConfig(beta=2.0, beta_schedule="warmup", beta_warmup_images=3_200),
+            ["1,600", "3,200", "--objective.beta-warmup-images", "it ends at 1 of 2"],
+        ),
+        (
+            OptimConfig(warmup_images=0),
+            ObjectiveConfig(beta_schedule="cyclical", beta_cycle_images=6_400),
+            ["1,600", "3,200", "half of --objective.beta-cycle-images"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_warmup_that_does_not_end_is_told_with_both_numbers(optim, objective, said):
+    [line] = unfinished_warmups(Config(DataConfig("shards"), optim=optim, objective=objective), 1_600)
+    assert "\n" not in line
+    for words in said:
+        assert words in line
+
+
+def test_a_warmup_that_ends_is_not_told():
+    objective = ObjectiveConfig(beta_schedule="warmup", beta_warmup_images=1_599)
+    config = Config(DataConfig("shards"), optim=OptimConfig(warmup_images=1_599), objective=objective)
+    assert unfinished_warmups(config, 1_600) == []
 
 
 def test_matrices_and_kernels_decay_and_nothing_else():

@@ -12,7 +12,8 @@ from lpips_weights import write_random_lpips_weights
 from PIL import Image
 from torchscript_extractor import write_torchscript_extractor
 
-from vaetrain.evaluate import evaluate
+from vaetrain.command_line import parse
+from vaetrain.evaluate import EXIT_INCOMPLETE, evaluate, main
 from vaetrain.metrics.config import EvaluateConfig, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
@@ -248,3 +249,92 @@ def test_the_first_prior_is_the_one_named_first():
 def test_priors_are_named(run_dir):
     with pytest.raises(ValueError, match="--priors names none"):
         EvaluateConfig(run_dir, priors=())
+
+
+def test_a_group_that_fails_discards_none_and_what_is_finished_is_written_at_once(
+    run_dir, accelerator, tmp_path, monkeypatch, capfd
+):
+    out = tmp_path / "s.json"
+    written = []
+
+    def fail(*_, **__):
+        written.append(json.loads(out.read_text()))
+        raise RuntimeError("the moon is in the wrong phase")
+
+    monkeypatch.setattr("vaetrain.scoring.likelihood_scores", fail)
+    monkeypatch.setattr("vaetrain.latent_pictures.save_traversals", fail)
+    config = EvaluateConfig(run_dir, out, scores=("elbo", "likelihood", "nearest", "latents"), **QUICK)
+    scores = evaluate(config, accelerator)
+    before_likelihood, before_traversals = written
+    assert before_likelihood["val/psnr_db"] == scores["val/psnr_db"]
+    assert before_likelihood["unfinished"] == ["likelihood", "nearest", "latents"]
+    assert before_traversals["unfinished"] == ["latents"]
+    assert scores["eval/nll_nats"] is None
+    assert scores["eval/nll_nats_reason"] == "RuntimeError: the moon is in the wrong phase"
+    assert scores["eval/nearest_pixel_distance_ratio"] > 0
+    assert scores["failed"].keys() == {"likelihood", "picture latent_traversals"}
+    assert "unfinished" not in scores
+    assert json.loads(out.read_text()) == scores
+    pictures = {path.stem for path in (tmp_path / "s.figures").iterdir()}
+    assert pictures == {"nearest", "latent_interpolations", "latent_pca"}
+    assert "likelihood could not be measured" in capfd.readouterr().err
+
+
+def test_scores_from_before_stay_until_the_new_ones_are_finished(run_dir, accelerator, tmp_path, monkeypatch):
+    out, previous = tmp_path / "s.json", tmp_path / "s.previous.json"
+    config = EvaluateConfig(run_dir, out, scores=("elbo", "latents"), **QUICK)
+    first = evaluate(config, accelerator)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vaetrain.scoring.draw_images", kill)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                evaluate(config, accelerator)
+            assert json.loads(previous.read_text()) == first
+            assert json.loads(out.read_text())["unfinished"] == ["latents"]
+    again = evaluate(config, accelerator)
+    assert not previous.exists()
+    assert again["val/psnr_db"] == first["val/psnr_db"]
+    with monkeypatch.context() as patched:
+        patched.setattr("vaetrain.scoring.validate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # nothing at all was measured
+            evaluate(replace(config, scores=("elbo",)), accelerator)
+    assert json.loads(out.read_text()) == again
+
+
+def test_a_prior_that_cannot_be_fitted_costs_itself_alone(run_dir, accelerator, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ArithmeticError("singular")
+
+    for file in (run_dir / "priors").rglob("*gmm*"):
+        file.unlink()
+    monkeypatch.setattr("vaetrain.priors.fit.fit_mixture", fail)
+    options = {"scores": ("fid",), "fid": small_fid(tmp_path), **QUICK}
+    scores = evaluate(EvaluateConfig(run_dir, tmp_path / "s.json", priors=("standard", "gmm"), **options), accelerator)
+    assert scores["eval/fid"] > 0
+    assert scores["priors"].keys() == {"standard"}
+    assert scores["failed"] == {"prior gmm": "ArithmeticError: singular"}
+    with pytest.raises(ValueError, match="prior gmm: ArithmeticError: singular"):  # eval/fid would have been another's
+        evaluate(EvaluateConfig(run_dir, tmp_path / "t.json", priors=("gmm", "standard"), **options), accelerator)
+
+
+@pytest.mark.parametrize("asked", [("--scores", "elbo", "lpips"), ()])
+def test_the_exit_code_says_whether_something_asked_for_by_name_is_missing(run_dir, tmp_path, monkeypatch, asked):
+    monkeypatch.setattr("vaetrain.scoring.likelihood_scores", lambda *_: {})
+    arguments = ["--run", run_dir, "--out", tmp_path / "s.json", "--num-pictures", 2, *asked]
+    config = parse(EvaluateConfig, None, [str(argument) for argument in arguments])
+    if asked:
+        with pytest.raises(SystemExit) as end:
+            main(config)
+        assert end.value.code == EXIT_INCOMPLETE
+    else:
+        main(config)
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["val/psnr_db"] > 0
+    assert scores["eval/lpips"] is None

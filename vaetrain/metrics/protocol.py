@@ -43,9 +43,13 @@ class Protocol:
             return cls(name, max(num_split, STANDARD_MIN_GENERATED), num_split, num_split, config.seed)
         num_images = config.num_images or LECTURE_NUM_IMAGES
         if num_split < num_images:
+            asked = (
+                f"--fid.num-images is {num_images}"
+                if config.num_images
+                else f"--fid.protocol {name} compares {num_images}"
+            )
             raise ValueError(
-                f"--fid.num-images is {num_images} but the train split has {num_split} images; ask for at most that with "
-                f"--fid.num-images {num_split}"
+                f"{asked} but the train split has {num_split} images; ask for at most that with --fid.num-images {num_split}"
             )
         return cls(name, num_images, num_split, num_images, config.seed)
 
