@@ -142,7 +142,7 @@ def test_a_share_gives_the_data_of_its_number_and_is_on_record(
     assert (share.fingerprint, share.tool.plan) == (count.fingerprint, count.tool.plan)
     made, expected = content(tmp_path / "share"), content(tmp_path / "count")
     assert {name for name in expected if made[name] != expected[name]} == {"manifest.json"}
-    again = make(pets, tmp_path / "again", **{"val_count": share.tool.arguments["val_count"]})
+    again = make(pets, tmp_path / "again", val_count=share.tool.arguments["val_count"])
     assert again == share
     capsys.readouterr()
     make(pets, tmp_path / "count", val_count="10%")

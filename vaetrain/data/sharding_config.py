@@ -36,7 +36,7 @@ class ShardingConfig:
     size: int
     """Height and width of the images, in pixels."""
 
-    val_count: Annotated[None | int | str, tyro.conf.arg(metavar="COUNT|P%")] = None
+    val_count: Annotated[int | str | None, tyro.conf.arg(metavar="COUNT|P%")] = None
     """Take the last so many images of a seeded shuffle for validation, or this share of all there are, such as 10% (rounded,
     and at least one); for a SRC without a split of its own, or a shard set, whose own split is given up for it."""
 

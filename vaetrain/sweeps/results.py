@@ -136,8 +136,8 @@ def draw(sweep: Sweep, rows: Sequence[Row], file: Path) -> None:
 
     from vaetrain.picture_text import as_it_is, legible, name_entries
 
-    def readable(values: Iterable[str]) -> list[str]:
-        return legible({f"value {number}": value for number, value in enumerate(values, start=1)})
+    def readable(values: Iterable[str], max_columns: int) -> list[str]:
+        return legible({f"value {number}": value for number, value in enumerate(values, start=1)}, max_columns)
 
     names = [name for name in sweep.varied if name != SEED]
     finished = [row for row in rows if row.mean is not None]
@@ -164,11 +164,11 @@ def draw(sweep: Sweep, rows: Sequence[Row], file: Path) -> None:
             means = [row.mean for row in members if row.mean is not None]
             lines.append(axes.errorbar(x, means, yerr=errors, fmt=style, capsize=3))
         if not numeric:
-            axes.set_xticks(range(len(values)), readable(_shown(value) for value in values))
+            axes.set_xticks(range(len(values)), readable(map(_shown, values), max(8, 48 // len(values))))
             as_it_is(*axes.get_xticklabels())
         if len(names) == 2:
             legend = axes.legend(lines, [str(number) for number in range(len(lines))], fontsize=8)
-            name_entries(legend, [f"{names[1]} {value}" for value in readable(groups)])
+            name_entries(legend, [f"{names[1]} {value}" for value in readable(groups, 24)])
         as_it_is(axes.set_xlabel(name), axes.set_ylabel(metric))
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
