@@ -1,8 +1,11 @@
 import math
+import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from vaetrain.labelled_grid import save_labelled_grid
@@ -35,6 +38,17 @@ def vae(request):
 @pytest.fixture(scope="module")
 def images():
     return torch.randint(0, 256, (9, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def kept_figures(monkeypatch):
+    """The figures that were drawn."""
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    yield figures
+    monkeypatch.undo()
+    for figure in figures:
+        plt.close(figure)
 
 
 def cells(file, rows, columns):
@@ -96,6 +110,61 @@ def test_projection(vae, images, tmp_path):
         assert min(picture.size) > 500
         colours = picture.convert("RGB").getcolors(1 << 20)
     assert len(colours) > 20
+
+
+def test_classes_are_named_in_the_projection_whatever_they_are_called(vae, images, tmp_path, kept_figures):
+    classes = ("Ba$$in", "A$^$B", "_background_", "plain", "猫\ue000", "w" * 500)
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 5, 5, 5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_latent_pca(vae, images, labels, classes, tmp_path / "a.png")
+    [legend] = kept_figures[0].legends
+    *names, shortened = [text.get_text() for text in legend.get_texts()][:6]
+    assert names == ["Ba$$in", "A$^$B", "_background_", "plain", "class 4"]
+    assert len(shortened) == 40
+    assert len(legend.get_texts()) == (7 if vae.config.variational else 6), "the circles of N(0, I) have an entry"
+    assert all(text.get_visible() and not text.get_parse_math() for text in legend.get_texts())
+    colours = [handle.get_facecolor()[0].tolist() for handle in legend.legend_handles[:6]]
+    assert colours == [list(plt.get_cmap("tab10")(label)) for label in range(6)]
+
+
+@pytest.mark.parametrize("classes", [("w" * 500, "cat"), [f"class {label}" for label in range(64)]])
+def test_long_or_many_names_take_no_room_from_the_projection(vae, tmp_path, kept_figures, classes):
+    images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8)
+    save_latent_pca(vae, images, torch.arange(64) % len(classes), classes, tmp_path / "a.png")
+    [figure] = kept_figures
+    [legend] = figure.legends
+    figure.canvas.draw()
+    plot, names = figure.axes[0].get_window_extent(), legend.get_window_extent()
+    assert plot.width > 3.8 * figure.dpi
+    assert names.x0 > plot.x1
+    assert names.y0 > 0
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_few_images(vae, images, tmp_path, kept_figures, number):
+    """What can be drawn is, what has no meaning is left out, and nothing is NaN, about which PyTorch and NumPy would warn."""
+    few, labels = images[:number], torch.zeros(number, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_interpolations(vae, few, tmp_path / "interpolations.png")
+        save_traversals(vae, few, tmp_path / "traversals.png")
+        save_latent_pca(vae, few, labels, ("cat",), tmp_path / "pca.png")
+        save_prior_comparison({"standard": images}, tmp_path / "priors.png", real=few)
+    drawn = {file.stem for file in tmp_path.glob("*.png")}
+    assert drawn == {"priors"} | ({"interpolations", "traversals", "pca"} if number > 1 else set())
+    for figure in kept_figures:
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        assert not [text for text in texts if "nan" in text]
+
+
+def test_images_that_are_all_alike(vae, images, tmp_path):
+    alike = images[:1].expand(3, -1, -1, -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_traversals(vae, alike, tmp_path / "traversals.png")
+        save_latent_pca(vae, alike, torch.zeros(3, dtype=torch.int64), ("cat",), tmp_path / "pca.png")
+    assert not (tmp_path / "pca.png").exists()
 
 
 def test_priors_side_by_side(images, tmp_path):

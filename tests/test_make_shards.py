@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from test_sources import pack_tar, pack_zip, write_idx
 
+from vaetrain.command_line import parse, plain
 from vaetrain.data import sharding
 from vaetrain.data.shard_plan import Plan
 from vaetrain.data.shard_task import IMAGES_PER_PIECE, Piece, ShardTask
@@ -108,6 +110,74 @@ def test_validation_is_the_last_part_of_one_seeded_shuffle(pets: Path, tmp_path:
     assert names["few"] == [shuffled[:-5], shuffled[-5:]]
     assert names["many"] == [shuffled[:-9], shuffled[-9:]]
     assert names["other"][0] != shuffled != sorted(shuffled)
+
+
+@pytest.mark.parametrize(
+    ("share", "num_images", "num_val"),
+    [
+        ("10%", 30, 3), ("10%", 54, 5), ("12.5%", 20, 3), ("12.4%", 20, 2), ("0.001%", 30, 1), ("99.9%", 30, 29),
+        ("50%", 2, 1), ("1%", 2, 1), ("99%", 2, 1), (".5%", 4653, 23), ("10 %", 30, 3), ("29%", 50, 15),
+    ],
+)  # fmt: skip
+def test_a_share_is_rounded_and_leaves_an_image_on_either_side(share: str, num_images: int, num_val: int) -> None:
+    config = ShardingConfig("faces", Path("out"), size=8, num_images=num_images, val_count=share)
+    numbers = {name: len(items) for name, (_, items) in Plan.of(config).splits.items()}
+    assert numbers == {"train": num_images - num_val, "val": num_val}
+
+
+@pytest.mark.parametrize("asked", [1, "10%"])
+def test_one_image_is_too_few_to_share(pets: Path, tmp_path: Path, asked: int | str) -> None:
+    for file in sorted(pets.glob("*/*"))[1:]:
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"--val-count {asked} needs an image to train on and one to validate on, and .*"
+                       r" has 1; give it more, or leave out --val-count"):  # fmt: skip
+        make(pets, tmp_path / "out", val_count=asked)
+
+
+def test_a_share_gives_the_data_of_its_number_and_is_on_record(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count, share = (make(pets, tmp_path / name, val_count=asked) for name, asked in (("count", 3), ("share", "10%")))
+    assert share.tool.arguments == count.tool.arguments | {"val_count": "10%"}
+    assert (share.fingerprint, share.tool.plan) == (count.fingerprint, count.tool.plan)
+    made, expected = content(tmp_path / "share"), content(tmp_path / "count")
+    assert {name for name in expected if made[name] != expected[name]} == {"manifest.json"}
+    again = make(pets, tmp_path / "again", val_count=share.tool.arguments["val_count"])
+    assert again == share
+    capsys.readouterr()
+    make(pets, tmp_path / "count", val_count="10%")
+    assert capsys.readouterr().err == f"{tmp_path / 'count'} is already complete\n"
+
+
+def test_numbers_make_the_plans_that_they_always_made() -> None:
+    """Or a rerun would refuse shard sets made before."""
+    plan = Plan.of(ShardingConfig("faces", Path("out"), size=16, num_images=12, val_count=3))
+    assert plan.digest == "df0eb8bba4d7f45840dcabfacae66d7bbcf3064941f8e215a3a27a13cfdd98ac"
+
+
+def test_shares_and_numbers_on_the_command_line_and_in_files(tmp_path: Path) -> None:
+    def parsed(*arguments: str) -> int | str | None:
+        return parse(ShardingConfig, None, ["a", "b", "--size", "8", *arguments], flags=True).val_count
+
+    assert parsed() is None
+    assert parsed("--val-count", "None") is None
+    for value, written in ((500, "500"), ("10%", "10%"), ("2.5%", "2.5%")):
+        assert parsed("--val-count", written) == value
+        (tmp_path / "a.yaml").write_text(f"val_count: {written}\n")
+        assert parsed("--config", str(tmp_path / "a.yaml")) == value
+        config = ShardingConfig("a", Path("b"), size=8, val_count=value)
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump({"val_count": plain(config)["val_count"]}))
+        assert parsed("--config", str(tmp_path / "a.yaml")) == value
+    assert parsed("--config", str(tmp_path / "a.yaml"), "--val-count", "7") == 7
+
+
+@pytest.mark.parametrize("written", ["0%", "100%", "-5%", "ten"])
+def test_a_share_that_is_none_is_refused_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], written: str
+) -> None:
+    assert run(monkeypatch, "make_shards", "faces", tmp_path / "out", "--size", 8, "--val-count", written) == 2
+    assert f"--val-count is {written}; " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_zip_and_tars_give_the_same_data_as_the_folder(pets: Path, tmp_path: Path) -> None:
@@ -259,7 +329,7 @@ def test_splits_of_the_source_are_used(pets: Path, tmp_path: Path) -> None:
     manifest = make(tmp_path / "afhq", tmp_path / "out")
     assert manifest.splits["train"].class_counts == {"cat": 20, "dog": 10}
     assert manifest.splits["val"].class_counts == {"cat": 0, "dog": 10}
-    for option in ({"val_count": 3}, {"val_src": str(pets)}):
+    for option in ({"val_count": 3}, {"val_count": "10%"}, {"val_src": str(pets)}):
         with pytest.raises(ValueError, match=r"has splits of its own \(train, val\); leave out --val-"):
             make(tmp_path / "afhq", tmp_path / "other", **option)
 
@@ -280,7 +350,18 @@ def test_validation_from_another_source(pets: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_count": 30}, "--val-count 30 leaves nothing to train on: there are 30 images"),
+        ({"val_count": 30}, "--val-count 30 leaves no training image of the 30 there are; try --val-count 10%"),
+        ({"val_count": 500}, "--val-count 500 leaves no training image of the 30 there are; try --val-count 10%"),
+        ({"val_count": 0}, "--val-count is 0; it must be at least 1"),
+        ({"val_count": "0%"}, "--val-count is 0%; a share must be above 0% and below 100%, such as 10%"),
+        ({"val_count": "100%"}, "--val-count is 100%; a share must be above 0% and below 100%, such as 10%"),
+        ({"val_count": "-5%"}, "--val-count is -5%; a share must be above 0% and below 100%, such as 10%"),
+        (
+            {"val_count": "ten"},
+            "--val-count is ten; it must be a number of images, such as 500, or a share, such as 10%",
+        ),
+        ({"val_count": "nan%"}, "--val-count is nan%; it must be a number of images"),
+        ({"val_count": "10%", "val_src": "x"}, "give one of them"),
         ({"val_count": 3, "val_src": "x"}, "give one of them"),
         ({"num_images": 3}, "--num-images says how many faces"),
         ({"size": 0}, "--size is 0"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from PIL import Image
 from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.command_line import parse
+from vaetrain.data.sharding import make_shards
+from vaetrain.data.sharding_config import ShardingConfig
 from vaetrain.evaluate import EXIT_INCOMPLETE, evaluate, main
 from vaetrain.metrics.config import EvaluateConfig, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
@@ -338,3 +342,23 @@ def test_the_exit_code_says_whether_something_asked_for_by_name_is_missing(run_d
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["val/psnr_db"] > 0
     assert scores["eval/lpips"] is None
+
+
+@pytest.mark.parametrize("num_val", [1, 2, 3])
+def test_few_validation_images_are_drawn_as_far_as_they_go(run_dir, accelerator, tmp_path, num_val):
+    shards = tmp_path / "shards"
+    make_shards(ShardingConfig("faces", shards, size=16, num_images=12, val_count=num_val, workers=1))
+    config = EvaluateConfig(
+        run_dir, tmp_path / "few.json", data=str(shards), scores=("nearest", "latents"),
+        priors=("standard", "gaussian"), **QUICK,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PyTorch's and NumPy's of variances that are NaN
+        warnings.simplefilter("error", RuntimeWarning)
+        scores = evaluate(config, accelerator)
+    numbers = [value for name, value in scores.items() if name.startswith(("eval/", "val/"))]
+    assert all(value is None or math.isfinite(value) for value in numbers)
+    drawn = {"priors", "nearest"}
+    if num_val > 1:
+        drawn |= {"latent_interpolations", "latent_traversals", "latent_pca"}
+    assert {file.stem for file in (tmp_path / "few.figures").iterdir()} == drawn

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import time
+import warnings
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -12,7 +14,7 @@ from launching import TINY, finish, run, start
 
 from vaetrain.jobs import Job
 from vaetrain.run import RunDirectory
-from vaetrain.sweeps.results import best_row, rows_of, table
+from vaetrain.sweeps.results import Row, best_row, draw, rows_of, table
 from vaetrain.sweeps.runner import TrialRun, trial_name
 from vaetrain.sweeps.sweep_file import Sweep
 
@@ -167,3 +169,16 @@ def test_seeds_are_averaged_and_the_best_row_is_marked(sweep_file, tmp_path):
     runs[3].job.state, runs[3].job.reason = "failed", "why"
     _, high = rows_of(sweep, runs)
     assert (high.final, high.standard_error, high.unfinished) == ((-4,), None, ("failed: why",))
+
+
+@pytest.mark.parametrize("num_parameters", [1, 2, 3])
+def test_values_of_any_name_are_drawn(sweep_file, tmp_path, num_parameters):
+    values = ["data/Ba$$in", "A$^$B", "_x_", "猫\ue000", "w" * 500]
+    names = ["data.train", "data.val", "run_dir"][:num_parameters]
+    sweep = Sweep.read(sweep_file(**{name: {"values": values} for name in names}))
+    rows = [Row(dict.fromkeys(names, value), (1.0, 2.0), (1.0, 2.0), None, ()) for value in values]
+    sweep = replace(sweep, path=tmp_path / "$_$.yaml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(sweep, rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

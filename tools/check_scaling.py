@@ -46,6 +46,7 @@ if __name__ == "__main__":
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vaetrain.picture_text import as_it_is, legible
 from vaetrain.scaling.evidence import Point, Run, critical_batches, points, predicted, runs_below, shortfall
 
 
@@ -78,7 +79,8 @@ def main(arguments: CheckArguments) -> None:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(arguments.title)
+    [title] = legible({"": arguments.title}, max_columns=120)
+    as_it_is(figure.suptitle(title))
     draw(left, grid, "grid")
     draw(left, [own], "suggested by scale.py", "s")
     left.axhspan(best - 0.02 * abs(best), best, alpha=0.15, color="k", label="within 2 % of the best")

@@ -1,6 +1,6 @@
 """Make a shard set from a folder, zip or tar of images, Parquet files, MNIST's files, another shard set, or the built-in faces.
 
-python tools/make_shards.py photos datasets/photos128 --size 128 --val-count 500
+python tools/make_shards.py photos datasets/photos128 --size 128 --val-count 10%
 python tools/make_shards.py datasets/photos128 datasets/photos64 --size 64
 """
 

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vaetrain.picture_text import as_it_is
+
 DPI = 100
 FONT_SIZE = 9
 LINE_HEIGHT = 15
@@ -65,7 +67,9 @@ def save_labelled_grid(
     figure.figimage(canvas, xo=margin_left, yo=10, origin="upper")
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
-        figure.text(x / total_width, 1 - y / total_height, text, fontsize=FONT_SIZE, linespacing=1.15, **style)
+        as_it_is(
+            figure.text(x / total_width, 1 - y / total_height, text, fontsize=FONT_SIZE, linespacing=1.15, **style)
+        )
 
     write(10.0, 6.0, title, va="top", weight="bold")
     for left, label in zip(lefts, column_labels, strict=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from vaetrain.labelled_grid import save_labelled_grid
 from vaetrain.model.autoencoder import VAE
+from vaetrain.picture_text import legible, name_entries
 
 CODING_BATCH = 64
+LEGEND_ROWS = 24
 
 
 def encode_moments(
@@ -90,8 +93,11 @@ def save_traversals(
 ) -> None:
     """The latent units whose posterior mean varies most over the images, each moved by itself in the first image's code.
 
-    Columns: −3 to 3 of the unit's standard deviations over the latents of the images, about its mean there.
+    Columns: −3 to 3 of the unit's standard deviations over the latents of the images, about its mean there. A single image
+    varies in nothing and gets no picture.
     """
+    if len(images) < 2:
+        return
     means, latents = encode_moments(vae, images)
     variances = means.flatten(1).var(0)
     units = variances.argsort(descending=True, stable=True)[:num_units]
@@ -124,37 +130,46 @@ def save_latent_pca(
     """Latents z ~ q(z|x) of images on the two widest principal axes of their posterior means, coloured by class.
 
     With a VAE the circles of one, two and three standard deviations of N(0, I) are drawn, to see where the aggregate
-    posterior leaves the prior.
+    posterior leaves the prior. There is no picture where there is no plane: of a single image, of a latent of one dimension,
+    or where all means are the same.
     """
     means, latents = encode_moments(vae, images)
     codes = means.flatten(1).double()
     centre = codes.mean(0)
     _, singular, axes = torch.linalg.svd(codes - centre, full_matrices=False)
+    if len(axes) < 2 or axes.shape[1] < 2 or singular[0] == 0:
+        return
     shares = (singular.square() / singular.square().sum()).tolist()
-    if len(axes) < 2 or axes.shape[1] < 2:
-        return  # one dimension has no plane
     points = ((latents.flatten(1).double() - centre) @ axes[:2].T).numpy()
     figure, axis = plt.subplots(figsize=(6.4, 5.4), layout="constrained")
     colours = plt.get_cmap("tab10" if len(classes) <= 10 else "turbo")
     present = sorted(set(labels.tolist()))
+    handles: list[Any] = []
     for place, label in enumerate(present):
         chosen = (labels == label).numpy()
         colour = colours(label % 10) if len(classes) <= 10 else colours(place / max(1, len(present) - 1))
-        axis.scatter(
-            points[chosen, 0], points[chosen, 1], s=7, alpha=0.6, linewidths=0, color=colour, label=classes[label]
-        )
+        handles.append(axis.scatter(points[chosen, 0], points[chosen, 1], s=7, alpha=0.6, linewidths=0, color=colour))
+    names = legible({f"class {label}": classes[label] for label in present})
     if vae.config.variational:
         origin = (-centre @ axes[:2].T).tolist()
         for radius in (1, 2, 3):
-            label = "N(0, I): 1, 2, 3 σ" if radius == 1 else None
-            axis.add_patch(Circle(origin, radius, fill=False, color="0.35", linewidth=0.9, linestyle="--", label=label))
+            circle = axis.add_patch(Circle(origin, radius, fill=False, color="0.35", linewidth=0.9, linestyle="--"))
+        handles.append(circle)
+        names.append("N(0, I): 1, 2, 3 σ")
     axis.set_aspect("equal", adjustable="datalim")
     axis.set(
         title=f"Aggregate posterior, {len(points):,} validation images, PCA",
         xlabel=f"principal axis 1 ({shares[0]:.0%} of the variance of the means)",
         ylabel=f"principal axis 2 ({shares[1]:.0%})",
     )
-    legend = figure.legend(loc="outside right upper", frameon=False, fontsize=9, markerscale=2.5)
+    numbers = [str(number) for number in range(len(handles))]
+    legend = figure.legend(
+        handles, numbers, loc="outside right upper", frameon=False, fontsize=9, markerscale=2.5,
+        ncols=-(-len(handles) // LEGEND_ROWS),
+    )  # fmt: skip
+    name_entries(legend, names)
+    # Room for long names, or many, is not taken from the plot.
+    figure.set_figwidth(max(6.4, 4.9 + legend.get_window_extent().width / figure.dpi))
     for handle in filter(None, legend.legend_handles):
         handle.set_alpha(1)
     figure.savefig(file, dpi=120)

@@ -54,7 +54,8 @@ class RunFigures:
         save_interpolations(self.vae, self.vae.from_uint8(images[:12].to(device)), folder / "interpolations.png")
         save_curves(self.run.metrics(), folder)
         for name in ("reconstructions", "samples", "interpolations", "losses", "kl"):
-            tracker.log_picture(name, folder / f"{name}.png", progress.step)
+            if (folder / f"{name}.png").exists():  # a single image has no interpolations
+                tracker.log_picture(name, folder / f"{name}.png", progress.step)
 
 
 def save_grid(images: Float[Tensor, "b c h w"], file: Path, columns: int) -> None:

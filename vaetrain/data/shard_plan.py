@@ -97,17 +97,16 @@ def _shuffle(num_images: int, seed: int) -> Int64[np.ndarray, " n"]:
 
 def _dealt(listing: Listing, source: Source, recipe: Recipe, config: ShardingConfig) -> dict[str, tuple[Item, ...]]:
     """`--val-count` of the shuffled items for validation, the others for training."""
-    assert config.val_count is not None
+    num_val = config.num_val(len(listing.items))
     order = _shuffle(len(listing.items), config.seed)
-    if config.val_count >= len(order):
-        raise ValueError(f"--val-count {config.val_count} leaves nothing to train on: there are {len(order)} images")
     group = groups_of(listing, source, recipe, config) if config.group_duplicates else np.arange(len(order))
-    is_val = deal(group[order], config.val_count)
+    is_val = deal(group[order], num_val)
     if not is_val.any():
-        raise ValueError(f"every group of duplicates has more than --val-count {config.val_count} images; raise it")
-    if is_val.sum() < config.val_count:
+        asked = f"{config.val_count}" if config.val_count == num_val else f"{config.val_count} ({num_val:,})"
+        raise ValueError(f"every group of duplicates has more than --val-count {asked} images; raise it")
+    if is_val.sum() < num_val:
         print(
-            f"groups of duplicates are kept whole: {is_val.sum():,} images for validation, not {config.val_count:,}",
+            f"groups of duplicates are kept whole: {is_val.sum():,} images for validation, not {num_val:,}",
             file=sys.stderr,
         )
     return {

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from vaetrain.data.originals import Source
@@ -31,9 +36,9 @@ class ShardingConfig:
     size: int
     """Height and width of the images, in pixels."""
 
-    val_count: int | None = None
-    """Take the last so many images of a seeded shuffle for validation; for a SRC without a split of its own,
-    or a shard set, whose own split is given up for it."""
+    val_count: Annotated[int | str | None, tyro.conf.arg(metavar="COUNT|P%")] = None
+    """Take the last so many images of a seeded shuffle for validation, or this share of all there are, such as 10% (rounded,
+    and at least one); for a SRC without a split of its own, or a shard set, whose own split is given up for it."""
 
     val_src: str | None = None
     """Take the images of this folder, zip or tar for validation; its classes must be among those of SRC."""
@@ -94,9 +99,11 @@ class ShardingConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
+        if isinstance(self.val_count, str):
+            share_of(self.val_count)
         for name in ("size", "images_per_shard", "val_count", "workers", "num_images", "num_tasks"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality is {self.quality}; it must be between 1 and 100")
@@ -122,6 +129,27 @@ class ShardingConfig:
         if self.merge and self.task is not None:
             raise ValueError("--merge completes what all tasks have made; leave out --task and --num-tasks")
 
+    def num_val(self, num_images: int) -> int:
+        """How many of so many images are for validation; raises ValueError where that leaves none for training.
+
+        A share is rounded to the nearest whole number, a half up, and leaves at least one image on either side.
+        """
+        assert self.val_count is not None
+        if num_images < 2:
+            raise ValueError(
+                f"--val-count {self.val_count} needs an image to train on and one to validate on, and {self.src} has "
+                f"{num_images}; give it more, or leave out --val-count"
+            )
+        if isinstance(self.val_count, str):
+            share = share_of(self.val_count)
+            return min(max(1, math.floor(share * num_images + Fraction(1, 2))), num_images - 1)
+        if self.val_count >= num_images:
+            raise ValueError(
+                f"--val-count {self.val_count} leaves no training image of the {num_images} there are; "
+                "try --val-count 10%"
+            )
+        return self.val_count
+
     def recipe(self, source: Source) -> Recipe:
         """What is done to each image of `source`; raises ValueError for grayscale WebP, which there is not."""
         channels = 1 if self.gray else source.channels
@@ -136,3 +164,16 @@ class ShardingConfig:
             case "png":
                 encoding = Encoding("png", None, None, crop=self.crop)
         return Recipe(self.size, channels, encoding)
+
+
+def share_of(percent: str) -> Fraction:
+    """`10%` as a tenth, exactly; raises ValueError for what is no percentage between 0 and 100."""
+    number = re.fullmatch(r"([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)) ?%", percent.strip())
+    if number is None:
+        raise ValueError(
+            f"--val-count is {percent}; it must be a number of images, such as 500, or a share, such as 10%"
+        )
+    share = Fraction(number[1]) / 100
+    if not 0 < share < 1:
+        raise ValueError(f"--val-count is {percent}; a share must be above 0% and below 100%, such as 10%")
+    return share

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,35 +134,42 @@ def draw(sweep: Sweep, rows: Sequence[Row], file: Path) -> None:
     """One line a value of the second parameter over the first; with more parameters, a panel of points for each."""
     from matplotlib.figure import Figure
 
+    from vaetrain.picture_text import as_it_is, legible, name_entries
+
+    def readable(values: Iterable[str], max_columns: int) -> list[str]:
+        return legible({f"value {number}": value for number, value in enumerate(values, start=1)}, max_columns)
+
     names = [name for name in sweep.varied if name != SEED]
     finished = [row for row in rows if row.mean is not None]
     panels = names if len(names) > 2 else names[:1]
     figure = Figure(figsize=(max(1, len(panels)) * 4.8, 3.8), layout="constrained")
-    figure.suptitle(f"{sweep.name}: {sweep.metric} ({sweep.goal})", fontsize=11)
+    title, metric = legible({"sweep": sweep.name, "metric": sweep.metric})
+    as_it_is(figure.suptitle(f"{title}: {metric} ({sweep.goal})", fontsize=11))
     for number, name in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), number)
         groups: dict[str, list[Row]] = {}
         for row in finished:
-            label = f"{names[1]} {_shown(row.values[names[1]])}" if len(names) == 2 else ""
-            groups.setdefault(label, []).append(row)
+            groups.setdefault(_shown(row.values[names[1]]) if len(names) == 2 else "", []).append(row)
         values = list(dict.fromkeys(row.values[name] for row in finished))
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         if numeric and values and min(values) > 0 and max(values) / min(values) >= 8:
             axes.set_xscale("log")
-        for label, members in groups.items():
+        lines = []
+        for members in groups.values():
             if numeric:
                 members = sorted(members, key=lambda row: row.values[name])
             x = [row.values[name] if numeric else values.index(row.values[name]) for row in members]
             errors = [row.standard_error or 0.0 for row in members]
             style = "o" if len(names) > 2 or not numeric else "o-"
             means = [row.mean for row in members if row.mean is not None]
-            axes.errorbar(x, means, yerr=errors, fmt=style, capsize=3, label=label)
+            lines.append(axes.errorbar(x, means, yerr=errors, fmt=style, capsize=3))
         if not numeric:
-            axes.set_xticks(range(len(values)), [_shown(value) for value in values])
+            axes.set_xticks(range(len(values)), readable(map(_shown, values), max(8, 48 // len(values))))
+            as_it_is(*axes.get_xticklabels())
         if len(names) == 2:
-            axes.legend(fontsize=8)
-        axes.set_xlabel(name)
-        axes.set_ylabel(sweep.metric)
+            legend = axes.legend(lines, [str(number) for number in range(len(lines))], fontsize=8)
+            name_entries(legend, [f"{names[1]} {value}" for value in readable(groups, 24)])
+        as_it_is(axes.set_xlabel(name), axes.set_ylabel(metric))
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
 

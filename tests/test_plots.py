@@ -1,0 +1,17 @@
+from launching import TINY, succeed
+
+from vaetrain.data.sharding import make_shards
+from vaetrain.data.sharding_config import ShardingConfig
+
+
+def test_a_single_validation_image_is_drawn_and_tracked(tmp_path):
+    """It has nobody to be interpolated with, so there is one picture less for the tracker."""
+    shards = tmp_path / "shards"
+    make_shards(ShardingConfig("faces", shards, size=16, num_images=21, val_count=1, workers=1))
+    succeed(
+        "vaetrain/train.py", "--data.train", shards, *TINY, "--train.epochs", 1, "--log.tensorboard", "True",
+        "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    drawn = {file.stem for file in (tmp_path / "run" / "figures").iterdir()}
+    assert drawn == {"reconstructions", "samples", "losses", "kl"}
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
