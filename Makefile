@@ -12,7 +12,7 @@ BENCH_STAMP := .venv-bench/.installed
 
 help:
 	@echo "make setup         .venv with every pinned, hash-checked dependency"
-	@echo "make demo          draw 3,000 animal faces, train a VAE on them, sample and score it (CPU, minutes)"
+	@echo "make demo          draw 2,000 animal faces, train a VAE on them, sample and score it (CPU, minutes)"
 	@echo "make test          all tests"
 	@echo "make check         lint, format and types"
 	@echo "make format        rewrite the code in the house format"
@@ -44,15 +44,16 @@ requirements: pyproject.toml
 # On a CPU accelerate launch would use a single thread, had OMP_NUM_THREADS no value.
 demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 demo: setup
-	$(BIN)/python tools/make_shards.py faces datasets/faces64 --size 64 --num-images 3000 --val-count 300
+	$(BIN)/python tools/make_shards.py faces datasets/faces64 --size 64 --num-images 2000 --val-count 10%
 	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/train.py --config configs/demo.yaml
 	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/evaluate.py --run runs/demo \
-	  --likelihood.num-images 16 --likelihood.num-samples 100 --priors all
+	  --likelihood.num-images 16 --likelihood.num-samples 100 --priors standard gaussian gmm
 	test -e runs/demo/samples/manifest.json || \
 	  $(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run runs/demo --num-images 200 --out runs/demo/samples
 	test -e runs/demo/export/config.json || $(BIN)/python tools/export.py runs/demo runs/demo/export
 	$(BIN)/python tools/report.py runs/demo
-	@echo "Open runs/demo/report.html, or look at runs/demo/figures: losses.png kl.png reconstructions.png samples.png interpolations.png"
+	@echo "Pictures: $(foreach name,reconstructions samples interpolations priors nearest losses kl,runs/demo/figures/$(name).png)"
+	@echo "All of it, in a browser: runs/demo/report.html"
 
 test: setup
 	$(BIN)/pytest --numprocesses 2 --dist loadfile

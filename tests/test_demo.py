@@ -11,7 +11,7 @@ from PIL import Image
 
 import vaetrain
 
-FEWER = {"--num-images 3000 --val-count 300": "--num-images 72 --val-count 8", "--num-images 200": "--num-images 10"}
+FEWER = {"--num-images 2000 --val-count 10%": "--num-images 72 --val-count 8", "--num-images 200": "--num-images 10"}
 SHORTER = "--train.num-images 64 --train.val-every-epochs 1 --log.every-steps 1 --log.num-pictures 4"
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vaetrain.export import load
     from vaetrain.model.autoencoder import VAE
+
+# Threads of OpenMP that wait for each other spin, and on a machine that does something else besides they spin in the way of those
+# they wait for: training was five times slower so. Read when torch is loaded; docs/benchmarks.md has the measurement.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = version("vaetrain")
 __all__ = ["VAE", "__version__", "load"]

@@ -16,6 +16,7 @@ from vaetrain.priors.aggregate import AggregatePosterior
 from vaetrain.priors.config import PriorFitConfig
 from vaetrain.priors.gaussian import WhitePrior
 from vaetrain.priors.whitening import Whitening
+from vaetrain.progress_bar import counted
 from vaetrain.randomness import mixed_seed
 
 BATCH_SIZE = 256
@@ -90,7 +91,9 @@ def fit_flow(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[Flo
     )
     checks: list[tuple[int, float]] = []  # (step, held-out nats per dimension)
     best, best_state = (0, -math.inf), copy.deepcopy(flow.state_dict())
-    for step in range(config.flow_steps + 1):
+    for step in counted(
+        "fitting the flow", range(config.flow_steps + 1), config.flow_steps, "steps at most", quiet=False
+    ):
         if step % CHECK_EVERY == 0 or step == config.flow_steps:
             checks.append((step, float(prior.log_density(selection).mean()) / num_dims))
             if checks[-1][1] > best[1]:
