@@ -1,10 +1,12 @@
 """What several test files need: shard sets small enough to be made anew, a tiny training, a misbehaving server."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -89,16 +91,27 @@ def tiny_run(tiny_shards, accelerator, tmp_path_factory):
 
 
 @pytest.fixture
+def copy_of_tiny_run(tiny_run, tmp_path):
+    """Make a run of one's own that is as train_tiny(run_dir=…, epochs=1) would leave it, without the training."""
+    return lambda run_dir="run": shutil.copytree(tiny_run, tmp_path / run_dir)
+
+
+@pytest.fixture
 def train_tiny(tiny_shards, accelerator, tmp_path):
-    """Train the tiny model in this process; arguments are further command-line arguments."""
+    """Train the tiny model in this process; arguments are further command-line arguments.
+
+    The figures of a run are drawn where a test asks for them: they take longer than the training.
+    """
     from vaetrain.command_line import parse
     from vaetrain.config import Config
+    from vaetrain.plots import RunFigures
     from vaetrain.train import train
 
-    def run_training(*arguments: object, run_dir: str = "run", epochs: int = 2) -> Path:
+    def run_training(*arguments: object, run_dir: str = "run", epochs: int = 2, figures: bool = False) -> Path:
         own = ["--data.train", tiny_shards, "--train.epochs", epochs, "--run-dir", tmp_path / run_dir]
         config = parse(Config, None, [str(argument) for argument in (*TINY, *own, *arguments)])
-        train(config, accelerator)
+        with contextlib.nullcontext() if figures else patch.object(RunFigures, "draw"):
+            train(config, accelerator)
         accelerator.free_memory()
         return config.run_dir
 

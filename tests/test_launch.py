@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 import uuid
 from unittest.mock import patch
 
@@ -136,11 +135,10 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
                 environment=NO_GPU,
             )
         )  # fmt: skip
-    deadline = time.monotonic() + 100
     printed = []
     try:
         for process in processes:
-            result = finish(process, timeout_s=deadline - time.monotonic())
+            result = finish(process)
             assert result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
             printed.append(result.stdout)
     finally:
@@ -196,7 +194,7 @@ def submit(cluster, *arguments, **variables):
     }  # fmt: skip
     return subprocess.run(
         ["bash", spooled, *arguments], cwd=cluster, env={k: v for k, v in environment.items() if v is not None},
-        capture_output=True, text=True, timeout=30,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
