@@ -59,7 +59,7 @@ demo: setup
 	@echo "Open runs/demo/report.html, or look at runs/demo/figures: losses.png kl.png reconstructions.png samples.png interpolations.png"
 
 test: setup
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check $(SRC)

@@ -22,6 +22,17 @@ from vaetrain.data.shards import ShardSet
 # their own two processes, take many times longer with two threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SLOWEST_FIRST = (
+    "test_resume", "test_launch", "test_preemption", "test_demo", "test_exit", "test_jobs", "test_scale", "test_rerun",
+    "test_parity", "test_train", "test_priors", "test_sweep_runner", "test_damaged_data", "test_scoring", "test_generation",
+)  # fmt: skip
+"""Files that take longest, so that `make test`, which hands out whole files in order, does not end waiting for one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 def _make(folder: Path, num_images: int, channels: int, **options: Any) -> Path:
     """Shards of noise, so that no two images are alike, in two classes, the first with twice the images of the second."""
