@@ -1,6 +1,7 @@
 """Shards behind URLs and commands: a server that misbehaves costs time or ends in an error, never in wrong images."""
 
 import itertools
+import os
 import re
 import shutil
 import tarfile
@@ -212,11 +213,12 @@ def test_a_command_is_run_for_a_file_and_its_status_checked(tmp_path: Path) -> N
 
 
 def test_a_command_that_stalls_is_ended_with_all_it_started(tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
+    (tmp_path / "late").touch()
+    nap = f"600.{os.getpid()}"  # seconds that nobody else sleeps
     with pytest.raises(ValueError, match="has printed nothing for 0"):
-        everything(file_on(f"pipe:sh -c 'tail -f {tmp_path}/{{}}; true'", "empty", persistence=IMPATIENT))
+        everything(file_on(f"pipe:sh -c 'sleep {nap}; cat {tmp_path}/{{}}'", "late", persistence=IMPATIENT))
     deadline = time.monotonic() + 120  # a signal is a matter of milliseconds
-    while left := [process for process in psutil.process_iter() if str(tmp_path / "empty") in words_of(process)]:
+    while left := [process for process in psutil.process_iter() if nap in words_of(process)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
