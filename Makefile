@@ -8,6 +8,10 @@ SRC := vaetrain tools tests
 BENCH_BIN := .venv-bench/bin
 BENCH_STAMP := .venv-bench/.installed
 
+# Python keeps what it has compiled, also where the environment says that it should not: every start of a command would
+# compile torch's sources anew, which costs three times what its import does.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test check format bench bench-data requirements clean
 
 help:
@@ -56,7 +60,7 @@ demo: setup
 	@echo "All of it, in a browser: runs/demo/report.html"
 
 test: setup
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check $(SRC)

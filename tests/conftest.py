@@ -1,10 +1,12 @@
 """What several test files need: shard sets small enough to be made anew, a tiny training, a misbehaving server."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +21,17 @@ from vaetrain.data.shards import ShardSet
 # Before torch starts its threads: they spin while they wait, and tests that run side by side with something else, such as
 # their own two processes, take many times longer with two threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SLOWEST_FIRST = (
+    "test_resume", "test_launch", "test_preemption", "test_demo", "test_exit", "test_jobs", "test_scale", "test_rerun",
+    "test_parity", "test_train", "test_priors", "test_sweep_runner", "test_damaged_data", "test_scoring", "test_generation",
+)  # fmt: skip
+"""Files that take longest, so that `make test`, which hands out whole files in order, does not end waiting for one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def _make(folder: Path, num_images: int, channels: int, **options: Any) -> Path:
@@ -89,16 +102,27 @@ def tiny_run(tiny_shards, accelerator, tmp_path_factory):
 
 
 @pytest.fixture
+def copy_of_tiny_run(tiny_run, tmp_path):
+    """Make a run of one's own that is as train_tiny(run_dir=…, epochs=1) would leave it, without the training."""
+    return lambda run_dir="run": shutil.copytree(tiny_run, tmp_path / run_dir)
+
+
+@pytest.fixture
 def train_tiny(tiny_shards, accelerator, tmp_path):
-    """Train the tiny model in this process; arguments are further command-line arguments."""
+    """Train the tiny model in this process; arguments are further command-line arguments.
+
+    The figures of a run are drawn where a test asks for them: they take longer than the training.
+    """
     from vaetrain.command_line import parse
     from vaetrain.config import Config
+    from vaetrain.plots import RunFigures
     from vaetrain.train import train
 
-    def run_training(*arguments: object, run_dir: str = "run", epochs: int = 2) -> Path:
+    def run_training(*arguments: object, run_dir: str = "run", epochs: int = 2, figures: bool = False) -> Path:
         own = ["--data.train", tiny_shards, "--train.epochs", epochs, "--run-dir", tmp_path / run_dir]
         config = parse(Config, None, [str(argument) for argument in (*TINY, *own, *arguments)])
-        train(config, accelerator)
+        with contextlib.nullcontext() if figures else patch.object(RunFigures, "draw"):
+            train(config, accelerator)
         accelerator.free_memory()
         return config.run_dir
 

@@ -4,12 +4,10 @@
 """
 
 import contextlib
-import functools
 import hashlib
+import itertools
 import math
 import multiprocessing
-import multiprocessing.context
-import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -17,16 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from launching import free_port
+from together import HANGS_S, Outcome, run_together
 
 import vaetrain.divergence
+import vaetrain.time_limit
 import vaetrain.train
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE
+from vaetrain.plots import RunFigures
 
 GLOBAL_BATCH_SIZE = 20
 STEP = 7
@@ -63,6 +64,13 @@ def at_step(act: Callable[[], object]) -> contextlib.AbstractContextManager[None
 
 def fail() -> None:
     raise AssertionError("the moon is in the wrong phase")
+
+
+def kill_a_worker() -> None:
+    """As the system does when memory runs out."""
+    worker = multiprocessing.active_children()[0]
+    print(f"killed worker {worker.pid}", flush=True)
+    worker.kill()
 
 
 def block_on_data() -> contextlib.AbstractContextManager[None]:
@@ -110,12 +118,27 @@ def small_memory(*, on_rank: int) -> contextlib.AbstractContextManager[None]:
     return patch.object(VAE, "forward", forward)
 
 
+@contextlib.contextmanager
+def slow_steps() -> Iterator[None]:
+    """For the time limit every step takes a second, and nothing else takes any time."""
+    seconds = itertools.count()
+    now = [float(next(seconds))]
+
+    def tick(step):
+        now[0] = float(next(seconds))
+
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    with every_step(tick), patch.object(vaetrain.time_limit, "time", clock):
+        yield
+
+
 FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "none": contextlib.nullcontext,
-    "slow": lambda: every_step(lambda step: time.sleep(0.2)),
+    "slow": slow_steps,
     "killed": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "stopped": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "raises": lambda: at_step(fail),
+    "worker killed": lambda: at_step(kill_a_worker),
     "blocks": block_on_data,
     "told": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGUSR1)),
     "spoilt": spoilt_losses,
@@ -125,67 +148,34 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
 
 def main(fault: str, arguments: Sequence[str]) -> None:
     config = parse(Config, None, arguments)
-    with FAULTS[fault]():
+    with FAULTS[fault](), patch.object(RunFigures, "draw"):  # figures take longer than these trainings
         vaetrain.train.main(config)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trained(Outcome):
     """What became of the processes of one training, by rank."""
 
-    pids: list[int]
-    exit_codes: list[int]
-    printed: list[str]
     weights: list[str]
     """SHA-256 of the weights each process had in the end; "" where it did not get that far."""
 
 
-@functools.cache
-def fork_server() -> multiprocessing.context.ForkServerContext:
-    """A server that has imported everything, so that tests can tell how long a training takes to end."""
-    multiprocessing.forkserver._forkserver._stop()  # another test's, which has imported less
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vaetrain.train"])
-    nothing = context.Process(target=int)
-    nothing.start()
-    nothing.join()
-    return context
-
-
-def train_together(folder: Path, fault: str, *arguments: object, within_s: float, num_processes: int = 2) -> Outcome:
+def train_together(
+    folder: Path, fault: str, *arguments: object, within_s: float = HANGS_S, num_processes: int = 2
+) -> Trained:
     """Run a training with a fault on processes forked from a server that has imported all; no launcher ends anybody."""
     folder.mkdir()
-    port = free_port()
-    processes = [
-        fork_server().Process(target=run_rank, args=(folder, fault, [*map(str, arguments)], rank, num_processes, port))
-        for rank in range(num_processes)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + within_s
-    try:
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        printed = [(folder / f"printed-{rank}").read_text() for rank in range(num_processes)]
-        codes = [process.exitcode for process in processes]
-        assert None not in codes, f"not all had ended within {within_s} s: {codes}\n" + "\n".join(printed)
-    finally:
-        for process in processes:
-            process.kill()
+    outcome = run_together(
+        train_rank, folder, fault, [*map(str, arguments)], num_processes=num_processes, within_s=within_s
+    )
     hashes = [
         file.read_text() if (file := folder / f"weights-{rank}").exists() else "" for rank in range(num_processes)
     ]
-    return Outcome([process.pid for process in processes], codes, printed, hashes)
+    return Trained(outcome.pids, outcome.exit_codes, outcome.printed, hashes)
 
 
-def run_rank(folder: Path, fault: str, arguments: list[str], rank: int, num_processes: int, port: int) -> None:
-    output = os.open(folder / f"printed-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1",
-        "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+def train_rank(folder: Path, fault: str, arguments: list[str]) -> None:
+    """Train, and leave the SHA-256 of the weights in the folder however it ends."""
     built: list[VAE] = []
 
     class RememberedVAE(VAE):
@@ -199,7 +189,7 @@ def run_rank(folder: Path, fault: str, arguments: list[str], rank: int, num_proc
         finally:
             if built:
                 content = b"".join(weight.detach().numpy().tobytes() for weight in built[0].parameters())
-                (folder / f"weights-{rank}").write_text(hashlib.sha256(content).hexdigest())
+                (folder / f"weights-{rank()}").write_text(hashlib.sha256(content).hexdigest())
 
 
 if __name__ == "__main__":

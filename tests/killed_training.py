@@ -93,7 +93,7 @@ class Runs:
     def kill(self, name: str, num_processes: int, until: Callable[[], bool], delay_s: float) -> None:
         """Train until `until` holds, and a random part of `delay_s` longer; then SIGKILL all processes."""
         processes = self.start(name, num_processes)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not until():
             assert time.monotonic() < deadline, f"{name} does not come to where it is to be killed"
             time.sleep(0.001)

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ("-m", "accelerate.commands.launch", "--config_file")
@@ -45,7 +47,7 @@ def start(
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 250) -> subprocess.CompletedProcess[str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     """Wait for a started command; past the timeout it is ended, with all that it started, and the test fails."""
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
@@ -64,7 +66,7 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
             # At SIGTERM torchrun ends its workers, which are in process groups of their own.
             os.killpg(process.pid, signal_number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=10)
+            return process.communicate(timeout=60)
     raise AssertionError(f"{process.args} left processes behind that still write")
 
 
@@ -78,6 +80,16 @@ def succeed(*arguments: object, two_processes: bool = False) -> str:
     result = run(*arguments, two_processes=two_processes)
     assert result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+def run_here(script: str, *arguments: object) -> int:
+    """Run a command in this process, which has paid for the imports; returns its exit code. What it prints, capsys has."""
+    with patch.object(sys, "argv", [script, *map(str, arguments)]):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
 
 
 def free_port() -> int:

@@ -1,11 +1,7 @@
-"""Likelihood scores of an untrained VAE on however many processes there are; as a command, written as JSON.
-
-accelerate launch --config_file launch/cpu2.yaml tests/likelihood_scenarios.py SHARDS LPIPS_FOLDER OUT.json
-"""
+"""Likelihood scores of an untrained VAE on however many processes there are; for test_likelihood_scores.py."""
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +45,10 @@ def measure(accelerator: Accelerator, shards: Path, lpips: Path) -> dict[str, An
     return results
 
 
-def main(shards: Path, lpips: Path, out: Path) -> None:
+def measure_together(shards: Path, lpips: Path, out: Path) -> None:
+    """Write the scores as JSON; a collective of all processes."""
     accelerator = distributed.start()
     with distributed.finishing(accelerator):
         results = measure(accelerator, shards, lpips)
         if accelerator.is_main_process:
             out.write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -1,12 +1,8 @@
-"""Two processes whose gradients are a known mean plus known noise, read off DDP's reduction; run by test_noise_scale.py.
-
-tests/noise_scale_scenario.py OUT.json
-"""
+"""Two processes whose gradients are a known mean plus known noise, read off DDP's reduction; run by test_noise_scale.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -50,8 +46,8 @@ def adam_at_rest(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, betas=(0.9, 0.98))
 
 
-def main(out: Path) -> None:
-    """In a function, since a process group that is still known when the interpreter ends can abort it."""
+def norms_together(out: Path) -> None:
+    """Write what SmallGradient finds in each step as JSON; a collective of two processes."""
     accelerator = distributed.start()
     with distributed.finishing(accelerator):
         layout = BatchLayout.of(BATCH, None, accelerator.process_index, 2)
@@ -69,7 +65,3 @@ def main(out: Path) -> None:
             optimizer.step()
         if accelerator.is_main_process:
             out.write_text(json.dumps({"norms": found, "batch": small.batch_size}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

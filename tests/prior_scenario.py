@@ -1,11 +1,6 @@
-"""What test_priors.py has one and two processes do; each writes what it got to OUT/rank-R.safetensors.
+"""What test_priors.py has one and two processes do; each writes what it got to OUT/rank-R.safetensors."""
 
-python -m accelerate.commands.launch … tests/prior_scenario.py RUN RUN_WITH_PRIORS OUT
-"""
-
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -48,7 +43,8 @@ def scenario(run, run_with_priors, out, accelerator):
     save_file({n: t.contiguous() for n, t in result.items()}, out / f"rank-{accelerator.process_index}.safetensors")
 
 
-if __name__ == "__main__":
+def scenario_together(run, run_with_priors, out):
+    """`scenario` after joining the other processes."""
     accelerator = distributed.start()
     with torch.no_grad(), distributed.finishing(accelerator):
-        scenario(*map(Path, sys.argv[1:]), accelerator)
+        scenario(run, run_with_priors, out, accelerator)

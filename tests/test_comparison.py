@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
-from launching import ROOT, succeed
+from launching import run_here, succeed
 
 from vaetrain.comparison import Agreement, Comparison, Result
 from vaetrain.export import export
@@ -84,7 +83,7 @@ def test_the_tool_prints_and_writes(tiny_run, tmp_path):
     assert json.loads((tmp_path / "c.json").read_text())["records"][0]["equal"] is True
 
 
-def test_what_cannot_be_compared_is_named(tiny_run, tmp_path):
+def test_what_cannot_be_compared_is_named(tiny_run, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="nowhere is no run directory"):
         Result.read(tmp_path / "nowhere")
     copy = shutil.copytree(tiny_run, tmp_path / "copy")
@@ -94,11 +93,8 @@ def test_what_cannot_be_compared_is_named(tiny_run, tmp_path):
     (copy / "dataset.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no dataset\.json"):
         Result.read(copy)
-    result = subprocess.run(
-        [sys.executable, "tools/compare_runs.py", tiny_run], cwd=ROOT, text=True, capture_output=True, check=False
-    )
-    assert result.returncode == 1
-    assert result.stderr == "error: name at least two run directories\n"
+    assert run_here("tools/compare_runs.py", tiny_run) == 1
+    assert capsys.readouterr().err == "error: name at least two run directories\n"
 
 
 def test_the_commits_between_two_runs_are_counted(tmp_path):

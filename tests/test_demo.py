@@ -5,7 +5,6 @@ import shlex
 import subprocess
 
 import numpy as np
-import pytest
 from launching import ROOT, succeed
 from PIL import Image
 
@@ -30,7 +29,6 @@ def demo_commands(folder):
         yield words[first:]
 
 
-@pytest.mark.timeout(300)
 def test_the_demo_end_to_end(tmp_path):
     commands = list(demo_commands(tmp_path))
     assert [command[0] for command in commands] == [

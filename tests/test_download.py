@@ -1,7 +1,6 @@
 import errno
 import hashlib
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +150,8 @@ def test_a_server_that_stalls_or_trickles_is_given_up(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stall_s: float
 ) -> None:
     monkeypatch.setattr(download_module, "SLOWEST_BYTES_PER_S", 1 << 20)
-    start = time.perf_counter()
     with pytest.raises(ValueError, match=r"broke|only"):
-        get(tmp_path / "file", server.add("file", stall_s=stall_s))
-    assert time.perf_counter() - start < 4
+        get(tmp_path / "file", server.add("file", stall_s=stall_s))  # all of it would take half an hour, or days
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_an_absent_archive_is_told(fetch: Callable[..., str], tmp_path: Path) ->
 
 def test_the_command_line_tells_a_user_what_is_wrong(tmp_path: Path) -> None:
     command = [sys.executable, "tools/fetch_afhq.py", tmp_path / "afhq", "--archive", afhq_zip(tmp_path / "a.zip")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert "error: " in result.stderr
     assert "3 in train/cat, not 5,153" in result.stderr

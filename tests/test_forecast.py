@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launching import ROOT
+from launching import ROOT, run_here, succeed
 
 from vaetrain.data import stream
 from vaetrain.data.config import DataConfig
@@ -170,15 +170,10 @@ def test_auto_gives_the_reason_that_the_reader_gives(tiny_shards):
             assert f"({split.reason})" in reader.description
 
 
-def verify_shards(*arguments):
-    return subprocess.run(
-        [sys.executable, "tools/verify_shards.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+def test_the_tool_prints_the_plan(tiny_shards, tiny_gray_shards, capsys):
+    printed = succeed(
+        "tools/verify_shards.py", tiny_shards, "--plan", 2, 1, "--global-batch-size", 16, "--micro-batch-size", 4
     )
-
-
-def test_the_tool_prints_the_plan(tiny_shards, tiny_gray_shards):
-    result = verify_shards(tiny_shards, "--plan", 2, 1, "--global-batch-size", 16, "--micro-batch-size", 4)
-    assert result.returncode == 0, result.stderr
     for part in (
         "plan for 2 process(es) of 1 worker(s), global batch 16: 2 micro-batch(es) of 4 in each process",
         "train: resident (--data.reader auto, 0.00 GiB decoded, within --data.resident-gib 4), 100 images in 9 shards",
@@ -186,21 +181,22 @@ def test_the_tool_prints_the_plan(tiny_shards, tiny_gray_shards):
         "23 images, none dropped, 3 batches in each process",
         "OK: ",
     ):
-        assert part in result.stdout
-    assert "warning" not in result.stdout
-    result = verify_shards(tiny_gray_shards, "--plan", 1, 0, "--reader", "stream", "--global-batch-size", 16)
-    assert "4 in all" in result.stdout
-    assert "warning: there is no val split" in result.stdout
-    result = verify_shards(tiny_shards, "--plan", 3, 1, "--global-batch-size", 16)
-    assert result.returncode == 1
-    assert "16 does not divide among 3 processes" in result.stderr
+        assert part in printed
+    assert "warning" not in printed
+    plan = ("--plan", 1, 0, "--reader", "stream", "--global-batch-size", 16)
+    assert run_here("tools/verify_shards.py", tiny_gray_shards, *plan) == 0
+    printed = capsys.readouterr().out
+    assert "4 in all" in printed
+    assert "warning: there is no val split" in printed
+    assert run_here("tools/verify_shards.py", tiny_shards, "--plan", 3, 1, "--global-batch-size", 16) == 1
+    assert "16 does not divide among 3 processes" in capsys.readouterr().err
 
 
-def test_the_plans_own_batch_divides_among_the_processes_and_fits_the_split(tiny_shards, tiny_gray_shards):
+def test_the_plans_own_batch_divides_among_the_processes_and_fits_the_split(tiny_shards, tiny_gray_shards, capsys):
     for folder, num_processes, batch in ((tiny_shards, 3, 63), (tiny_gray_shards, 1, 40)):
-        result = verify_shards(folder, "--plan", num_processes, 1)
-        assert result.returncode == 0, result.stderr
-        assert f"plan for {num_processes} process(es) of 1 worker(s), global batch {batch}: " in result.stdout
+        assert run_here("tools/verify_shards.py", folder, "--plan", num_processes, 1) == 0
+        said = f"plan for {num_processes} process(es) of 1 worker(s), global batch {batch}: "
+        assert said in capsys.readouterr().out
 
 
 def test_planning_imports_no_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ import pytest
 import torch
 import torch_fidelity
 from inception_weights import write_random_inception_weights
-from launching import TINY, succeed
 from safetensors import safe_open
+from together import script_succeeds
 from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.evaluate import EvaluateConfig, evaluate
@@ -28,17 +29,9 @@ from vaetrain.run import RunDirectory
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny_shards, accelerator, tmp_path_factory) -> Path:
-    """A tiny trained run."""
-    from vaetrain.command_line import parse
-    from vaetrain.config import Config
-    from vaetrain.train import train
-
-    folder = tmp_path_factory.mktemp("generation")
-    arguments = [*TINY, "--data.train", tiny_shards, "--train.epochs", 1, "--run-dir", folder / "run"]
-    train(parse(Config, None, [str(argument) for argument in arguments]), accelerator)
-    accelerator.free_memory()
-    return folder / "run"
+def run_dir(tiny_run, tmp_path_factory) -> Path:
+    """A copy of the tiny run for this file's scores."""
+    return shutil.copytree(tiny_run, tmp_path_factory.mktemp("generation") / "run")
 
 
 @pytest.fixture
@@ -116,10 +109,10 @@ def test_two_processes_give_the_same_scores_as_one_and_find_its_features_in_the_
             is_train = json.loads(file.metadata()["key"])["split"] == "train"
         if is_train:
             path.unlink()
-    printed = succeed(
+    printed = script_succeeds(
         "vaetrain/evaluate.py", "--run", run_dir, "--out", tmp_path / "two.json", "--batch-size", 4,
         "--scores", "fid", "rfid", "--keep-samples", tmp_path / "two", "--fid.num-images", 37, "--fid.extractor", mine,
-        "--fid.cache-dir", cache, two_processes=True,
+        "--fid.cache-dir", cache, num_processes=2,
     )  # fmt: skip
     assert printed.count("extracted now") == 2
     assert "23 read from" in printed

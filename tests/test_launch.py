@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from unittest.mock import patch
 
@@ -152,11 +151,10 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
                 environment=NO_GPU,
             )
         )  # fmt: skip
-    deadline = time.monotonic() + 100
     printed = []
     try:
         for process in processes:
-            result = finish(process, timeout_s=deadline - time.monotonic())
+            result = finish(process)
             assert result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
             printed.append(result.stdout)
     finally:
@@ -212,7 +210,7 @@ def submit(cluster, *arguments, **variables):
     }  # fmt: skip
     return subprocess.run(
         ["bash", spooled, *arguments], cwd=cluster, env={k: v for k, v in environment.items() if v is not None},
-        capture_output=True, text=True, timeout=30,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from launching import finish, start
-from likelihood_scenarios import measure
+from likelihood_scenarios import measure, measure_together
 from linear_gaussian import LinearGaussian, MemoryReader
 from lpips_weights import write_random_lpips_weights
+from together import succeed_together
 
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.likelihood_scores import VARIATIONAL_SCORES, likelihood_scores
@@ -18,14 +18,12 @@ from vaetrain.model.config import ModelConfig
 
 @pytest.fixture(scope="module")
 def results(tiny_shards, accelerator, tmp_path_factory):
-    """What likelihood_scenarios.py measures in this process, and meanwhile in two."""
+    """What likelihood_scenarios.py measures in this process and in two."""
     folder = tmp_path_factory.mktemp("likelihood")
     write_random_lpips_weights(folder, "vgg")
     out = folder / "two.json"
-    process = start("tests/likelihood_scenarios.py", tiny_shards, folder, out, two_processes=True)
+    succeed_together(measure_together, tiny_shards, folder, out)
     one = measure(accelerator, tiny_shards, folder)
-    result = finish(process)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     two = json.loads(out.read_text())
     assert (one.pop("num_processes"), two.pop("num_processes")) == (1, 2)
     return one, two

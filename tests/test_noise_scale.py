@@ -6,8 +6,18 @@ import json
 
 import pytest
 import torch
-from launching import succeed
-from noise_scale_scenario import BATCH, DEVIATIONS, STEPS, THEORY, Quadratic, adam_at_rest, adam_theory, images
+from noise_scale_scenario import (
+    BATCH,
+    DEVIATIONS,
+    STEPS,
+    THEORY,
+    Quadratic,
+    adam_at_rest,
+    adam_theory,
+    images,
+    norms_together,
+)
+from together import succeed_together
 
 from vaetrain.data.order import BatchLayout
 from vaetrain.run import RunDirectory
@@ -54,7 +64,7 @@ def test_one_process_with_accumulation_equals_theory():
 
 
 def test_two_processes_through_ddp_equal_theory(tmp_path):
-    succeed("tests/noise_scale_scenario.py", tmp_path / "found.json", two_processes=True)
+    succeed_together(norms_together, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["batch"] == BATCH // 2
     x = images(STEPS - 1, DEVIATIONS)

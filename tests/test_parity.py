@@ -2,24 +2,17 @@
 
 import json
 
+import parity_scenarios
 import pytest
-from launching import finish, start
-
-TIMEOUT_S = 300
-"""Of three trainings on three processes, which share two cores with whatever other tests are running."""
-pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
+from together import succeed_together
 
 
 @pytest.fixture(scope="module")
 def results(tiny_shards, tmp_path_factory):
-    """What parity_scenarios.py saw on one and on two processes, started side by side."""
+    """What parity_scenarios.py saw on one and on two processes."""
     folders = [tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")]
-    processes = [
-        start("tests/parity_scenarios.py", tiny_shards, folder, two_processes=two) for two, folder in enumerate(folders)
-    ]
-    for process in processes:
-        result = finish(process, timeout_s=TIMEOUT_S)
-        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    for num_processes, folder in enumerate(folders, start=1):
+        succeed_together(parity_scenarios.scenarios, str(tiny_shards), folder, num_processes=num_processes)
     one, two = (json.loads((folder / "results.json").read_text()) for folder in folders)
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     return one, two

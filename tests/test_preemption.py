@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -47,21 +46,21 @@ def arguments(tiny_shards, run_dir):
 def undisturbed(tiny_shards, tmp_path_factory):
     """The run directory of two processes that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    outcome = train_together(folder / "out", "none", *arguments(tiny_shards, folder / "run"), within_s=60)
+    outcome = train_together(folder / "out", "none", *arguments(tiny_shards, folder / "run"))
     assert outcome.exit_codes == [0, 0], outcome.printed
     return folder / "run"
 
 
 def test_all_stop_at_the_same_step_and_go_on(tiny_shards, tmp_path, undisturbed):
     run_dir = tmp_path / "run"
-    outcome = train_together(tmp_path / "first", "told", *arguments(tiny_shards, run_dir), within_s=60)
+    outcome = train_together(tmp_path / "first", "told", *arguments(tiny_shards, run_dir))
     assert outcome.exit_codes == [EXIT_STOPPED, EXIT_STOPPED] == [75, 75]
     assert outcome.weights[0] == outcome.weights[1] != ""
     # Told when the step begins, known to the other at the next question, after one step more.
     assert list_checkpoints(run_dir / "checkpoints")[-1].name == f"step-{STEP + 2:08d}"
     said = "".join(outcome.printed)
     assert said.count("saved and stopped by a signal to another process; the same command goes on from here") == 1
-    outcome = train_together(tmp_path / "second", "none", *arguments(tiny_shards, run_dir), within_s=60)
+    outcome = train_together(tmp_path / "second", "none", *arguments(tiny_shards, run_dir))
     assert outcome.exit_codes == [0, 0]
     check_equal(run_dir, undisturbed)
 
@@ -136,7 +135,6 @@ def test_decoding_workers_outlive_the_signal(tiny_shards):
             os.kill(worker.pid, number)
     for _ in range(20):
         next(batches)
-    started = time.monotonic()
     reader.close()
-    assert time.monotonic() - started < 10
     assert not any(worker.is_alive() for worker in workers)
+    assert all(worker.exitcode != -signal.SIGALRM for worker in workers), "closing waited until their minute was over"

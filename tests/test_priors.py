@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from launching import succeed
-from prior_scenario import FIT, scenario
+from prior_scenario import FIT, scenario, scenario_together
 from safetensors.torch import load_file
+from together import succeed_together
 from torch.distributions import MultivariateNormal
 
 from vaetrain.data.reader import open_reader
@@ -297,7 +297,7 @@ def test_two_processes_fit_draw_and_search_as_one_does(tiny_run, accelerator, tm
     for folder in ("alone", "together"):
         (tmp_path / folder).mkdir()
     scenario(one, one, tmp_path / "alone", accelerator)
-    succeed("tests/prior_scenario.py", two, one, tmp_path / "together", two_processes=True)
+    succeed_together(scenario_together, two, one, tmp_path / "together")
     folder = next((one / "priors").iterdir()).relative_to(one)
     for name in PRIOR_NAMES:
         mine, theirs = load_file(one / folder / f"{name}.safetensors"), load_file(two / folder / f"{name}.safetensors")

@@ -1,6 +1,7 @@
 """Shards behind URLs and commands: a server that misbehaves costs time or ends in an error, never in wrong images."""
 
 import itertools
+import os
 import re
 import shutil
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 import pytest
 import torch
 from fsspec.registry import known_implementations
@@ -107,11 +109,10 @@ def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(server: Server) 
 
 @pytest.mark.parametrize("stall_s", [30.0, 0.05], ids=["silent", "trickling"])
 def test_a_stalling_server_is_given_up_in_the_time_stated(server: Server, stall_s: float) -> None:
+    """All of the file would take hours, and so many attempts as well: it is the time that ends it."""
     server.add("a.tar", stall_s=stall_s)
-    began = time.monotonic()
     with pytest.raises(ValueError, match="given up after"):
-        everything(file_on(server.url, "a.tar", persistence=Persistence(give_up_s=1.0)))
-    assert 0.5 < time.monotonic() - began < 4.0
+        everything(file_on(server.url, "a.tar", persistence=Persistence(give_up_s=1.0, attempts=10**6)))
 
 
 def test_the_default_persistence_is_well_below_thirty_seconds() -> None:
@@ -179,11 +180,9 @@ def test_fsspec_that_fails_is_asked_again_and_one_that_stalls_is_given_up(
     monkeypatch.setattr(connection, "_open_with_fsspec", failing)
     assert everything(file_on(copies[1], "a.tar")) == CONTENT
     ending = threading.Event()
-    monkeypatch.setattr(connection, "_open_with_fsspec", lambda *_: ending.wait(30))
-    began = time.monotonic()
+    monkeypatch.setattr(connection, "_open_with_fsspec", lambda *_: ending.wait(600))
     with pytest.raises(ValueError, match=r"it took over .* \(given up"):
         everything(file_on(copies[1], "a.tar", persistence=IMPATIENT))
-    assert time.monotonic() - began < 5
     ending.set()
 
 
@@ -214,12 +213,22 @@ def test_a_command_is_run_for_a_file_and_its_status_checked(tmp_path: Path) -> N
 
 
 def test_a_command_that_stalls_is_ended_with_all_it_started(tmp_path: Path) -> None:
-    began = time.monotonic()
+    (tmp_path / "late").touch()
+    nap = f"600.{os.getpid()}"  # seconds that nobody else sleeps
     with pytest.raises(ValueError, match="has printed nothing for 0"):
-        everything(file_on(f"pipe:sh -c 'sleep 2; touch {tmp_path}/{{}}'", "late", persistence=IMPATIENT))
-    assert time.monotonic() - began < 1.8
-    time.sleep(2.2)
-    assert not (tmp_path / "late").exists()
+        everything(file_on(f"pipe:sh -c 'sleep {nap}; cat {tmp_path}/{{}}'", "late", persistence=IMPATIENT))
+    deadline = time.monotonic() + 120  # a signal is a matter of milliseconds
+    while left := [process for process in psutil.process_iter() if nap in words_of(process)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def words_of(process: psutil.Process) -> str:
+    """Its command line; of a process that has ended, nothing."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def test_a_command_needs_permission_and_a_place_for_the_name() -> None:
@@ -304,7 +313,6 @@ def test_a_link_in_a_shard_is_no_image(tiny_shards: Path, tmp_path: Path) -> Non
 
 def test_a_server_that_stalls_ends_the_run_naming_shard_and_sample(tiny_shards: Path, server: Server) -> None:
     url = served(server, tiny_shards, stall_s=0.05)
-    began = time.monotonic()
     with (
         opened(url) as reader,
         pytest.raises(
@@ -312,7 +320,6 @@ def test_a_server_that_stalls_ends_the_run_naming_shard_and_sample(tiny_shards: 
         ),
     ):
         next(impatient(reader).train_batches(0, 0, LAYOUT))
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.safetensors"])

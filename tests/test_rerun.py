@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 import yaml
-from launching import run, succeed
+from launching import TINY, run_here, succeed
+from together import script_succeeds
 
 from vaetrain import rerun
 from vaetrain.command_line import to_yaml
@@ -27,15 +28,14 @@ def change(run: RunDirectory, **facts: object) -> None:
 
 
 def test_a_rerun_has_the_same_losses_on_one_and_two_processes(tiny_shards, tmp_path):
-    from launching import TINY
-
-    for two_processes in (False, True):
+    """The tool starts processes of its own, as many as there were, two of them through a launcher."""
+    for two_processes, rerun_as in ((False, succeed), (True, script_succeeds)):
         folder = tmp_path / f"run{two_processes}"
-        succeed(
+        script_succeeds(
             "vaetrain/train.py", *TINY, "--data.train", tiny_shards, "--train.epochs", 1, "--run-dir", folder,
-            two_processes=two_processes,
+            num_processes=1 + two_processes,
         )  # fmt: skip
-        printed = succeed("tools/rerun.py", folder, "--allow-differences")
+        printed = rerun_as("tools/rerun.py", folder, "--allow-differences")
         count = len(RunDirectory(folder).metrics())
         assert f"same losses: the {count} records are equal, bit for bit, up to step 5; rerun written to" in printed
         again = RunDirectory(tmp_path / f"run{two_processes}-rerun").provenance()
@@ -43,13 +43,19 @@ def test_a_rerun_has_the_same_losses_on_one_and_two_processes(tiny_shards, tmp_p
         assert again["device"] == RunDirectory(folder).provenance()["device"]
 
 
-def test_other_losses_fail(recorded):
+def test_other_losses_fail(recorded, monkeypatch, capsys):
+    """Of a training that does the same once more; here a copy of the run as it was, which takes no time."""
+    before = shutil.copytree(recorded.path, recorded.path.with_name("before"))
+    monkeypatch.setattr(rerun, "start", lambda config, _: shutil.copytree(before, config.run_dir) and 0)
+    assert (
+        run_here("tools/rerun.py", recorded.path, "--allow-differences", "--out", recorded.path.with_name("same")) == 0
+    )
+    assert "\nsame losses" in "\n" + capsys.readouterr().out
     lines = recorded.metrics_file.read_text()
     first = recorded.metrics()[0]["train/loss"]
     recorded.metrics_file.write_text(lines.replace(str(first), str(first * (1 + 1e-12)), 1))
-    result = run("tools/rerun.py", recorded.path, "--allow-differences")
-    assert result.returncode == 1
-    assert "NOT the same losses: 0 of" in result.stdout
+    assert run_here("tools/rerun.py", recorded.path, "--allow-differences") == 1
+    assert "NOT the same losses: 0 of" in capsys.readouterr().out
 
 
 def test_other_data_are_refused_before_anything_starts(recorded):
@@ -90,12 +96,12 @@ def test_the_changes_of_a_run_are_named_where_they_were_kept(recorded):
     assert "run/uncommitted.patch has them" in "\n".join(rerun.differences(recorded))
 
 
-def test_a_difference_is_refused_unless_allowed(recorded):
+def test_a_difference_is_refused_unless_allowed(recorded, capsys):
     change(recorded, python="3.0.0")
-    result = run("tools/rerun.py", recorded.path)
-    assert result.returncode == 1
-    assert "python: 3.0.0 then, " in result.stderr
-    assert "--allow-differences" in result.stderr
+    assert run_here("tools/rerun.py", recorded.path) == 1
+    said = capsys.readouterr().err
+    assert "python: 3.0.0 then, " in said
+    assert "--allow-differences" in said
     assert not recorded.path.with_name("run-rerun").exists()
 
 
@@ -154,8 +160,7 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
     assert uncommitted_changes(tmp_path / ".venv") == b""
 
 
-def test_a_run_without_provenance_is_refused(recorded):
+def test_a_run_without_provenance_is_refused(recorded, capsys):
     recorded.provenance_file.unlink()
-    result = run("tools/rerun.py", recorded.path)
-    assert result.returncode == 1
-    assert "provenance.json does not exist, so nobody knows what made this run" in result.stderr
+    assert run_here("tools/rerun.py", recorded.path) == 1
+    assert "provenance.json does not exist, so nobody knows what made this run" in capsys.readouterr().err

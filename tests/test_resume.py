@@ -59,7 +59,7 @@ def edit(file: Path, **changes: object) -> None:
 
 def killed_runs(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that needs `runs`, which take half a minute where nothing else runs: in one process of pytest-xdist."""
-    return pytest.mark.timeout(450)(pytest.mark.xdist_group("killed_runs")(test))
+    return pytest.mark.xdist_group("killed_runs")(test)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def no_figures(monkeypatch):
 def runs(tiny_shards, tmp_path_factory) -> Path:
     """Runs that were killed, and those that were not, on one and two processes; see killed_training.py."""
     folder = tmp_path_factory.mktemp("killed")
-    driver = finish(start("tests/killed_training.py", folder, tiny_shards), timeout_s=400)
+    driver = finish(start("tests/killed_training.py", folder, tiny_shards))
     assert driver.returncode == 0, driver.stderr
     assert int(driver.stdout.splitlines()[-1]) > 0, "no kill hit a save"
     return folder

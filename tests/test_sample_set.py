@@ -3,7 +3,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from launching import run
+from launching import run_here
 from test_use import read_samples
 
 from vaetrain import sample as sample_module
@@ -121,7 +121,8 @@ def test_a_command_that_is_run_again_when_all_is_done_succeeds(tiny_run, acceler
         sample(replace(config, prior="gmm"), accelerator)
 
 
-def test_what_makes_no_sense_is_said_before_anything_is_loaded():
-    result = run("vaetrain/sample.py", "--run", "nowhere", "--out", "x", "--prior", "mean-code", "--temperature", 0.5)
-    assert result.returncode == 2
-    assert "leave it at 1" in result.stdout + result.stderr
+def test_what_makes_no_sense_is_said_before_anything_is_loaded(capsys):
+    asked = ("--run", "nowhere", "--out", "x", "--prior", "mean-code", "--temperature", 0.5)
+    assert run_here("vaetrain/sample.py", *asked) == 2
+    said = capsys.readouterr()
+    assert "leave it at 1" in said.out + said.err

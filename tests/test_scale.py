@@ -6,7 +6,8 @@ import json
 
 import pytest
 import yaml
-from launching import TINY, run, succeed
+from launching import TINY, succeed
+from together import run_script, script_succeeds
 
 from vaetrain.command_line import parse
 from vaetrain.config import Config
@@ -22,10 +23,9 @@ QUICK = (
 @pytest.mark.parametrize("two_processes", [False, True])
 def test_it_measures_advises_and_its_recommendation_trains(tiny_shards, tmp_path, two_processes):
     out = tmp_path / "out"
-    printed = succeed(
-        "vaetrain/scale.py", *TINY, *QUICK, "--data.train", tiny_shards, "--out", out, two_processes=two_processes
-    )
     count = 2 if two_processes else 1
+    command = ("vaetrain/scale.py", *TINY, *QUICK, "--data.train", tiny_shards, "--out", out)
+    printed = script_succeeds(*command, num_processes=2) if two_processes else succeed(*command)
     assert (
         f"recommended.yaml (for {count} process{'es' * two_processes}), scaling.json and scaling.png written to {out}"
         in printed
@@ -61,11 +61,11 @@ def test_it_measures_advises_and_its_recommendation_trains(tiny_shards, tmp_path
     assert config.optim.lr == own["optim"]["lr"]
     if not two_processes:
         train = ("vaetrain/train.py", *TINY, "--config", out / "recommended.yaml", "--data.train", tiny_shards)
-        succeed(*train, "--train.num-images", 40, "--run-dir", tmp_path / "run")
+        script_succeeds(*train, "--train.num-images", 40, "--run-dir", tmp_path / "run")
 
 
 def test_a_training_that_diverges_is_not_called_noise(tiny_shards, tmp_path):
-    printed = succeed(
+    printed = script_succeeds(
         "vaetrain/scale.py", *TINY, *QUICK, "--phases", "probe", "noise", "--optim.lr", "1e9", "--optim.clip-norm", "None",
         "--optim.warmup-images", "0", "--data.train", tiny_shards, "--out", tmp_path / "out", "--for-num-processes", "1", "999",
         "--advice.gb-per-s", "3",
@@ -88,17 +88,19 @@ def test_a_training_that_diverges_is_not_called_noise(tiny_shards, tmp_path):
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is(tiny_shards, tmp_path, asked, said):
-    result = run("vaetrain/scale.py", *TINY, *QUICK, "--data.train", tiny_shards, "--out", tmp_path / "out", *asked)
-    assert result.returncode == 1
-    assert said in result.stderr
-    assert "micro-batches" not in result.stdout
+    outcome = run_script(
+        "vaetrain/scale.py", *TINY, *QUICK, "--data.train", tiny_shards, "--out", tmp_path / "out", *asked
+    )
+    assert outcome.exit_codes == [1]
+    assert said in outcome.printed[0]
+    assert "micro-batches" not in outcome.printed[0]
 
 
 def test_nothing_is_overwritten_and_advice_needs_the_probe(tiny_shards, tmp_path):
     (tmp_path / "scaling.json").write_text("{}")
-    result = run("vaetrain/scale.py", *TINY, "--data.train", tiny_shards, "--out", tmp_path)
-    assert result.returncode == 1
-    assert "already holds a scaling.json; name another folder with --out" in result.stderr
+    outcome = run_script("vaetrain/scale.py", *TINY, "--data.train", tiny_shards, "--out", tmp_path)
+    assert outcome.exit_codes == [1]
+    assert "already holds a scaling.json; name another folder with --out" in outcome.printed[0]
     asked = [*TINY, "--data.train", "x", "--out", "y"]
     assert parse(ScaleConfig, None, [*asked, "--for-num-processes", "3", "9"]).for_num_processes == (3, 9)
     for refused in (

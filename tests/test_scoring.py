@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import TINY, succeed
 from lpips_weights import write_random_lpips_weights
 from PIL import Image
+from together import script_succeeds
 from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.command_line import parse
@@ -33,16 +34,9 @@ QUICK = {
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, tiny_shards, accelerator):
-    from vaetrain.command_line import parse
-    from vaetrain.config import Config
-    from vaetrain.train import train
-
-    folder = tmp_path_factory.mktemp("scoring")
-    arguments = [*TINY, "--data.train", tiny_shards, "--train.epochs", 1, "--run-dir", folder / "run"]
-    train(parse(Config, None, [str(argument) for argument in arguments]), accelerator)
-    accelerator.free_memory()
-    return folder / "run"
+def run_dir(tiny_run, tmp_path_factory) -> Path:
+    """A copy of the tiny run for this file's scores."""
+    return shutil.copytree(tiny_run, tmp_path_factory.mktemp("scoring") / "run")
 
 
 def test_all_priors_stand_side_by_side(run_dir, accelerator, tmp_path):
@@ -104,10 +98,10 @@ def test_a_sample_set_scores_as_samples_drawn_now_do_on_one_and_two_processes(ru
         assert {**manifest, **protocol["samples"]} == manifest
         assert protocol["samples"]["temperature"] == 0.5
     assert now["fid_protocol"]["samples"].items() <= {**manifest, "count": 20}.items()
-    succeed(
+    script_succeeds(
         "vaetrain/evaluate.py", "--run", run_dir, "--out", tmp_path / "two.json", "--samples", drawn, "--scores", *scores,
         "--batch-size", 4, "--num-pictures", 12, "--fid.num-images", 20, "--fid.extractor", fid.extractor,
-        "--fid.cache-dir", fid.cache_dir, two_processes=True,
+        "--fid.cache-dir", fid.cache_dir, num_processes=2,
     )  # fmt: skip
     two = json.loads((tmp_path / "two.json").read_text())
     assert numbers(two) == pytest.approx(numbers(given), rel=1e-6)

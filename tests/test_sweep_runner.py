@@ -97,7 +97,7 @@ def stop(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 (folder / "up").write_text("")
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -106,12 +106,12 @@ def test_told_to_stop_it_tells_its_trials_and_goes_on_later(sweep_file, tmp_path
     file = sweep_file(tmp_path / "slow.py", a={"values": [1, 2, 3]})
     out = tmp_path / "out"
     process = start("tools/sweep.py", file, "--out", out, "--processes", 2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(out.glob("*/up"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    result = finish(process, timeout_s=60)
+    result = finish(process)
     assert result.returncode == 75, result.stderr
     assert "stopped; the same command goes on" in result.stdout
     assert len(list(out.glob("*/saved"))) == 2

