@@ -54,9 +54,11 @@ from vaetrain.config import Config, LogConfig, TrainConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.data.sharding import make_shards
 from vaetrain.data.sharding_config import ShardingConfig
+from vaetrain.machine import cpu_model
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo
+from vaetrain.precision import in_use
 from vaetrain.train import train
 
 MODEL = ModelConfig(
@@ -116,7 +118,7 @@ def vaetrain_loop(config: BenchConfig, accelerator: Accelerator, folder: Path) -
             model=replace(MODEL, image_size=config.image_size),
             train=TrainConfig(
                 num_images=(config.steps + 1) * config.batch_size, val_every_epochs=1000,
-                global_batch_size=config.batch_size, precision="bf16",
+                global_batch_size=config.batch_size,
             ),
             log=LogConfig(every_steps=1, num_pictures=2),
             run_dir=run_dir,
@@ -139,13 +141,14 @@ def synchronize() -> None:
 
 def main(config: BenchConfig) -> None:
     """Measure, print a table and write the JSON."""
-    accelerator = distributed.start("bf16")
+    accelerator = distributed.start("auto")
+    own = in_use(accelerator)
     with tempfile.TemporaryDirectory() as folder:
         variants = {
             "vaetrain": vaetrain_loop(config, accelerator, Path(folder)),
             "bare_bf16_channels_last": bare_loop(config, bf16=True, channels_last=True),
-            "bare_bf16_contiguous": bare_loop(config, bf16=True, channels_last=False),
             "bare_fp32_channels_last": bare_loop(config, bf16=False, channels_last=True),
+            f"bare_{own}_contiguous": bare_loop(config, bf16=own == "bf16", channels_last=False),
         }
         speeds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(config.rounds):
@@ -153,11 +156,13 @@ def main(config: BenchConfig) -> None:
                 speeds[name].append(measure())
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     ratios = {
-        "vaetrain_vs_bare_loop": medians["vaetrain"] / medians["bare_bf16_channels_last"],
-        "channels_last_vs_contiguous": medians["bare_bf16_channels_last"] / medians["bare_bf16_contiguous"],
+        "vaetrain_vs_bare_loop": medians["vaetrain"] / medians[f"bare_{own}_channels_last"],
+        "channels_last_vs_contiguous": medians[f"bare_{own}_channels_last"] / medians[f"bare_{own}_contiguous"],
         "bf16_vs_fp32": medians["bare_bf16_channels_last"] / medians["bare_fp32_channels_last"],
     }
-    machine = f"{distributed.device_name(accelerator.device)}, {platform.machine()}, torch {torch.__version__}"
+    device = distributed.device_name(accelerator.device)
+    processor = f" on {cpu_model()}" if accelerator.device.type == "cpu" else ""
+    machine = f"{device}{processor}, {platform.machine()}, torch {torch.__version__}; vaetrain in {own}"
     print(
         f"{machine}; {config.image_size}×{config.image_size}, batch {config.batch_size}, medians of {config.rounds} rounds"
     )
