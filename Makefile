@@ -51,7 +51,7 @@ demo: setup
 	$(BIN)/python tools/make_shards.py faces datasets/faces64 --size 64 --num-images 2000 --val-count 10%
 	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/train.py --config configs/demo.yaml
 	$(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/evaluate.py --run runs/demo \
-	  --likelihood.num-images 16 --likelihood.num-samples 100 --priors standard gaussian gmm
+	  --likelihood.num-images 16 --likelihood.num-samples 100 --priors standard gaussian gmm --fit.gmm-components 10
 	test -e runs/demo/samples/manifest.json || \
 	  $(BIN)/accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run runs/demo --num-images 200 --out runs/demo/samples
 	test -e runs/demo/export/config.json || $(BIN)/python tools/export.py runs/demo runs/demo/export

@@ -29,7 +29,7 @@ def test_the_first_difference_is_named_however_small():
     agreement = Agreement.of([record(1, 3.0), record(2, 2.0)], [record(1, 3.0), record(2, 2.0000000000000004)])
     assert not agreement.is_whole
     assert (agreement.num_equal, agreement.last_step) == (1, 1)
-    assert "they part at step 2, train/loss: 2.0 and 2.0000000000000004" in agreement.describe()
+    assert "they part at step 1, train/loss: 2.0 and 2.0000000000000004" in agreement.describe()
     added = {**record(2, 2.0), "train/exploded_steps": 1}
     assert "train/exploded_steps: None and 1" in Agreement.of([record(2, 2.0)], [added]).describe()
 
@@ -51,7 +51,7 @@ def test_runs_are_told_apart(train_tiny, tmp_path):
     headline = comparison.headline().splitlines()
     assert headline[0] == "same data, code, packages, machine"
     assert headline[1] in ("config differs: optim.lr, objective.beta", "config differs: objective.beta, optim.lr")
-    assert "records are equal, bit for bit; they part at step 2, train/" in headline[2]
+    assert "records are equal, bit for bit; they part at step 1, train/" in headline[2]
     table = comparison.table()
     [row] = [line.split() for line in table.splitlines() if line.startswith("  optim.lr")]
     assert row == ["optim.lr", "0.001", "0.002"]

@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
@@ -307,7 +306,7 @@ def announced():
 
 def test_one_of_two_does_not_train_alone(announced, monkeypatch):
     """On GPUs Accelerate takes a process without LOCAL_RANK for the only one; so does this one, left without cpu=True."""
-    monkeypatch.setattr(distributed, "Accelerator", lambda cpu, **options: Accelerator(**options))
+    monkeypatch.setattr(distributed, "PartialState", lambda cpu, **options: PartialState(**options))
     announced({"WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match=r"announced 2 processes \(WORLD_SIZE\) but 1 joined; start with `accelerate"):
         distributed.start()

@@ -156,6 +156,10 @@ def test_training_logs_it_live(train_tiny):
         assert record["train/noise_scale_images"] == expected.images
         assert record["train/small_grad_sq"] > 0
         norms = record["train/adam_small_grad_sq"], record["train/adam_grad_sq"]
+        if record["step"] == 1:  # Adam has seen no gradient yet
+            assert norms == (0, 0)
+            assert record["train/adam_noise_scale_images"] is None
+            continue
         assert record["train/adam_noise_scale_images"] == NoiseScale.of([norms[0]], [norms[1]], 5, 20).images
         assert min(norms) > 0
     assert "train/noise_scale_images" not in without[0]
@@ -176,4 +180,4 @@ def test_norms_are_taken_before_clipping(train_tiny):
     records = [record for record in RunDirectory(run_dir).metrics() if record["split"] == "train"]
     for record in records:
         assert record["train/grad_sq"] > 100 * 1e-3**2
-        assert record["train/adam_grad_sq"] > record["train/adam_small_grad_sq"] / 20
+        assert record["train/adam_grad_sq"] > record["train/adam_small_grad_sq"] / 20 or record["step"] == 1

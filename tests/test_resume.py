@@ -275,6 +275,7 @@ def test_a_resumed_run_goes_on_at_its_trackers(tiny_shards, tmp_path):
             config,
             VAE(config.model),
             step=first - 1,
+            images_seen=first - 1,
             total_images=5,
             images_per_epoch=1,
             dataset_fingerprint="f",

@@ -84,7 +84,8 @@ def critical_batches(folder: Path) -> tuple[NoiseScale, NoiseScale]:
     Raises ValueError, naming the run, when it logged none.
     """
     run = RunDirectory(folder)
-    records = [record for record in run.metrics() if record["split"] == "train"]
+    # The record of the first step alone would count as much as those of whole intervals.
+    records = [record for record in run.metrics() if record["split"] == "train" and record["step"] > 1]
     known = [record for record in records if all(record.get(f"train/{name}") is not None for name in NOISE_METERS)]
     if not known:
         raise ValueError(f"{folder} has no gradient norms; train with --log.noise-scale True")
