@@ -1,6 +1,7 @@
 """What several test files need: shard sets small enough to be made anew, a tiny training, a misbehaving server."""
 
 import contextlib
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -82,9 +83,16 @@ def damaged_shards(tiny_shards, tmp_path):
 @pytest.fixture(scope="session")
 def accelerator():
     """This process alone, in fp32."""
+    import torch._dynamo  # which the first optimizer would import  # noqa: F401
+
     from vaetrain import distributed
 
-    return distributed.start()
+    accelerator = distributed.start()
+    # Accelerate collects garbage whenever it lets go of a model, and looked at all of torch each time: a second, some 300 times.
+    gc.collect()
+    gc.freeze()
+    yield accelerator
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

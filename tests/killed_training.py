@@ -5,6 +5,7 @@ It leaves runs in FOLDER and prints how many kills left half a checkpoint.
 """
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -160,6 +161,7 @@ def main(folder: Path, shards: Path) -> None:
     """Make the runs that test_resume.py compares."""
     RunFigures.draw = lambda *_, **__: None  # two seconds each time
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"
+    gc.freeze()  # each training collects garbage, and need not look at all that was imported
     runs = Runs(folder, shards)
     for num_processes in (1, 2):
         runs.finish(f"whole{num_processes}", num_processes)

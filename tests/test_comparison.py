@@ -29,7 +29,7 @@ def test_the_first_difference_is_named_however_small():
     agreement = Agreement.of([record(1, 3.0), record(2, 2.0)], [record(1, 3.0), record(2, 2.0000000000000004)])
     assert not agreement.is_whole
     assert (agreement.num_equal, agreement.last_step) == (1, 1)
-    assert "they part at step 1, train/loss: 2.0 and 2.0000000000000004" in agreement.describe()
+    assert "they part at step 2, train/loss: 2.0 and 2.0000000000000004" in agreement.describe()
     added = {**record(2, 2.0), "train/exploded_steps": 1}
     assert "train/exploded_steps: None and 1" in Agreement.of([record(2, 2.0)], [added]).describe()
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from together import succeed_together
 
 from vaetrain import distributed
 
@@ -38,3 +39,22 @@ def test_the_first_attempt_is_left_to_accelerate(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     distributed.join_another_attempt(distributed.timedelta(seconds=1))
     assert not torch.distributed.is_initialized()
+
+
+def fail_in_turn():
+    """Rank 0 fails at the first work, both at the second, nobody at the third; at the fourth rank 0 never learns of rank 1."""
+    accelerator = distributed.start()
+    with distributed.finishing(accelerator):
+        rank = accelerator.process_index
+        first = distributed.problems_of_all("a bad file" if rank == 0 else "")
+        second = distributed.problems_of_all(f"bad on {rank}")
+        third = distributed.problems_of_all("")
+        if rank == 0:
+            with pytest.raises(TimeoutError, match="alone with it"):
+                distributed.problems_of_all("alone with it", patience_s=1)
+        print([first, second, third])
+
+
+def test_a_failure_on_one_process_is_known_to_all():
+    expected = [["a bad file", ""], ["bad on 0", "bad on 1"], ["", ""]]
+    assert succeed_together(fail_in_turn).count(str(expected)) == 2

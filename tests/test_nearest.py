@@ -63,8 +63,12 @@ def test_copies_are_found_and_the_first_of_equals_is_taken(readers, accelerator)
 
 def test_scores_tell_copies_from_new_images(vae, readers, accelerator, tmp_path):
     train, val = (reader.first(1000).images.contiguous() for reader in readers)
-    copies = memorisation(vae, train[40:60], *readers, accelerator, tmp_path / "copies.png", num_shown=6).scores
-    new = memorisation(vae, val, *readers, accelerator, tmp_path / "new.png").scores
+    copies = memorisation(vae, train[40:60], *readers, accelerator, num_shown=6)
+    copies.save_picture(tmp_path / "copies.png")
+    copies = copies.scores
+    new = memorisation(vae, val, *readers, accelerator)
+    new.save_picture(tmp_path / "new.png")
+    new = new.scores
     for space in ("pixel", "feature"):
         assert copies[f"eval/nearest_{space}_distance_ratio"] == pytest.approx(0, abs=1e-3)
         assert copies[f"eval/nearest_{space}_closer_than_val"] == 1
@@ -87,16 +91,14 @@ def test_features_that_are_known_are_not_computed_again(vae, readers, accelerato
         seen.append(len(images))
         return pixels(images)
 
-    found = memorisation(
-        vae, train[40:60], *readers, accelerator, tmp_path / "n.png", features=features, known=pixels(train)
-    )
+    found = memorisation(vae, train[40:60], *readers, accelerator, features=features, known=pixels(train))
     assert sum(seen) == 3 * 20  # samples, validation images, reconstructions
     assert found.neighbours["feature"].index.tolist() == found.neighbours["pixel"].index.tolist() == [*range(40, 60)]
 
 
 def test_a_neighbour_is_described_so_that_anyone_finds_it(tiny_shards, vae, readers, accelerator, tmp_path):
     train = readers[0].first(1000).images.contiguous()
-    found = memorisation(vae, train[[99, 3, 99]], *readers, accelerator, tmp_path / "n.png").neighbours
+    found = memorisation(vae, train[[99, 3, 99]], *readers, accelerator).neighbours
     lines = describe_neighbours(found, ChosenImages.all_of(DataConfig(str(tiny_shards)), "train"))
     assert [line["sample"] for line in lines] == [0, 1, 2]
     assert [line["pixel"]["index"] for line in lines] == [99, 3, 99]

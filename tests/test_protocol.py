@@ -54,7 +54,7 @@ def test_standard_is_the_whole_split_against_as_many_samples_and_at_least_ten_th
 
 def test_too_small_a_split_is_refused_with_the_remedy():
     with pytest.raises(
-        ValueError, match=r"--fid\.num-images is 2000 but the train split has 100 images.*num-images 100"
+        ValueError, match=r"--fid\.protocol lecture-2k compares 2000 but the train split has 100 images.*num-images 100"
     ):
         Protocol.of(FidConfig(), 100)
     with pytest.raises(ValueError, match="standard needs 10 images; the train split has 9"):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from launching import TINY, succeed
+from launching import TINY
 from together import run_script, script_succeeds
 
 from vaetrain.command_line import parse
@@ -25,7 +25,7 @@ def test_it_measures_advises_and_its_recommendation_trains(tiny_shards, tmp_path
     out = tmp_path / "out"
     count = 2 if two_processes else 1
     command = ("vaetrain/scale.py", *TINY, *QUICK, "--data.train", tiny_shards, "--out", out)
-    printed = script_succeeds(*command, num_processes=2) if two_processes else succeed(*command)
+    printed = script_succeeds(*command, num_processes=count)
     assert (
         f"recommended.yaml (for {count} process{'es' * two_processes}), scaling.json and scaling.png written to {out}"
         in printed

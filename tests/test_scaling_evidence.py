@@ -18,7 +18,7 @@ def write_run(folder, *, lr=1e-3, batch=32, images=4000, seed=0, score=-120.0):
     config = {"seed": seed, "optim": {"lr": lr}, "train": {"global_batch_size": batch}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     records = [
-        {"split": "train", "images_seen": images},
+        {"split": "train", "step": 1, "images_seen": images},
         {"split": "val", "images_seen": images // 2, "val/elbo_nats": score - 50},
         {"split": "val", "images_seen": images, "val/elbo_nats": score},
     ]
@@ -62,7 +62,7 @@ def write_noise_run(folder, *, adam: float, simple: float) -> None:
     (folder / "config.yaml").write_text("data: {train: somewhere}\ntrain: {global_batch_size: 32, micro_batch_size: 8}")
     (folder / "provenance.json").write_text('{"num_processes": 1}')
     with (folder / "metrics.jsonl").open("a") as file:
-        for gradient_sq in (3.0, 2.0, 1.0, 0.5):
+        for step, gradient_sq in enumerate((99.0, 3.0, 2.0, 1.0, 0.5), start=1):
             norms = {
                 "grad_sq": (simple, 32),
                 "small_grad_sq": (simple, 8),
@@ -70,7 +70,7 @@ def write_noise_run(folder, *, adam: float, simple: float) -> None:
                 "adam_small_grad_sq": (adam, 8),
             }
             logged = {f"train/{name}": gradient_sq * (1 + scale / batch) for name, (scale, batch) in norms.items()}
-            file.write(json.dumps({"split": "train", **logged}) + "\n")
+            file.write(json.dumps({"split": "train", "step": step, **logged}) + "\n")
 
 
 def test_a_run_without_noise_scale_has_no_critical_batch(tmp_path):

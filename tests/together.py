@@ -6,6 +6,7 @@ script starts as a process of its own, by test_demo.py and the one start of each
 """
 
 import functools
+import gc
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
@@ -113,6 +114,7 @@ def _as_main(script: str, arguments: list[str]) -> None:
 def _run_rank(
     act: Callable[..., object], arguments: tuple[object, ...], printed: Path, rank: int, num_processes: int, port: int
 ) -> None:
+    gc.freeze()  # Accelerate collects garbage often, and need not look at all that was imported
     output = os.open(printed, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
