@@ -7,6 +7,7 @@ to the command.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ def refusing() -> Iterator[None]:
             if LauncherEnvironment.read().local_rank > 0:
                 time.sleep(OTHERS_WAIT_S)
             raise
+    if LauncherEnvironment.read().rank == 0:
+        print("loading PyTorch", file=sys.stderr, flush=True)  # which on a cold disk takes a minute
 
 
 def check_training(config: Config) -> None:

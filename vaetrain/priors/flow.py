@@ -92,7 +92,7 @@ def fit_flow(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[Flo
     checks: list[tuple[int, float]] = []  # (step, held-out nats per dimension)
     best, best_state = (0, -math.inf), copy.deepcopy(flow.state_dict())
     for step in counted(
-        "fitting the flow", range(config.flow_steps + 1), config.flow_steps, "steps at most", quiet=False
+        "fitting the flow, at most", range(config.flow_steps + 1), config.flow_steps, "steps", quiet=False
     ):
         if step % CHECK_EVERY == 0 or step == config.flow_steps:
             checks.append((step, float(prior.log_density(selection).mean()) / num_dims))

@@ -103,7 +103,7 @@ def fit_mixture(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[
         )
     tried: list[dict[str, Any]] = []
     candidates: list[MixturePrior] = []
-    with ProgressBar("fitting mixtures", len(COVARIANCES) * sum(numbers), "components at most") as bar:
+    with ProgressBar("fitting mixtures, at most", len(COVARIANCES) * sum(numbers), "components") as bar:
         for done, covariance in enumerate(COVARIANCES, start=1):
             best = -math.inf
             for components in numbers:
