@@ -47,6 +47,9 @@ def test_a_warmup_may_be_a_fraction_of_the_training():
     config = OptimConfig(lr=1.0, warmup_images=10**6, warmup_fraction=0.1, schedule="constant")
     assert [learning_rate_at(config, images, 1000) for images in (0, 50, 100, 500)] == [0.0, 0.5, 1.0, 1.0]
     assert learning_rate_at(config, 100, 2000) == 0.5
+    in_images = config.in_images(2000)
+    assert (in_images.warmup_images, in_images.warmup_fraction) == (200, None)
+    assert learning_rate_at(in_images, 100, 2000) == 0.5
     with pytest.raises(ValueError, match=r"--optim\.warmup-fraction is 1\.5; give a fraction in \[0, 1\)"):
         OptimConfig(warmup_fraction=1.5)
 

@@ -14,6 +14,7 @@ from vaetrain.config import Config
 from vaetrain.scaling.config import ScaleConfig
 
 QUICK = (
+    "--optim.warmup-fraction", "0.4",
     "--probe.largest", "4", "--probe.num-steps", "1", "--lr-range.num-steps", "40", "--lr-range.num-seeds", "2",
     "--lr-range.trial-steps", "20",
     "--noise.num-steps", "20", "--noise.skip-steps", "5", "--train.epochs", "2",
@@ -55,10 +56,12 @@ def test_it_measures_advises_and_its_recommendation_trains(tiny_shards, tmp_path
     recommended = yaml.safe_load((out / "recommended.yaml").read_text())
     assert recommended["train"]["global_batch_size"] == own["global_batch_size"]
     assert recommended["optim"]["lr"] == own["optim"]["lr"]
-    config = parse(
-        Config, None, ["--config", str(out / "recommended.yaml"), *TINY[:-6], "--data.train", str(tiny_shards)]
-    )
+    (tmp_path / "same.yaml").write_text("optim: {warmup_fraction: 0.4}")
+    files = ["--config", str(tmp_path / "same.yaml"), "--config", str(out / "recommended.yaml")]
+    config = parse(Config, None, [*files, *TINY[:-6], "--data.train", str(tiny_shards)])
     assert config.optim.lr == own["optim"]["lr"]
+    assert at_base["optim"]["warmup_images"] == 80  # of 200 images
+    assert config.optim.warmup_within(own["total_images"]) == own["optim"]["warmup_images"]
     if not two_processes:
         train = ("vaetrain/train.py", *TINY, "--config", out / "recommended.yaml", "--data.train", tiny_shards)
         script_succeeds(*train, "--train.num-images", 40, "--run-dir", tmp_path / "run")

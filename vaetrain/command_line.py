@@ -127,8 +127,13 @@ def user_errors(exit_code: int = 1) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("VAETRAIN_TRACEBACK"):
-            traceback.print_exc()
+        print_traceback_if_asked()
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))  # which of several processes it was
         print(f"error: {error}{notes}", file=sys.stderr)
         raise SystemExit(exit_code) from error
+
+
+def print_traceback_if_asked() -> None:
+    """Where the exception that is being handled came from, with `VAETRAIN_TRACEBACK=1`."""
+    if os.environ.get("VAETRAIN_TRACEBACK"):
+        traceback.print_exc()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +67,10 @@ class OptimConfig:
     def warmup_within(self, total_images: int) -> int:
         """Images over which the learning rate rises in a training of so many."""
         return self.warmup_images if self.warmup_fraction is None else round(self.warmup_fraction * total_images)
+
+    def in_images(self, total_images: int) -> OptimConfig:
+        """The same for a training of so many images, with a warm-up in images alone, for what scales or shortens it."""
+        return replace(self, warmup_images=self.warmup_within(total_images), warmup_fraction=None)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     }
     asked = [name for name in groups if name in config.scores or (name == "priors" and scoring.wants_priors)]
     scores: dict[str, Any] = {}
+    made_by = scoring.provenance(scoring.val_reader.manifest.fingerprint)
     for number, name in enumerate(asked, start=1):
         what, measure = groups[name]
         if accelerator.is_main_process:
@@ -63,7 +64,7 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
             if name != "priors":
                 scoring.prepare_samples()
             scores |= scoring.attempt(name, measure)
-        record = describe(scoring, scores, unfinished=asked[number:])
+        record = describe(scoring, scores, made_by, unfinished=asked[number:])
         if accelerator.is_main_process:
             file.write(record)
     if set(config.scores) <= scoring.failures.keys():
@@ -77,7 +78,9 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     return record
 
 
-def describe(scoring: Scoring, scores: dict[str, Any], unfinished: Sequence[str]) -> dict[str, Any]:
+def describe(
+    scoring: Scoring, scores: dict[str, Any], made_by: dict[str, Any], unfinished: Sequence[str]
+) -> dict[str, Any]:
     """The record: what was scored, the scores so far, what failed, and how all of it was made."""
     config, trained = scoring.config, scoring.trained
     return {
@@ -94,7 +97,7 @@ def describe(scoring: Scoring, scores: dict[str, Any], unfinished: Sequence[str]
             "elbo": "one latent sample per image; bits_per_dim of a density is approximate, see docs/objective.md",
         },
         "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
-        "provenance": scoring.provenance(scoring.val_reader.manifest.fingerprint),
+        "provenance": made_by,
     }
 
 

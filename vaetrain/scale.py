@@ -61,6 +61,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
             config.train.global_batch_size, config.train.micro_batch_size, 0, accelerator.num_processes
         )
         total_images = config.train.num_images or config.train.epochs * layout.images_per_epoch(reader.num_images)
+        config = replace(config, optim=config.optim.in_images(total_images))
         dataset_images, fingerprint = reader.num_images, reader.manifest.fingerprint
         if "noise" in config.phases:
             noise_micro_batch(config, accelerator.num_processes, layout.per_process_batch_size)
@@ -180,7 +181,8 @@ def recommended(advice: Advice, fastest: Probe, network: Network) -> str:
     optim = {
         name: value
         for name, value in plain(advice.optim).items()
-        if name in ("lr", "beta1", "beta2", "eps", "warmup_images")
+        # A warm-up in images, and no fraction that the same config may have, which would win over it.
+        if name in ("lr", "beta1", "beta2", "eps", "warmup_images", "warmup_fraction")
     }
     train = {
         "num_images": advice.total_images,

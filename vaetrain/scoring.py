@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vaetrain import distributed, latent_pictures
-from vaetrain.command_line import plain
+from vaetrain.command_line import plain, print_traceback_if_asked
 from vaetrain.data.reader import Reader, open_split
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.files import replace_file
@@ -109,8 +107,7 @@ class Scoring:
         except Exception as error:
             self._first_error = self._first_error or error
             problem = f"{type(error).__name__}: {error}" if not isinstance(error, (ValueError, OSError)) else str(error)
-            if os.environ.get("VAETRAIN_TRACEBACK"):
-                traceback.print_exc()
+            print_traceback_if_asked()
         problems = distributed.problems_of_all(problem)
         problem = next(filter(None, problems), "")
         if not problem:
@@ -135,8 +132,7 @@ class Scoring:
             save(file)
         except Exception as error:
             self.failures[f"picture {name}"] = f"{type(error).__name__}: {error}"
-            if os.environ.get("VAETRAIN_TRACEBACK"):
-                traceback.print_exc()
+            print_traceback_if_asked()
             print(f"warning: the picture {file} could not be drawn: {error}", file=sys.stderr, flush=True)
 
     @cached_property
@@ -155,9 +151,9 @@ class Scoring:
 
         `all` leaves out those that this latent is too large for.
         """
-        names = self.config.chosen_priors
-        if names == ("standard",):
+        if not self.wants_priors:
             return {}
+        names = self.config.chosen_priors
         if "all" in self.config.priors:
             names = tuple(name for name in names if name in priors_for(self.trained.vae.config.latent_shape))
         unfitted: dict[PriorName, str] = {}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,9 @@ class Tracker:
         peak = peak_flops(accelerator.device, config.train.precision)
         self.mfu_per_image_per_s = training_flops_per_image(vae) / peak / accelerator.num_processes if peak else None
         self.bar = ProgressBar(
-            "training", total_images, done=images_seen, quiet=not accelerator.is_main_process, write=write_to_stdout
-        )
+            "training", total_images, done=images_seen, quiet=not accelerator.is_main_process,
+            write=partial(print, flush=True),
+        )  # fmt: skip
         self.global_batch_size = config.train.global_batch_size
         if accelerator.log_with:
             accelerator.init_trackers(
@@ -338,11 +340,6 @@ class Tracker:
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: pixels[None]}, step=step, **layout)
-
-
-def write_to_stdout(line: str) -> None:
-    """At once, also into a file."""
-    print(line, flush=True)
 
 
 def wandb_id(run: RunDirectory) -> str:

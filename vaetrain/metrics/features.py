@@ -60,7 +60,7 @@ def extract(
                 features.append(output.features)
                 if output.logits is not None:
                     logits.append(output.logits)
-            bar.update(len(images) * accelerator.num_processes)
+            bar.moved_to(min(bar.done + len(images) * accelerator.num_processes, num_images))
     mine = torch.cat(numbers)
     everybodys = _in_order(features, mine, num_images, accelerator)
     assert everybodys is not None, "no process has brought an image"

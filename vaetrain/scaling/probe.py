@@ -76,7 +76,8 @@ class Probe:
 
 def probe(config: Config, options: ProbeConfig, accelerator: Accelerator) -> list[Probe]:
     """Measure every arithmetic asked for. A collective: all processes try the same sizes and stop at the same one."""
-    config, found = resolved(config, accelerator), list[Probe]()
+    config = resolved(config, accelerator)
+    found: list[Probe] = []
     for precision in options.precisions or (config.train.precision,):
         for compiled in options.compile or (config.train.compile,):
             if found and accelerator.device.type == "cpu" and not forget_peak_rss() and accelerator.is_main_process:
