@@ -61,7 +61,7 @@ def test_it_measures_advises_and_its_recommendation_trains(tiny_shards, tmp_path
     config = parse(Config, None, [*files, *TINY[:-6], "--data.train", str(tiny_shards)])
     assert config.optim.lr == own["optim"]["lr"]
     assert at_base["optim"]["warmup_images"] == 80  # of 200 images
-    assert config.optim.warmup_within(own["total_images"]) == own["optim"]["warmup_images"]
+    assert (config.optim.warmup_fraction, config.optim.warmup_images) == (None, own["optim"]["warmup_images"])
     if not two_processes:
         train = ("vaetrain/train.py", *TINY, "--config", out / "recommended.yaml", "--data.train", tiny_shards)
         script_succeeds(*train, "--train.num-images", 40, "--run-dir", tmp_path / "run")
