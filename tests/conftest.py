@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """End the whole run: xdist would wait for ever for the tests that were left to the process (3.8, --dist loadfile)."""
+    pytest.exit(f"{crashitem} ended its process, or hung; see above", returncode=1)
+
+
 def _make(folder: Path, num_images: int, channels: int, **options: Any) -> Path:
     """Shards of noise, so that no two images are alike, in two classes, the first with twice the images of the second."""
     rng = np.random.default_rng(0)

@@ -3,14 +3,17 @@
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import shutil
 import signal
+import sys
 from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from vaetrain.data import selection, whereabouts
 from vaetrain.data.config import DataConfig
@@ -18,6 +21,7 @@ from vaetrain.data.order import BatchLayout
 from vaetrain.data.reader import open_reader
 from vaetrain.data.shards import ShardSet
 from vaetrain.data.whereabouts import Patience, Whereabouts, note_reading, rest
+from vaetrain.data.workers import WorkerPool
 
 CPU = torch.device("cpu")
 LAYOUT = BatchLayout(16, 8, 0, 1)
@@ -54,6 +58,25 @@ def test_a_worker_killed_by_the_system_is_an_error_that_says_what_it_was_at(tiny
             list(itertools.islice(batches, 100))
         assert f"(process {worker.pid})" in str(raised.value)
         assert "lower --data.num-workers (now 1)" in str(raised.value)
+
+
+class DiesWithTheLocksOfDataLoader(Dataset):
+    """Kills its worker while that asks whether it shall end."""
+
+    def __getitems__(self, positions):
+        frame = sys._getframe()
+        while "done_event" not in frame.f_locals:
+            frame = frame.f_back
+        event = frame.f_locals["done_event"]
+        if isinstance(event, multiprocessing.synchronize.Event):
+            event._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_worker_had_locked_locks_nobody_out():
+    workers = WorkerPool(1, CPU, lambda *_: "train-000000.tar", timeout_s=60.0)
+    with pytest.raises(ValueError, match=r"was killed by SIGKILL"):
+        list(workers.once(DiesWithTheLocksOfDataLoader(), [[1], [2]]))
 
 
 def test_a_worker_whose_storage_does_not_answer_is_given_up(stuck_shards):

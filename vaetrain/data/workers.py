@@ -9,16 +9,18 @@ import signal
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from functools import partial
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vaetrain.data.batch import Batch
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER
+from vaetrain.data.shared_memory import SharedMemory
 from vaetrain.data.whereabouts import Where, Whereabouts, end_process, rest, stuck_message, watched
 from vaetrain.machine import num_cores
 
@@ -252,9 +254,28 @@ def _at_rest(batch: Any) -> Any:
     return batch
 
 
-def _worker_context() -> BaseContext:
+class _Flag:
+    """What DataLoader needs of multiprocessing's Event, without its lock: a worker that is killed while it holds that keeps it,
+    and this process would wait for it for ever."""
+
+    def __init__(self) -> None:
+        self._memory = SharedMemory(1)
+
+    def set(self) -> None:
+        self._memory.array((1,), np.bool_)[0] = True
+
+    def is_set(self) -> bool:
+        return bool(self._memory.array((1,), np.bool_)[0])
+
+
+class _WorkerContext(ForkServerContext):
+    def Event(self) -> _Flag:  # type: ignore[override]
+        return _Flag()
+
+
+def _worker_context() -> _WorkerContext:
     # Not fork: NCCL, and Gloo over InfiniBand, are not fork-safe and deadlock (PyTorch's notes on
     # DistributedDataParallel). The fork server imports torch once, 4 s, and each worker forks from it.
-    context = multiprocessing.get_context("forkserver")
+    context = _WorkerContext()
     context.set_forkserver_preload(["vaetrain.data.indexed", "vaetrain.data.stream"])
     return context
