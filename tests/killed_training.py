@@ -31,7 +31,7 @@ from vaetrain.config import Config
 from vaetrain.plots import RunFigures
 from vaetrain.run_lock import hold
 
-STEPS = 100
+STEPS = 60
 NUM_KILLS = {1: 20, 2: 4}
 
 

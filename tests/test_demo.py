@@ -10,7 +10,12 @@ from PIL import Image
 
 import vaetrain
 
-FEWER = {"--num-images 2000 --val-count 10%": "--num-images 72 --val-count 8", "--num-images 200": "--num-images 10"}
+FEWER = {
+    "--num-images 2000 --val-count 10%": "--num-images 72 --val-count 8",
+    "--num-images 200": "--num-images 10",
+    "--likelihood.num-images 16 --likelihood.num-samples 100": "--likelihood.num-images 4 --likelihood.num-samples 20",
+    "--fit.gmm-components 10": "--fit.gmm-components 2",
+}
 SHORTER = "--train.num-images 64 --train.val-every-epochs 1 --log.every-steps 1 --log.num-pictures 4"
 
 

@@ -69,11 +69,18 @@ def test_damaged_archives(suffix: str, changes: list[tuple[float, str, bytes]], 
         shutil.rmtree(file.parent)
 
 
+@pytest.fixture(scope="module")
+def whole_set(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "set"
+    make_shards(ShardingConfig("faces", folder, size=16, num_images=8, images_per_shard=4, workers=1))
+    return folder
+
+
 @quickly
 @given(changes=edits, shard=st.sampled_from(["train-000000.tar", "train-000001.tar"]))
-def test_damaged_shards_as_a_source(changes, shard, tmp_path_factory) -> None:
+def test_damaged_shards_as_a_source(changes, shard, whole_set, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("set")
-    make_shards(ShardingConfig("faces", folder / "set", size=16, num_images=8, images_per_shard=4, workers=1))
+    shutil.copytree(whole_set, folder / "set")
     (folder / "set" / shard).write_bytes(mutated((folder / "set" / shard).read_bytes(), changes))
     with suppress(ValueError, FileNotFoundError):
         again = ShardingConfig(str(folder / "set"), folder / "again", size=8, workers=1, max_rejected=8)

@@ -23,6 +23,7 @@ from vaetrain.metrics.extractor import FeatureExtractor, Features
 from vaetrain.metrics.features import FeatureSet
 from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance
 from vaetrain.metrics.generation import Reference, inception_score, precision_recall
+from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
 from vaetrain.run import RunDirectory
@@ -303,7 +304,8 @@ def test_what_concerns_real_images_alone_is_computed_once(accelerator, monkeypat
 
 def test_without_weights_the_other_scores_are_written_and_fid_alone_fails(run_dir, accelerator, tmp_path):
     out = tmp_path / "scores.json"
-    scores = evaluate(EvaluateConfig(run_dir, out=out), accelerator)
+    few = LikelihoodConfig(num_images=4, num_samples=20)
+    scores = evaluate(EvaluateConfig(run_dir, out=out, likelihood=few), accelerator)
     for name in ("eval/fid", "eval/rfid", "eval/kid", "eval/precision", "eval/recall"):
         assert scores[name] is None
         assert "--fid.weights FILE" in scores[f"{name}_reason"]

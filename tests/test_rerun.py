@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import yaml
-from launching import TINY, run_here, succeed
+from launching import TINY, run_here
 from together import script_succeeds
 
 from vaetrain import rerun
@@ -29,13 +29,13 @@ def change(run: RunDirectory, **facts: object) -> None:
 
 def test_a_rerun_has_the_same_losses_on_one_and_two_processes(tiny_shards, tmp_path):
     """The tool starts processes of its own, as many as there were, two of them through a launcher."""
-    for two_processes, rerun_as in ((False, succeed), (True, script_succeeds)):
+    for two_processes in (False, True):
         folder = tmp_path / f"run{two_processes}"
         script_succeeds(
             "vaetrain/train.py", *TINY, "--data.train", tiny_shards, "--train.epochs", 1, "--run-dir", folder,
             num_processes=1 + two_processes,
         )  # fmt: skip
-        printed = rerun_as("tools/rerun.py", folder, "--allow-differences")
+        printed = script_succeeds("tools/rerun.py", folder, "--allow-differences")
         count = len(RunDirectory(folder).metrics())
         assert f"same losses: the {count} records are equal, bit for bit, up to step 5; rerun written to" in printed
         again = RunDirectory(tmp_path / f"run{two_processes}-rerun").provenance()

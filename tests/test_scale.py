@@ -14,8 +14,9 @@ from vaetrain.config import Config
 from vaetrain.scaling.config import ScaleConfig
 
 QUICK = (
+    "--model.kind", "dense", "--model.hidden-features", "32",
     "--optim.warmup-fraction", "0.4",
-    "--probe.largest", "4", "--probe.num-steps", "1", "--lr-range.num-steps", "40", "--lr-range.num-seeds", "2",
+    "--probe.largest", "4", "--probe.num-steps", "1", "--lr-range.num-steps", "30", "--lr-range.num-seeds", "2",
     "--lr-range.trial-steps", "20",
     "--noise.num-steps", "20", "--noise.skip-steps", "5", "--train.epochs", "2",
 )  # fmt: skip

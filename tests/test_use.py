@@ -10,8 +10,11 @@ from together import run_script, script_succeeds
 import vaetrain
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.export import export
+from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.run import RunDirectory
 from vaetrain.sample import SampleConfig, sample
+
+QUICK = LikelihoodConfig(num_images=4, num_samples=20)
 
 
 def read_samples(folder):
@@ -57,7 +60,7 @@ def test_another_seed_draws_others_and_a_sample_set_is_not_overwritten(copy_of_t
 
 def test_scores(copy_of_tiny_run, accelerator):
     run_dir = copy_of_tiny_run()
-    scores = evaluate(EvaluateConfig(run_dir), accelerator)
+    scores = evaluate(EvaluateConfig(run_dir, likelihood=QUICK), accelerator)
     last = RunDirectory(run_dir).metrics()[-1]
     for name in ("elbo_nats", "distortion_nats", "rate_nats", "bits_per_dim", "mse", "psnr_db", "ssim"):
         assert scores[f"val/{name}"] == pytest.approx(last[f"val/{name}"], rel=1e-4)
@@ -68,7 +71,7 @@ def test_scores(copy_of_tiny_run, accelerator):
 
 def test_a_deterministic_autoencoder_has_no_elbo(train_tiny, accelerator):
     run_dir = train_tiny("--model.variational", "False", epochs=1)
-    scores = evaluate(EvaluateConfig(run_dir), accelerator)
+    scores = evaluate(EvaluateConfig(run_dir, likelihood=QUICK), accelerator)
     assert scores["val/elbo_nats"] is None
     assert scores["val/bits_per_dim"] is None
     assert scores["val/rate_nats"] == 0
@@ -76,7 +79,7 @@ def test_a_deterministic_autoencoder_has_no_elbo(train_tiny, accelerator):
 
 def test_an_export_loads_without_the_run(copy_of_tiny_run, accelerator, tmp_path):
     run_dir, out = copy_of_tiny_run(), tmp_path / "export"
-    evaluate(EvaluateConfig(run_dir), accelerator)
+    evaluate(EvaluateConfig(run_dir, likelihood=QUICK), accelerator)
     assert str(out) in script_succeeds("tools/export.py", run_dir, out)
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md", "provenance.json"}
     trained = vaetrain.load(run_dir)

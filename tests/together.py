@@ -119,6 +119,8 @@ def _run_rank(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A reader's workers are forks of the process that this one is a fork of; it would start a server of its own.
+    multiprocessing.forkserver._forkserver.ensure_running = lambda: None
     if num_processes > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1",
