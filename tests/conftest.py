@@ -24,8 +24,9 @@ from vaetrain.data.shards import ShardSet
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SLOWEST_FIRST = (
-    "test_resume", "test_launch", "test_preemption", "test_demo", "test_exit", "test_jobs", "test_scale", "test_rerun",
-    "test_parity", "test_train", "test_priors", "test_sweep_runner", "test_damaged_data", "test_scoring", "test_generation",
+    "test_resume", "test_report_in_a_browser", "test_watchdog", "test_preemption", "test_generation", "test_launch", "test_scoring",
+    "test_demo", "test_train", "test_reproduce", "test_rerun", "test_jobs", "test_parity", "test_probe", "test_scale",
+    "test_priors", "test_exit", "test_report", "test_sweep_runner", "test_divergence", "test_workers", "test_use",
 )  # fmt: skip
 """Files that take longest, so that `make test`, which hands out whole files in order, does not end waiting for one of them."""
 

@@ -26,7 +26,6 @@ def job_of(folder, command, **fields) -> Job:
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ((*ONE_PROCESS, *NO_SHARDS, "--optim.lr=-1"), BAD_RATE),
         ((*TWO, *NO_SHARDS, "--optim.lr=-1"), BAD_RATE),
         ((*ONE_PROCESS, *NO_SHARDS), "error: shard set nowhere does not exist; make one with"),
         ((*ONE_PROCESS, *NO_SHARDS, "--optim.lrr=1"), "Unrecognized options: --optim.lrr=1 ("),

@@ -18,6 +18,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from launching import LAUNCH, NO_GPU, ROOT, TINY, end, finish, free_port, start
 from safetensors.torch import load_file
+from together import script_succeeds
 from torch.distributed.run import config_from_args
 
 from vaetrain import distributed
@@ -138,9 +139,10 @@ def training_losses(run_dir):
 
 
 def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
-    """launch/multinode.yaml on two hosts with a shared run directory, against launch/gpu1.yaml on the same images."""
+    """launch/multinode.yaml on two hosts with a shared run directory, against one process on the same images."""
     alone, together = tmp_path / "alone", tmp_path / "together"
-    processes = [start(*LAUNCH, "launch/gpu1.yaml", *train_tiny(tiny_shards, alone), environment=NO_GPU)]
+    script_succeeds(*train_tiny(tiny_shards, alone))
+    processes = []
     for rank, host in enumerate(hosts):
         processes.append(
             start(
@@ -159,7 +161,7 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
     finally:
         for process in processes:
             end(process)
-    assert ["validation" in lines for lines in printed] == [True, True, False], "only the main process speaks"
+    assert ["validation" in lines for lines in printed] == [True, False], "only the main process speaks"
     for run_dir, num_processes in ((alone, 1), (together, 2)):
         assert json.loads((run_dir / "provenance.json").read_text())["num_processes"] == num_processes
     assert len(list(tmp_path.rglob("metrics.jsonl"))) == 2

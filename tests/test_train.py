@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
-from launching import TINY, run, succeed
+from launching import TINY, run
 from safetensors.torch import load
+from together import script_succeeds
 
 import vaetrain
 import vaetrain.train
@@ -199,8 +200,8 @@ def test_it_overfits_a_handful_of_images(train_tiny, kind):
 
 
 def test_every_precision_and_option_trains(tiny_shards, tmp_path):
-    """bf16, compile and the trackers, as a user starts them."""
-    out = succeed(
+    """bf16, compile and the trackers."""
+    out = script_succeeds(
         "vaetrain/train.py", "--data.train", tiny_shards, *TINY, "--train.epochs", 1, "--train.precision", "bf16",
         "--log.tensorboard", "True", "--log.wandb", "offline", "--run-dir", tmp_path / "run",
     )  # fmt: skip
