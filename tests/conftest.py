@@ -15,9 +15,9 @@ from launching import TINY
 from PIL import Image
 from rude_server import Server
 
-from vaetrain.data.shard_plan import ShardingConfig
-from vaetrain.data.sharding import make_shards
-from vaetrain.data.shards import ShardSet
+from vaetrain.data.sharding.plan import ShardingConfig
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.format.shard_set import ShardSet
 
 # Before torch starts its threads: they spin while they wait, and tests that run side by side with something else, such as
 # their own two processes, take many times longer with two threads each.
@@ -92,9 +92,9 @@ def accelerator():
     """This process alone, in fp32."""
     import torch._dynamo  # which the first optimizer would import  # noqa: F401
 
-    from vaetrain import distributed
+    from vaetrain.distributed import processes
 
-    accelerator = distributed.start()
+    accelerator = processes.start()
     # Accelerate collects garbage whenever it lets go of a model, and looked at all of torch each time: a second, some 300 times.
     gc.collect()
     gc.freeze()
@@ -130,7 +130,7 @@ def train_tiny(tiny_shards, accelerator, tmp_path):
     """
     from vaetrain.command_line import parse
     from vaetrain.config import Config
-    from vaetrain.plots import RunFigures
+    from vaetrain.training.figures import RunFigures
     from vaetrain.train import train
 
     def run_training(*arguments: object, run_dir: str = "run", epochs: int = 2, figures: bool = False) -> Path:

@@ -21,13 +21,13 @@ from unittest.mock import patch
 import torch
 from together import HANGS_S, Outcome, run_together
 
-import vaetrain.divergence
-import vaetrain.time_limit
+import vaetrain.training.divergence
+import vaetrain.training.time_limit
 import vaetrain.train
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE
-from vaetrain.plots import RunFigures
+from vaetrain.training.figures import RunFigures
 
 GLOBAL_BATCH_SIZE = 20
 STEP = 7
@@ -75,7 +75,7 @@ def kill_a_worker() -> None:
 
 def block_on_data() -> contextlib.AbstractContextManager[None]:
     """Rank 1 waits for a batch for ever."""
-    from vaetrain.data.resident import ResidentReader
+    from vaetrain.data.readers.resident import ResidentReader
 
     original = ResidentReader.train_batches
 
@@ -101,7 +101,7 @@ def spoilt_losses() -> Iterator[None]:
     with (
         every_step(spoil),
         patch.object(vaetrain.train, "negative_elbo", lambda *terms: original(*terms) * now[0]),
-        patch.object(vaetrain.divergence, "STEPS_BEFORE_JUDGING", 4),
+        patch.object(vaetrain.training.divergence, "STEPS_BEFORE_JUDGING", 4),
     ):
         yield
 
@@ -128,7 +128,7 @@ def slow_steps() -> Iterator[None]:
         now[0] = float(next(seconds))
 
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    with every_step(tick), patch.object(vaetrain.time_limit, "time", clock):
+    with every_step(tick), patch.object(vaetrain.training.time_limit, "time", clock):
         yield
 
 

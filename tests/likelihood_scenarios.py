@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.data.config import DataConfig
-from vaetrain.data.reader import open_reader
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.metrics.active_units import latent_activity
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.likelihood_scores import likelihood_scores
@@ -47,8 +47,8 @@ def measure(accelerator: Accelerator, shards: Path, lpips: Path) -> dict[str, An
 
 def measure_together(shards: Path, lpips: Path, out: Path) -> None:
     """Write the scores as JSON; a collective of all processes."""
-    accelerator = distributed.start()
-    with distributed.finishing(accelerator):
+    accelerator = processes.start()
+    with processes.finishing(accelerator):
         results = measure(accelerator, shards, lpips)
         if accelerator.is_main_process:
             out.write_text(json.dumps(results))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from vaetrain import distributed
-from vaetrain.data.order import BatchLayout
-from vaetrain.scaling.noise_scale import SmallGradient
+from vaetrain.distributed import processes
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.training.noise_scale import SmallGradient
 
 DIM, BATCH, STEPS = 20, 32, 400
 
@@ -48,8 +48,8 @@ def adam_at_rest(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def norms_together(out: Path) -> None:
     """Write what SmallGradient finds in each step as JSON; a collective of two processes."""
-    accelerator = distributed.start()
-    with distributed.finishing(accelerator):
+    accelerator = processes.start()
+    with processes.finishing(accelerator):
         layout = BatchLayout.of(BATCH, None, accelerator.process_index, 2)
         model = accelerator.prepare(Quadratic())
         optimizer = adam_at_rest(model)
@@ -59,7 +59,7 @@ def norms_together(out: Path) -> None:
             x = images(step, DEVIATIONS)[layout.positions(0)[0]]
             model.zero_grad()
             accelerator.backward(model(x).mean())
-            norms = distributed.sum_over_processes(accelerator, torch.stack(small.take())) / 2
+            norms = processes.sum_over_processes(accelerator, torch.stack(small.take())) / 2
             grad_sq = float(accelerator.clip_grad_norm_(model.parameters(), 1e9)) ** 2
             found.append([grad_sq, *norms.tolist()])  # NOISE_METERS
             optimizer.step()

@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import vaetrain.train
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.config import Config, LogConfig, OptimConfig, TrainConfig
 from vaetrain.data.config import DataConfig
-from vaetrain.data.reader import open_reader
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.metrics.validation import validate
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.plots import RunFigures
+from vaetrain.training.figures import RunFigures
 
 NUM_STEPS = 20
 MODEL = ModelConfig(image_size=16, base_channels=16, channel_mult=(1, 2), num_res_blocks=1, latent_channels=4)
@@ -96,8 +96,8 @@ def validation(accelerator: Accelerator, shards: str) -> dict[str, object]:
 
 def scenarios(shards: str, out: Path) -> None:
     """Write OUT/results.json; a collective of all processes."""
-    accelerator = distributed.start()
-    with distributed.finishing(accelerator):
+    accelerator = processes.start()
+    with processes.finishing(accelerator):
         results = {
             "num_processes": accelerator.num_processes,
             "plain": train(accelerator, config(shards, out / "plain")),

@@ -5,15 +5,15 @@ from functools import partial
 import torch
 from safetensors.torch import save_file
 
-from vaetrain import distributed
-from vaetrain.data.reader import open_reader
+from vaetrain.distributed import processes
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.export import load_run
-from vaetrain.nearest import draw_images, encoder_features, nearest_images, pixels
+from vaetrain.evaluation.memorization import draw_images, encoder_features, nearest_images, pixels
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
 from vaetrain.priors.fit import fitted_priors
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 from vaetrain.sample import SampleConfig, sample
-from vaetrain.sampling import gather_samples
+from vaetrain.sampling.generate import gather_samples
 
 FIT = PriorFitConfig(num_codes=80, gmm_components=(1, 2), flow_steps=20)
 
@@ -45,6 +45,6 @@ def scenario(run, run_with_priors, out, accelerator):
 
 def scenario_together(run, run_with_priors, out):
     """`scenario` after joining the other processes."""
-    accelerator = distributed.start()
-    with torch.no_grad(), distributed.finishing(accelerator):
+    accelerator = processes.start()
+    with torch.no_grad(), processes.finishing(accelerator):
         scenario(run, run_with_priors, out, accelerator)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from vaetrain.data.download import Patience
+from vaetrain.data.remote.download import Patience
 
 HASTY = Patience(timeout_s=0.3, attempts=3, first_wait_s=0.01, longest_wait_s=0.02)
 CONTENT = bytes(range(256)) * 12_289  # three mebibytes and a bit

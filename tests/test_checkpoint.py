@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import vaetrain.snapshot
-from vaetrain.checkpoint import CheckpointNotWritten, Checkpoints, Progress, best, check, find, newest_good
+import vaetrain.training.async_writer
+from vaetrain.training.checkpoint import CheckpointNotWritten, Checkpoints, Progress, best, check, find, newest_good
 from vaetrain.config import CheckpointConfig
-from vaetrain.divergence import StepJudge
+from vaetrain.training.divergence import StepJudge
 from vaetrain.files import sha256_of_file
-from vaetrain.plots import RunFigures
-from vaetrain.retention import list_checkpoints
-from vaetrain.run import RunDirectory
-from vaetrain.tracking import Meters
+from vaetrain.training.figures import RunFigures
+from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.logger import Meters
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def assert_equal(state: dict, other: dict) -> None:
 
 
 def test_load_restores_what_save_saw(training, monkeypatch):
-    monkeypatch.setattr("vaetrain.checkpoint.save_file", lambda *arguments: (time.sleep(0.05), save_file(*arguments)))
+    monkeypatch.setattr("vaetrain.training.checkpoint.save_file", lambda *arguments: (time.sleep(0.05), save_file(*arguments)))
     first = training()
     first.step()
     before = first.state()
@@ -196,7 +196,7 @@ def test_training_hears_of_a_full_disk_at_its_next_call(training, monkeypatch, c
     first = training()
     first.step()
     good = first.save()
-    monkeypatch.setattr("vaetrain.checkpoint.fsync", full)
+    monkeypatch.setattr("vaetrain.training.checkpoint.fsync", full)
     first.checkpoints.save(first.progress)
     while not first.checkpoints.writer.writing.done():
         pass
@@ -210,7 +210,7 @@ def test_what_ends_training_is_not_hidden_by_a_full_disk(training, monkeypatch, 
     def full(*_):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr("vaetrain.checkpoint.fsync", full)
+    monkeypatch.setattr("vaetrain.training.checkpoint.fsync", full)
     with pytest.raises(CheckpointNotWritten), training().checkpoints as checkpoints:
         checkpoints.save(Progress(step=1, images_seen=2))
     with pytest.raises(ZeroDivisionError), training().checkpoints as checkpoints:
@@ -278,13 +278,13 @@ def test_the_update_waits_for_the_copy(train_tiny, monkeypatch):
     """With a copy that takes longer than a step, the checkpoints are what they are without it."""
     options = ("--checkpoint.every-steps", 2, "--checkpoint.keep-every-images", 1)
     plain = train_tiny(*options, run_dir="plain")
-    copy_of = vaetrain.snapshot.SnapshotWriter._copy
+    copy_of = vaetrain.training.async_writer.SnapshotWriter._copy
 
     def slowly(self, key, tensor):
         time.sleep(0.001)
         return copy_of(self, key, tensor)
 
-    monkeypatch.setattr(vaetrain.snapshot.SnapshotWriter, "_copy", slowly)
+    monkeypatch.setattr(vaetrain.training.async_writer.SnapshotWriter, "_copy", slowly)
     slow = train_tiny(*options, run_dir="slow")
     checkpoints = [list_checkpoints(run / "checkpoints") for run in (plain, slow)]
     assert [path.name[-2:] for path in checkpoints[0]] == ["02", "04", "05", "06", "08", "10"]

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 from launching import run_here, succeed
 
-from vaetrain.comparison import Agreement, Comparison, Result
+from vaetrain.runs.comparison import Agreement, Comparison, Result
 from vaetrain.export import export
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 from vaetrain.sample import SampleConfig, sample
 
 

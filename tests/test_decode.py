@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vaetrain.data import decode
-from vaetrain.data.decode import decode_into
+from vaetrain.data.format import decode
+from vaetrain.data.format.decode import decode_into
 
 
 @pytest.fixture(params=["simplejpeg", "torchvision"])

@@ -6,52 +6,52 @@ import pytest
 import torch
 from together import succeed_together
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked")
 def test_the_interface_towards_a_host():
     """tests/test_launch.py trains over it between two hosts."""
-    assert distributed.interface_to("127.0.0.1") == "lo"
+    assert processes.interface_to("127.0.0.1") == "lo"
 
 
 @pytest.mark.parametrize("host", ["", "there.is.no.such.host.invalid"])
 def test_no_interface_towards_nowhere(host):
-    assert distributed.interface_to(host) is None
+    assert processes.interface_to(host) is None
 
 
 def test_alone_there_is_no_group_and_no_store(accelerator):
     assert accelerator.num_processes == 1
-    assert distributed.control_group() is None
-    assert distributed.shared_store() is None
+    assert processes.control_group() is None
+    assert processes.shared_store() is None
 
 
 def test_only_processes_that_a_launcher_started_have_one(monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert distributed.launcher() is None
+    assert processes.launcher() is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    assert distributed.launcher() is not None
+    assert processes.launcher() is not None
 
 
 def test_the_first_attempt_is_left_to_accelerate(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    distributed.join_another_attempt(distributed.timedelta(seconds=1))
+    processes.join_another_attempt(processes.timedelta(seconds=1))
     assert not torch.distributed.is_initialized()
 
 
 def fail_in_turn():
     """Rank 0 fails at the first work, both at the second, nobody at the third; at the fourth rank 0 never learns of rank 1."""
-    accelerator = distributed.start()
-    with distributed.finishing(accelerator):
+    accelerator = processes.start()
+    with processes.finishing(accelerator):
         rank = accelerator.process_index
-        first = distributed.problems_of_all("a bad file" if rank == 0 else "")
-        second = distributed.problems_of_all(f"bad on {rank}")
-        third = distributed.problems_of_all("")
+        first = processes.problems_of_all("a bad file" if rank == 0 else "")
+        second = processes.problems_of_all(f"bad on {rank}")
+        third = processes.problems_of_all("")
         if rank == 0:
             with pytest.raises(TimeoutError, match="alone with it"):
-                distributed.problems_of_all("alone with it", patience_s=1)
+                processes.problems_of_all("alone with it", patience_s=1)
         print([first, second, third])
 
 

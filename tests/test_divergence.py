@@ -10,13 +10,13 @@ import torch
 from fault_scenarios import spoilt_losses, train_together
 from launching import TINY
 
-import vaetrain.divergence
-from vaetrain.checkpoint import Progress
+import vaetrain.training.divergence
+from vaetrain.training.checkpoint import Progress
 from vaetrain.config import OptimConfig, TrainConfig
-from vaetrain.divergence import STEPS_BEFORE_JUDGING, StepJudge, note_steps, skip_where
-from vaetrain.optim import learning_rate_at
-from vaetrain.plots import mark_incidents
-from vaetrain.tracking import Interval
+from vaetrain.training.divergence import STEPS_BEFORE_JUDGING, StepJudge, note_steps, skip_where
+from vaetrain.training.optimizer import learning_rate_at
+from vaetrain.training.figures import mark_incidents
+from vaetrain.training.logger import Interval
 
 CPU = torch.device("cpu")
 SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--train.ema-half-life-images", 0)
@@ -194,9 +194,9 @@ def test_a_kill_while_it_goes_back_leaves_one_event_and_no_record_of_the_skipped
         run_dir = Path(moment)
         with spoilt_losses(), monkeypatch.context() as patched:
             if moment == "finish":
-                patched.setattr(vaetrain.divergence.Checkpoints, "load", kill)
+                patched.setattr(vaetrain.training.divergence.Checkpoints, "load", kill)
             else:
-                patched.setattr(vaetrain.divergence.Tracker, moment, kill)
+                patched.setattr(vaetrain.training.divergence.Tracker, moment, kill)
             with pytest.raises(KeyboardInterrupt):
                 train_tiny(*SPOILT, epochs=3, run_dir=run_dir)
         run_dir = train_tiny(*SPOILT, epochs=3, run_dir=run_dir)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rude_server import CONTENT, HASTY, Server
 
-from vaetrain.data import download as download_module
-from vaetrain.data.download import Patience, download, readable_disk_errors
+from vaetrain.data.remote import download as download_module
+from vaetrain.data.remote.download import Patience, download, readable_disk_errors
 
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 LIMIT = 1 << 24

@@ -12,11 +12,11 @@ from test_make_shards import content, make, pets, records, run  # noqa: F401 (pe
 from test_make_share import share
 from test_sources import pack_tar
 
-from vaetrain.data import duplicates
-from vaetrain.data.dealing import deal
-from vaetrain.data.duplicates import duplicate_groups, find_groups
-from vaetrain.data.likeness import LIKENESS, glance, likenesses
-from vaetrain.data.sharding_config import ShardingConfig
+from vaetrain.data.sharding import duplicates
+from vaetrain.data.sharding.val_split import deal
+from vaetrain.data.sharding.duplicates import duplicate_groups, find_groups
+from vaetrain.data.sharding.image_hash import LIKENESS, glance, likenesses
+from vaetrain.data.sharding.config import ShardingConfig
 
 
 def photo(seed: int, side: int = 96) -> Image.Image:
@@ -316,7 +316,7 @@ def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], message:
 
 def test_plans_without_groups_are_those_of_older_versions() -> None:
     """So that shards that an older version has begun are completed, and found complete."""
-    from vaetrain.data.shard_plan import Plan
+    from vaetrain.data.sharding.plan import Plan
 
     plan = Plan.of(ShardingConfig("faces", Path("out"), size=64, val_count=300))
     assert plan.digest == "c9dfe7c4397f41b9fcdc66236c888c01bcda2e910622f0d0e5865fd2ff6249df"

@@ -16,7 +16,7 @@ from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.model.posterior import DiagonalGaussian
-from vaetrain.randomness import mixed_seed, noise_of_images
+from vaetrain.distributed.randomness import mixed_seed, noise_of_images
 
 
 def mixture(posterior: DiagonalGaussian) -> MixtureSameFamily:

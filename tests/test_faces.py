@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaetrain.data.animals.anatomy import Face
-from vaetrain.data.animals.portrait import render
-from vaetrain.data.faces import CLASSES, draw_face, sample_face
+from vaetrain.data.sources.faces.anatomy import Face
+from vaetrain.data.sources.faces.portrait import render
+from vaetrain.data.sources.faces.faces import CLASSES, draw_face, sample_face
 from vaetrain.strict_json import from_json
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def test_a_face_depends_on_seed_and_index_alone() -> None:
 def test_another_process_draws_the_same_faces() -> None:
     # Another hash seed and no other face drawn before: the pictures must not know.
     code = (
-        "import hashlib\nfrom vaetrain.data.faces import draw_face\n"
+        "import hashlib\nfrom vaetrain.data.sources.faces.faces import draw_face\n"
         "print(hashlib.sha256(b''.join(draw_face(5, i, 24)[0].tobytes() for i in range(6))).hexdigest())\n"
         "import sys\nassert 'torch' not in sys.modules, 'faces.py imports torch'"
     )

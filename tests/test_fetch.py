@@ -74,7 +74,7 @@ def test_mnist_comes_from_the_first_mirror_that_has_it(
 
 
 def test_the_pinned_files_are_the_four_that_make_shards_looks_for(fetch_mnist: ModuleType) -> None:
-    from vaetrain.data.idx import PARTS, idx_name
+    from vaetrain.data.sources.idx import PARTS, idx_name
 
     assert set(fetch_mnist.FILES) == {f"{idx_name(part, dimensions)}.gz" for part in PARTS for dimensions in (1, 3)}
     assert all(len(bytes.fromhex(sha256)) == 32 for sha256 in fetch_mnist.FILES.values())

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import ROOT, run_here, succeed
 
-from vaetrain.data import stream
+from vaetrain.data.readers import stream
 from vaetrain.data.config import DataConfig
-from vaetrain.data.forecast import Forecast
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import open_reader
-from vaetrain.data.selection import Selection
-from vaetrain.data.shards import ShardSet
+from vaetrain.data.readers.read_plan import Forecast
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.reader import open_reader
+from vaetrain.data.readers.selection import Selection
+from vaetrain.data.format.shard_set import ShardSet
 
 CPU = torch.device("cpu")
 OPEN = stream.Stream._open
@@ -200,5 +200,5 @@ def test_the_plans_own_batch_divides_among_the_processes_and_fits_the_split(tiny
 
 
 def test_planning_imports_no_torch():
-    code = "import sys, vaetrain.data.forecast; raise SystemExit('torch' in sys.modules)"
+    code = "import sys, vaetrain.data.readers.read_plan; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -18,7 +18,7 @@ from together import script_succeeds
 from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.evaluate import EvaluateConfig, evaluate
-from vaetrain.metrics.config import FidConfig
+from vaetrain.evaluation.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor, Features
 from vaetrain.metrics.features import FeatureSet
 from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance
@@ -26,7 +26,7 @@ from vaetrain.metrics.generation import Reference, inception_score, precision_re
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +323,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_computed(
     run_dir, mine, accelerator, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(FeatureExtractor, "__call__", None)
-    monkeypatch.setattr("vaetrain.scoring.validate", None)
+    monkeypatch.setattr("vaetrain.evaluation.evaluator.validate", None)
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "mine.txt").touch()
@@ -352,7 +352,7 @@ def test_kept_samples_are_whole_or_absent_and_the_same_ones_are_not_written_twic
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("vaetrain.metrics.kept_samples.write_manifest", killed)
+        patch.setattr("vaetrain.sampling.save_samples.write_manifest", killed)
         with pytest.raises(Killed):
             evaluate(config, accelerator)
     assert not kept.exists()

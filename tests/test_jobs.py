@@ -8,7 +8,7 @@ import sys
 import pytest
 from launching import LAUNCH, ROOT, TWO_PROCESSES, free_port
 
-from vaetrain.jobs import MAX_WORDS, Job, last_words, run_jobs
+from vaetrain.sweeps.jobs import MAX_WORDS, Job, last_words, run_jobs
 
 ONE_PROCESS = (sys.executable, *LAUNCH, "launch/gpu1.yaml")
 TWO = (sys.executable, *TWO_PROCESSES, "--main_process_port", str(free_port()))

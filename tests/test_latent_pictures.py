@@ -8,8 +8,8 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-from vaetrain.labelled_grid import save_labelled_grid
-from vaetrain.latent_pictures import (
+from vaetrain.evaluation.image_grid import save_labelled_grid
+from vaetrain.evaluation.latent_figures import (
     decode,
     encode_moments,
     save_interpolations,

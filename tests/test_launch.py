@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from together import script_succeeds
 from torch.distributed.run import config_from_args
 
-from vaetrain import distributed
-from vaetrain.checkpoint import list_checkpoints
+from vaetrain.distributed import processes
+from vaetrain.training.checkpoint import list_checkpoints
 
 SBATCH = ROOT / "launch" / "slurm.sbatch"
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
@@ -311,11 +311,11 @@ def test_one_of_two_does_not_train_alone(announced, monkeypatch):
     monkeypatch.setattr(distributed, "PartialState", lambda cpu, **options: PartialState(**options))
     announced({"WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match=r"announced 2 processes \(WORLD_SIZE\) but 1 joined; start with `accelerate"):
-        distributed.start()
+        processes.start()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU; the test above is about it")
 def test_one_of_two_does_not_train_alone_on_the_cpu(announced):
     announced({"WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="MASTER_ADDR"):  # Accelerate's own message
-        distributed.start()
+        processes.start()

@@ -11,7 +11,7 @@ from launching import TINY
 
 from vaetrain.command_line import parse
 from vaetrain.config import Config, OptimConfig
-from vaetrain.data.reader import open_split
+from vaetrain.data.readers.reader import open_split
 from vaetrain.scale import describe_lr, suggested_lr
 from vaetrain.scaling import lr_trials as module
 from vaetrain.scaling.lr_range import Curve, LrRange

@@ -5,10 +5,10 @@ import torch
 from fault_scenarios import train_together
 from launching import TINY
 
-from vaetrain import micro_batch
+from vaetrain.training import memory as micro_batch
 from vaetrain.command_line import parse
 from vaetrain.config import Config
-from vaetrain.micro_batch import Fit, explained_out_of_memory, is_out_of_memory, largest_that_fits
+from vaetrain.training.memory import Fit, explained_out_of_memory, is_out_of_memory, largest_that_fits
 from vaetrain.model.autoencoder import VAE
 
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vaetrain import nearest
-from vaetrain.data.chosen import ChosenImages
+from vaetrain.evaluation import memorization as nearest
+from vaetrain.data.readers.subset import ChosenImages
 from vaetrain.data.config import DataConfig
-from vaetrain.data.decode import decode_into
-from vaetrain.data.reader import open_reader
+from vaetrain.data.format.decode import decode_into
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.nearest import (
+from vaetrain.evaluation.memorization import (
     describe_neighbours,
     draw_images,
     encoder_features,

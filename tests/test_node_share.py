@@ -13,9 +13,9 @@ import pytest
 import torch
 from launching import ROOT
 
-from vaetrain.data import node_share
+from vaetrain.data.readers import shared_array as node_share
 from vaetrain.data.config import DataConfig
-from vaetrain.data.reader import open_reader
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.machine import available_memory
 
 CPU = torch.device("cpu")
@@ -58,9 +58,9 @@ def address(reader):
 
 def test_a_node_decodes_each_image_once_into_one_array(tiny_shards, monkeypatch):
     decoded = []
-    decode = "vaetrain.data.resident.decode_image"
-    original = sys.modules["vaetrain.data.resident"].decode_image
-    monkeypatch.setattr("vaetrain.data.resident.IMAGES_PER_TASK", 8)
+    decode = "vaetrain.data.readers.resident.decode_image"
+    original = sys.modules["vaetrain.data.readers.resident"].decode_image
+    monkeypatch.setattr("vaetrain.data.readers.resident.IMAGES_PER_TASK", 8)
     monkeypatch.setattr(
         decode, lambda selection, encoded, at, out: (decoded.append(at), original(selection, encoded, at, out=out))
     )
@@ -125,7 +125,7 @@ def test_memory_of_another_process_than_the_one_meant_is_not_taken():
 
 
 def test_a_split_larger_than_the_memory_is_refused(tiny_shards, monkeypatch):
-    monkeypatch.setattr("vaetrain.data.resident.available_memory", lambda: 76_799)
+    monkeypatch.setattr("vaetrain.data.readers.resident.available_memory", lambda: 76_799)
     with pytest.raises(ValueError, match=r"0\.00 GiB of memory are available; use --data\.reader indexed"):
         open_reader(DataConfig(train=str(tiny_shards), reader="resident"), "train", device=CPU)
     assert 2**20 < available_memory() < 2**50
@@ -144,7 +144,7 @@ def test_damage_found_by_one_process_stops_all(damaged_shards, position):
 
 HOLD = """
 import json, sys
-from vaetrain.data.node_share import NodeShare
+from vaetrain.data.readers.shared_array import NodeShare
 
 def gather(integers):
     print(json.dumps([int(integer) for integer in integers]), flush=True)
@@ -191,5 +191,5 @@ def test_nothing_is_left_behind_when_all_processes_are_killed():
 
 
 def test_sharing_imports_no_torch():
-    code = "import sys, vaetrain.data.node_share, vaetrain.data.whereabouts; raise SystemExit('torch' in sys.modules)"
+    code = "import sys, vaetrain.data.readers.shared_array, vaetrain.data.readers.worker_progress; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

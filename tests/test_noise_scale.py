@@ -19,9 +19,9 @@ from noise_scale_scenario import (
 )
 from together import succeed_together
 
-from vaetrain.data.order import BatchLayout
-from vaetrain.run import RunDirectory
-from vaetrain.scaling.noise_scale import NoiseScale, SmallGradient, by_progress
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.noise_scale import NoiseScale, SmallGradient, by_progress
 
 
 def check(norms: list[list[float]], small_batch: int) -> None:

@@ -14,9 +14,9 @@ from launching import ROOT
 from PIL import Image
 from test_sources import write_image
 
-from vaetrain.data.sharding import make_shards
-from vaetrain.data.sharding_config import ShardingConfig
-from vaetrain.data.sources import open_source
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sources.open_source import open_source
 
 LATIN = b"caf\xe9 \xff.png"  # no UTF-8
 ODD_NAMES = [

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaetrain.data.config import DataConfig
-from vaetrain.data.order import BatchLayout, epoch_order, eval_indices, train_indices
+from vaetrain.data.readers.order import BatchLayout, epoch_order, eval_indices, train_indices
 
 PINNED = [6, 1, 0, 5, 3, 8, 7, 9, 2, 4]
 sizes = st.integers(1, 4)
@@ -172,5 +172,5 @@ def test_a_data_configuration_that_no_reader_can_honour_is_refused(field, messag
 
 
 def test_configuration_and_order_do_not_import_torch():
-    script = "import sys, vaetrain.data.config, vaetrain.data.order; sys.exit('torch' in sys.modules)"
+    script = "import sys, vaetrain.data.config, vaetrain.data.readers.order; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

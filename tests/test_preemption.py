@@ -10,15 +10,15 @@ from fault_scenarios import STEP, train_together
 from launching import TINY, run
 from safetensors.torch import load
 
-from vaetrain import distributed
-from vaetrain.checkpoint import Checkpoints
+from vaetrain.distributed import processes
+from vaetrain.training.checkpoint import Checkpoints
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.data.config import DataConfig
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import open_reader
-from vaetrain.preemption import EXIT_STOPPED, SIGNALS, StopRequest
-from vaetrain.retention import list_checkpoints
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.reader import open_reader
+from vaetrain.distributed.preemption import EXIT_STOPPED, SIGNALS, StopRequest
+from vaetrain.training.retention import list_checkpoints
 from vaetrain.train import train
 
 
@@ -116,7 +116,7 @@ def test_an_orphan_stops(monkeypatch):
     assert stop.agree()
     assert stop.reason == "the end of its launcher"
     monkeypatch.undo()
-    assert distributed.launcher() is None  # nobody's child: closing the terminal's shell must not stop a training
+    assert processes.launcher() is None  # nobody's child: closing the terminal's shell must not stop a training
 
 
 def test_decoding_workers_outlive_the_signal(tiny_shards):

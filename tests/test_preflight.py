@@ -15,9 +15,9 @@ from vaetrain import preflight, train
 from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config
 from vaetrain.data.config import DataConfig
-from vaetrain.data.reader import open_reader
-from vaetrain.data.shards import ShardSet
-from vaetrain.data.stream_order import workers_for
+from vaetrain.data.readers.reader import open_reader
+from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers.stream_order import workers_for
 
 
 def nothing(folder):

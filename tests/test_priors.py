@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from together import succeed_together
 from torch.distributions import MultivariateNormal
 
-from vaetrain.data.reader import open_reader
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.export import load_run
 from vaetrain.model.prior import StandardNormal
 from vaetrain.priors.aggregate import AggregatePosterior, Posteriors, gather_aggregate
@@ -21,7 +21,7 @@ from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
 from vaetrain.priors.fit import fit_prior, fitted_priors, nats_per_dim, prior_table, priors_for
 from vaetrain.priors.flow import build_flow
 from vaetrain.priors.whitening import Whitening
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 
 NUM_CODES = 1000
 

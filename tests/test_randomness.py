@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vaetrain.model.prior import sample_standard_normal
-from vaetrain.randomness import mixed_seed, noise_of_global_batch, noise_of_images
+from vaetrain.distributed.randomness import mixed_seed, noise_of_global_batch, noise_of_images
 
 CPU = torch.device("cpu")
 

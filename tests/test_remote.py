@@ -20,14 +20,15 @@ import torch
 from fsspec.registry import known_implementations
 from rude_server import CONTENT, Server
 
-from vaetrain.data import connection, shard_cache, stream
-from vaetrain.data.choice import remote_folder
+from vaetrain.data.remote import connection, cache as shard_cache
+from vaetrain.data.readers import stream
+from vaetrain.data.readers.choose import remote_folder
 from vaetrain.data.config import DataConfig
-from vaetrain.data.forecast import Forecast
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import Reader, open_reader
-from vaetrain.data.remote import READ_BYTES, Persistence, RemoteFile, RemoteShards
-from vaetrain.data.shards import ShardSet
+from vaetrain.data.readers.read_plan import Forecast
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.reader import Reader, open_reader
+from vaetrain.data.remote.remote import READ_BYTES, Persistence, RemoteFile, RemoteShards
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.evaluate import EvaluateConfig, evaluate
 
 CPU = torch.device("cpu")
@@ -331,7 +332,7 @@ def test_a_damaged_manifest_or_index_names_the_url(tiny_shards: Path, server: Se
 
 
 def test_an_endless_manifest_does_not_fill_the_memory(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vaetrain.data.remote.MAX_MANIFEST_BYTES", 100_000)
+    monkeypatch.setattr("vaetrain.data.remote.remote.MAX_MANIFEST_BYTES", 100_000)
     server.add("set/manifest.json")
     with pytest.raises(FileNotFoundError, match="longer than 100,000 bytes"), opened(f"{server.url}set"):
         pass

@@ -11,9 +11,9 @@ from html_document import Document
 from launching import ROOT, run
 from PIL import Image
 
-from vaetrain.data.sharding import make_shards
-from vaetrain.data.sharding_config import ShardingConfig
-from vaetrain.jobs import Job, run_jobs
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.sweeps.jobs import Job, run_jobs
 from vaetrain.reproduce.datasets import Sources
 from vaetrain.reproduce.lecture import EXPERIMENTS
 from vaetrain.reproduce.pages import Outcome, findings, write_lecture, write_takeaways

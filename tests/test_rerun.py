@@ -12,9 +12,9 @@ import yaml
 from launching import TINY, run_here
 from together import script_succeeds
 
-from vaetrain import rerun
+from vaetrain.runs import rerun
 from vaetrain.command_line import to_yaml
-from vaetrain.run import RunDirectory, git_state, uncommitted_changes
+from vaetrain.runs.directory import RunDirectory, git_state, uncommitted_changes
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
 
     git("init", "-q")
     assert git_state(tmp_path) == (None, None)
-    for name in ("file", "vaetrain/run.py"):
+    for name in ("file", "vaetrain/runs/directory.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("before\n")
     git("add", ".")
@@ -155,7 +155,7 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
 
     # An environment inside somebody's repository: its revision says nothing about the code there.
     (tmp_path / ".venv" / "vaetrain").mkdir(parents=True)
-    (tmp_path / ".venv" / "vaetrain" / "run.py").touch()
+    (tmp_path / ".venv" / "vaetrain" / "directory.py").touch()
     assert git_state(tmp_path / ".venv") == (None, None)
     assert uncommitted_changes(tmp_path / ".venv") == b""
 

@@ -17,14 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vaetrain
 import vaetrain.export
 import vaetrain.train
-from vaetrain.checkpoint import FORMAT_VERSION, Progress
+from vaetrain.training.checkpoint import FORMAT_VERSION, Progress
 from vaetrain.config import Config, LogConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.model.autoencoder import VAE
-from vaetrain.plots import RunFigures
-from vaetrain.retention import list_checkpoints
-from vaetrain.run import RunDirectory
-from vaetrain.tracking import Meters, Tracker
+from vaetrain.training.figures import RunFigures
+from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.logger import Meters, Tracker
 
 
 def timeless(run_dir: Path) -> list[str]:
@@ -215,7 +215,7 @@ def test_the_order_of_places_to_start_from(train_tiny, capsys, monkeypatch, tmp_
     third = train_tiny("--seed", 1, run_dir="third", epochs=1)
     capsys.readouterr()
     patches = iter([b"first", b"second", b"third"])
-    monkeypatch.setattr("vaetrain.run.uncommitted_changes", lambda _: next(patches))
+    monkeypatch.setattr("vaetrain.runs.directory.uncommitted_changes", lambda _: next(patches))
     own = train_tiny("--resume", other, "--init-from", third, run_dir="own", epochs=2)
     assert f"resuming from {other / 'checkpoints' / 'step-00000005'}" in capsys.readouterr().out
     train_tiny("--resume", other, "--init-from", third, run_dir="own", epochs=3)

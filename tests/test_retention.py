@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vaetrain.config import CheckpointConfig
-from vaetrain.retention import Retention, list_checkpoints, put_in_place, remove, step_of
+from vaetrain.training.retention import Retention, list_checkpoints, put_in_place, remove, step_of
 
 MIB = 2**20
 

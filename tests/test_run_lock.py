@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
-from vaetrain.run_lock import hold
+from vaetrain.runs.lock import hold
 
 HOLDER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from vaetrain.run_lock import hold
+from vaetrain.runs.lock import hold
 assert "torch" not in sys.modules
 with hold(Path(sys.argv[1])):
     forked = os.fork() or time.sleep(60)

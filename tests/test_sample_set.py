@@ -8,7 +8,7 @@ from test_use import read_samples
 
 from vaetrain import sample as sample_module
 from vaetrain.sample import SampleConfig, sample
-from vaetrain.sample_set import Share
+from vaetrain.sampling.sample_set import Share
 
 
 class Killed(BaseException):

@@ -16,14 +16,14 @@ from together import script_succeeds
 from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.command_line import parse
-from vaetrain.data.sharding import make_shards
-from vaetrain.data.sharding_config import ShardingConfig
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.evaluate import EXIT_INCOMPLETE, evaluate, main
-from vaetrain.metrics.config import EvaluateConfig, FidConfig
+from vaetrain.evaluation.config import EvaluateConfig, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 from vaetrain.sample import SampleConfig, sample
 
 QUICK = {
@@ -127,7 +127,7 @@ def test_a_sample_set_that_cannot_be_scored_is_refused(run_dir, tiny_run, accele
     with pytest.raises(ValueError, match="--priors random-code have no noise to scale"):
         EvaluateConfig(run_dir, priors=("random-code",), temperature=0.5)
     fewer = {**options, "fid": replace(options["fid"], num_images=19)}
-    monkeypatch.setattr("vaetrain.scoring.weights_sha256", lambda *_: "0" * 64)
+    monkeypatch.setattr("vaetrain.evaluation.evaluator.weights_sha256", lambda *_: "0" * 64)
     with pytest.raises(ValueError, match=r"whose weights are not those of"):
         evaluate(EvaluateConfig(run_dir, samples=drawn, **fewer), accelerator)
     monkeypatch.undo()
@@ -259,8 +259,8 @@ def test_a_group_that_fails_discards_none_and_what_is_finished_is_written_at_onc
         written.append(json.loads(out.read_text()))
         raise RuntimeError("the moon is in the wrong phase")
 
-    monkeypatch.setattr("vaetrain.scoring.likelihood_scores", fail)
-    monkeypatch.setattr("vaetrain.latent_pictures.save_traversals", fail)
+    monkeypatch.setattr("vaetrain.evaluation.evaluator.likelihood_scores", fail)
+    monkeypatch.setattr("vaetrain.evaluation.latent_figures.save_traversals", fail)
     config = EvaluateConfig(run_dir, out, scores=("elbo", "likelihood", "nearest", "latents"), **QUICK)
     scores = evaluate(config, accelerator)
     before_likelihood, before_traversals = written
@@ -290,7 +290,7 @@ def test_scores_from_before_stay_until_the_new_ones_are_finished(run_dir, accele
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("vaetrain.scoring.draw_images", kill)
+        patched.setattr("vaetrain.evaluation.evaluator.draw_images", kill)
         for _ in range(2):
             with pytest.raises(Killed):
                 evaluate(config, accelerator)
@@ -300,7 +300,7 @@ def test_scores_from_before_stay_until_the_new_ones_are_finished(run_dir, accele
     assert not previous.exists()
     assert again["val/psnr_db"] == first["val/psnr_db"]
     with monkeypatch.context() as patched:
-        patched.setattr("vaetrain.scoring.validate", lambda *_: 1 / 0)
+        patched.setattr("vaetrain.evaluation.evaluator.validate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # nothing at all was measured
             evaluate(replace(config, scores=("elbo",)), accelerator)
     assert json.loads(out.read_text()) == again
@@ -324,7 +324,7 @@ def test_a_prior_that_cannot_be_fitted_costs_itself_alone(run_dir, accelerator, 
 
 @pytest.mark.parametrize("asked", [("--scores", "elbo", "lpips"), ()])
 def test_the_exit_code_says_whether_something_asked_for_by_name_is_missing(run_dir, tmp_path, monkeypatch, asked):
-    monkeypatch.setattr("vaetrain.scoring.likelihood_scores", lambda *_: {})
+    monkeypatch.setattr("vaetrain.evaluation.evaluator.likelihood_scores", lambda *_: {})
     arguments = ["--run", run_dir, "--out", tmp_path / "s.json", "--num-pictures", 2, *asked]
     config = parse(EvaluateConfig, None, [str(argument) for argument in arguments])
     if asked:

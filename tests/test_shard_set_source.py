@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_make_shards import content, decoded, make, records
 
-from vaetrain.data.shards import ShardSet
+from vaetrain.data.format.shard_set import ShardSet
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from vaetrain.data.shard_index import pack_index
-from vaetrain.data.shard_writer import ShardWriter
-from vaetrain.data.shards import Encoding, Manifest, Shard, ShardSet, Split, Tool
+from vaetrain.data.format.index import pack_index
+from vaetrain.data.format.writer import ShardWriter
+from vaetrain.data.format.shard_set import Encoding, Manifest, Shard, ShardSet, Split, Tool
 from vaetrain.files import sha256_of_file
 
 SHA = "0123456789abcdef" * 4
@@ -264,6 +264,6 @@ def test_shard_names_stay_inside_the_folder() -> None:
 
 def test_shard_modules_do_not_import_torch() -> None:
     banned = "torch", "torchvision", "webdataset", "accelerate"
-    code = f"import sys, vaetrain.data.sharding; print([name for name in {banned} if name in sys.modules])"
+    code = f"import sys, vaetrain.data.sharding.make_shards; print([name for name in {banned} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

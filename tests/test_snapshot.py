@@ -9,7 +9,7 @@ import pytest
 import torch
 from launching import ROOT
 
-from vaetrain.snapshot import SnapshotWriter
+from vaetrain.training.async_writer import SnapshotWriter
 
 
 class SlowWriter(SnapshotWriter):
@@ -85,7 +85,7 @@ def test_a_process_that_ends_still_writes(tmp_path):
     code = (
         "import sys, time, torch\n"
         "from pathlib import Path\n"
-        "from vaetrain.snapshot import SnapshotWriter\n"
+        "from vaetrain.training.async_writer import SnapshotWriter\n"
         "writer = SnapshotWriter()\n"
         "writer.start({'a': {'x': torch.ones(1)}}, lambda _: (time.sleep(0.5), Path(sys.argv[1]).write_text('whole')))\n"
         "raise SystemExit(3)\n"

@@ -2,7 +2,7 @@
 
 import os
 
-from vaetrain.stacks import write_stacks
+from vaetrain.distributed.stacks import write_stacks
 
 
 def test_they_name_the_function_that_runs(tmp_path):

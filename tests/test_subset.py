@@ -7,7 +7,7 @@ import pytest
 import torch
 from linear_gaussian import MemoryReader
 
-from vaetrain.data.order import epoch_order
+from vaetrain.data.readers.order import epoch_order
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.subset import choose_images, subset_batches
 

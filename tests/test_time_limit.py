@@ -7,16 +7,16 @@ from fault_scenarios import train_together
 from launching import TINY
 
 from vaetrain.config import TrainConfig
-from vaetrain.preemption import EXIT_STOPPED
-from vaetrain.retention import list_checkpoints
-from vaetrain.time_limit import TimeLimit
+from vaetrain.distributed.preemption import EXIT_STOPPED
+from vaetrain.training.retention import list_checkpoints
+from vaetrain.training.time_limit import TimeLimit
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds that pass when told to."""
     seconds = [100.0]
-    monkeypatch.setattr("vaetrain.time_limit.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("vaetrain.training.time_limit.time.monotonic", lambda: seconds[0])
     return seconds
 
 

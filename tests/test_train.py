@@ -12,9 +12,9 @@ from together import script_succeeds
 
 import vaetrain
 import vaetrain.train
-from vaetrain import distributed
-from vaetrain.checkpoint import Progress
-from vaetrain.retention import list_checkpoints
+from vaetrain.distributed import processes
+from vaetrain.training.checkpoint import Progress
+from vaetrain.training.retention import list_checkpoints
 from vaetrain.train import nan_unless_finite
 
 
@@ -230,7 +230,7 @@ def test_what_the_user_can_mend_is_said(train_tiny, arguments, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, where fp16 works")
 def test_fp16_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match="needs a GPU"):
-        distributed.start("fp16")
+        processes.start("fp16")
 
 
 def test_a_user_error_ends_every_process_with_a_message(tiny_shards, tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vaetrain.data import unpack
-from vaetrain.data.unpack import UnusableArchiveError, unpack_images
+from vaetrain.data.remote import unzip as unpack
+from vaetrain.data.remote.unzip import UnusableArchiveError, unpack_images
 
 SPLITS, CLASSES = ("train", "val"), ("cat", "dog")
 LIMIT = 1 << 20

@@ -11,7 +11,7 @@ import vaetrain
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.export import export
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 from vaetrain.sample import SampleConfig, sample
 
 QUICK = LikelihoodConfig(num_images=4, num_samples=20)

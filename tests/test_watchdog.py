@@ -13,8 +13,8 @@ from fault_scenarios import STEP, train_together
 from launching import TINY
 from torch.distributed import DistNetworkError, HashStore
 
-import vaetrain.stacks
-from vaetrain.watchdog import Place, Pulse, Report, Watchdog
+import vaetrain.distributed.stacks
+from vaetrain.distributed.watchdog import Place, Pulse, Report, Watchdog
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def ends(monkeypatch):
         raise Left
 
     monkeypatch.setattr(Watchdog, "_leave", note)
-    monkeypatch.setattr("vaetrain.watchdog.SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("vaetrain.distributed.watchdog.SECONDS_BETWEEN_LOOKS", 0.05)
     original = Watchdog._watch
 
     def watch(watchdog):
@@ -123,7 +123,7 @@ def test_one_process_alone_is_watched_too(ends, tmp_path, capsys):
 @pytest.mark.parametrize("answers", ["with an error", "never"])
 def test_a_hang_ends_though_its_stacks_cannot_be_written(ends, tmp_path, capsys, monkeypatch, answers):
     """A full disk raises, a dead file server blocks for ever; here a folder and a pipe that nobody reads."""
-    monkeypatch.setattr(vaetrain.stacks.write_stacks, "__defaults__", (0.2,))
+    monkeypatch.setattr(vaetrain.distributed.stacks.write_stacks, "__defaults__", (0.2,))
     file = tmp_path / "hang-rank-0.txt"
     file.mkdir() if answers == "with an error" else os.mkfifo(file)
     pulse = Pulse()
@@ -197,7 +197,7 @@ def test_patience_with_a_compiled_model_is_for_its_first_step_alone(ends, tmp_pa
 def test_a_run_that_was_suspended_is_not_ended_when_it_goes_on(tmp_path, monkeypatch):
     """Slurm suspends jobs, and people press Ctrl-Z."""
     seconds = [0.0]
-    monkeypatch.setattr("vaetrain.watchdog.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("vaetrain.distributed.watchdog.time.monotonic", lambda: seconds[0])
     monkeypatch.setattr(Watchdog, "_leave", lambda *_, **__: (_ for _ in ()).throw(Left))
     pulse = Pulse()
     watchdog = Watchdog(pulse, rank=0, num_processes=1, store=None, folder=tmp_path, timeout_s=60.0)

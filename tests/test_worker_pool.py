@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from vaetrain.data.worker_pool import AHEAD_PER_WORKER, map_in_order
+from vaetrain.data.sharding.process_map import AHEAD_PER_WORKER, map_in_order
 
 
 def square(number: int) -> int:

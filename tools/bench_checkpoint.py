@@ -43,24 +43,24 @@ import time
 
 import torch
 
-from vaetrain import distributed
-from vaetrain.checkpoint import Checkpoints, Progress
+from vaetrain.distributed import processes
+from vaetrain.training.checkpoint import Checkpoints, Progress
 from vaetrain.config import CheckpointConfig, OptimConfig
-from vaetrain.divergence import StepJudge
+from vaetrain.training.divergence import StepJudge
 from vaetrain.machine import num_cores
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo
-from vaetrain.optim import ExponentialMovingAverage, build_optimizer
-from vaetrain.run import RunDirectory
-from vaetrain.tracking import Meters
+from vaetrain.training.optimizer import ExponentialMovingAverage, build_optimizer
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.logger import Meters
 
 
 class Training:
     """The steps of vaetrain/train.py on one batch that is already there, in bf16."""
 
     def __init__(self, config: BenchConfig, folder: Path) -> None:
-        self.accelerator = distributed.start("bf16")
+        self.accelerator = processes.start("bf16")
         device = self.accelerator.device
         model = ModelConfig(
             image_size=64, base_channels=config.base_channels, channel_mult=(1, 2, 4, 6), num_res_blocks=2
@@ -147,7 +147,7 @@ def main(config: BenchConfig) -> None:
         "stall_vs_step": (medians["step_with_copy"] - step) / step,
         "synchronous_save_vs_step": medians["synchronous_save"] / step,
     }
-    device = distributed.device_name(training.accelerator.device)
+    device = processes.device_name(training.accelerator.device)
     machine = f"{device}, {num_cores()} cores, {platform.machine()}, torch {torch.__version__}"
     print(
         f"{machine}; {num_parameters / 1e6:.0f} M parameters, checkpoint of {num_bytes / 2**20:,.0f} MiB, batch "

@@ -59,11 +59,11 @@ from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.data.config import DataConfig
-from vaetrain.data.sharding import make_shards
-from vaetrain.data.sharding_config import ShardingConfig
-from vaetrain.metrics.config import FidConfig
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.evaluation.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance
 from vaetrain.metrics.reference import RealImages
@@ -177,7 +177,7 @@ def matrix_roots() -> dict[str, float]:
 
 def main(config: BenchConfig) -> None:
     """Measure, print a table and write the JSON."""
-    accelerator = distributed.start()
+    accelerator = processes.start()
     if config.join is not None:
         seconds = Extraction(config, config.join, accelerator).seconds_without_cache()
         if accelerator.is_main_process:
@@ -206,7 +206,7 @@ def main(config: BenchConfig) -> None:
     if "vaetrain_2_processes" in medians:
         ratios["two_processes_vs_one"] = medians["vaetrain"] / medians["vaetrain_2_processes"]
     roots = matrix_roots()
-    machine = f"{distributed.device_name(accelerator.device)}, {platform.machine()}, torch {torch.__version__}"
+    machine = f"{processes.device_name(accelerator.device)}, {platform.machine()}, torch {torch.__version__}"
     print(
         f"{machine}; {config.num_images} images of {config.image_size}×{config.image_size}, batch {config.batch_size}"
     )

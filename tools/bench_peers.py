@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import ToTensor
 
-from vaetrain.data.selection import Selection
+from vaetrain.data.readers.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -49,16 +49,16 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.config import Config, LogConfig, TrainConfig
 from vaetrain.data.config import DataConfig
-from vaetrain.data.sharding import make_shards
-from vaetrain.data.sharding_config import ShardingConfig
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.machine import cpu_model
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo
-from vaetrain.precision import in_use
+from vaetrain.training.precision import in_use
 from vaetrain.train import train
 
 MODEL = ModelConfig(
@@ -141,7 +141,7 @@ def synchronize() -> None:
 
 def main(config: BenchConfig) -> None:
     """Measure, print a table and write the JSON."""
-    accelerator = distributed.start("auto")
+    accelerator = processes.start("auto")
     own = in_use(accelerator)
     with tempfile.TemporaryDirectory() as folder:
         variants = {
@@ -160,7 +160,7 @@ def main(config: BenchConfig) -> None:
         "channels_last_vs_contiguous": medians[f"bare_{own}_channels_last"] / medians[f"bare_{own}_contiguous"],
         "bf16_vs_fp32": medians["bare_bf16_channels_last"] / medians["bare_fp32_channels_last"],
     }
-    device = distributed.device_name(accelerator.device)
+    device = processes.device_name(accelerator.device)
     processor = f" on {cpu_model()}" if accelerator.device.type == "cpu" else ""
     machine = f"{device}{processor}, {platform.machine()}, torch {torch.__version__}; vaetrain in {own}"
     print(

@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.comparison import Comparison, Result
+from vaetrain.runs.comparison import Comparison, Result
 from vaetrain.files import replace_file
 
 

@@ -15,8 +15,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.data.download import PATIENCE, Patience, download, readable_disk_errors
-from vaetrain.data.unpack import UnusableArchiveError, unpack_images
+from vaetrain.data.remote.download import PATIENCE, Patience, download, readable_disk_errors
+from vaetrain.data.remote.unzip import UnusableArchiveError, unpack_images
 from vaetrain.files import sha256_of_file
 from vaetrain.strict_json import from_json
 

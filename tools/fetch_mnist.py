@@ -10,7 +10,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.data.download import PATIENCE, Patience, download
+from vaetrain.data.remote.download import PATIENCE, Patience, download
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",

@@ -59,7 +59,7 @@ class ReproduceArguments:
 if __name__ == "__main__":
     ARGUMENTS = parse(ReproduceArguments, __doc__, flags=True)
 
-from vaetrain.jobs import run_jobs
+from vaetrain.sweeps.jobs import run_jobs
 from vaetrain.machine import num_cores
 from vaetrain.reproduce.datasets import Sources
 from vaetrain.reproduce.lecture import EXPERIMENTS

@@ -30,9 +30,9 @@ class RerunArguments:
 if __name__ == "__main__":
     ARGUMENTS = parse(RerunArguments, __doc__, flags=True)
 
-from vaetrain import rerun
+from vaetrain.runs import rerun
 from vaetrain.preflight import check_split
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 
 
 def main(arguments: RerunArguments) -> int:

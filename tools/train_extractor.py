@@ -52,9 +52,9 @@ if __name__ == "__main__":
 import torch
 
 from vaetrain.command_line import plain
-from vaetrain.data.reader import open_reader
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.metrics.own_extractor import train_own_extractor
-from vaetrain.run import write_json
+from vaetrain.runs.directory import write_json
 
 
 def main(arguments: ExtractorArguments) -> None:

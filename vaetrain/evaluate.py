@@ -10,7 +10,7 @@ floor (real images against real ones) and its extrapolation to endlessly many im
 from __future__ import annotations
 
 from vaetrain.command_line import parse, plain, user_errors
-from vaetrain.metrics.config import EvaluateConfig
+from vaetrain.evaluation.config import EvaluateConfig
 
 if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, __doc__)  # before the imports below, which take seconds
@@ -25,10 +25,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.progress_bar import ProgressBar
-from vaetrain.scores_file import ScoresFile
-from vaetrain.scoring import Scoring, out_file
+from vaetrain.evaluation.scores_file import ScoresFile
+from vaetrain.evaluation.evaluator import Scoring, out_file
 
 EXIT_INCOMPLETE = 3
 """Scores were written, and something failed or was asked for by name and could not be measured."""
@@ -129,8 +129,8 @@ def print_scores(record: dict[str, Any]) -> None:
 def main(config: EvaluateConfig) -> None:
     """Join the other processes and score; exits with EXIT_INCOMPLETE when something is missing that was asked for."""
     with user_errors():
-        accelerator = distributed.start(config.precision)
-        with distributed.finishing(accelerator):
+        accelerator = processes.start(config.precision)
+        with processes.finishing(accelerator):
             record = evaluate(config, accelerator)
     if record.get("failed"):
         raise SystemExit(EXIT_INCOMPLETE)

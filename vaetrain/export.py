@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from vaetrain import checkpoint as checkpoints
+from vaetrain.training import checkpoint as checkpoints
 from vaetrain.command_line import plain
 from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.run import RunDirectory, provenance, write_json
+from vaetrain.runs.directory import RunDirectory, provenance, write_json
 from vaetrain.strict_json import from_json
 
 FORMAT_VERSION = 1

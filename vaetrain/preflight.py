@@ -16,16 +16,16 @@ from typing import Literal
 
 from vaetrain.command_line import user_errors
 from vaetrain.config import Config
-from vaetrain.data.choice import remote_folder
+from vaetrain.data.readers.choose import remote_folder
 from vaetrain.data.config import DataConfig
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.selection import count_images
-from vaetrain.data.shards import ShardSet
-from vaetrain.launcher_environment import LauncherEnvironment
-from vaetrain.metrics.config import EvaluateConfig
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.selection import count_images
+from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.distributed.launcher_environment import LauncherEnvironment
+from vaetrain.evaluation.config import EvaluateConfig
 from vaetrain.model.config import ModelConfig
-from vaetrain.retention import list_checkpoints, require_checkpoint
-from vaetrain.run import RunDirectory
+from vaetrain.training.retention import list_checkpoints, require_checkpoint
+from vaetrain.runs.directory import RunDirectory
 from vaetrain.scaling.config import ScaleConfig
 
 OTHERS_WAIT_S = 10.0

@@ -81,18 +81,18 @@ from dataclasses import replace
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vaetrain import distributed
-from vaetrain.data.encode import png
-from vaetrain.data.reader import Reader, open_split
-from vaetrain.data.shard_writer import ShardWriter
+from vaetrain.distributed import processes
+from vaetrain.data.format.encode import png
+from vaetrain.data.readers.reader import Reader, open_split
+from vaetrain.data.format.writer import ShardWriter
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.priors.fit import fitted_priors
 from vaetrain.priors.saved import SavedPrior
 from vaetrain.progress_bar import ProgressBar
-from vaetrain.run import RunDirectory, provenance
-from vaetrain.sample_manifest import content_of, manifest_of
-from vaetrain.sample_set import Share, is_finished, refuse_other_content, write_manifest, write_request
-from vaetrain.sampling import generate
+from vaetrain.runs.directory import RunDirectory, provenance
+from vaetrain.sampling.manifest import content_of, manifest_of
+from vaetrain.sampling.sample_set import Share, is_finished, refuse_other_content, write_manifest, write_request
+from vaetrain.sampling.generate import generate
 
 
 def sample(config: SampleConfig, accelerator: Accelerator) -> None:
@@ -149,9 +149,9 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
     shards = gather_object([plain(shard) for shard in [*whole, *writer.shards]])
     if accelerator.is_main_process:
         made_by = provenance(
-            device=distributed.device_name(accelerator.device),
+            device=processes.device_name(accelerator.device),
             num_processes=accelerator.num_processes,
-            processes_per_node=distributed.processes_per_node(),
+            processes_per_node=processes.processes_per_node(),
             dataset_fingerprint=trained.dataset["train"]["fingerprint"],
         )
         write_manifest(config.out, manifest_of(what, saved, trained, made_by, shards))
@@ -178,8 +178,8 @@ def fitted_prior(config: SampleConfig, trained: TrainedModel, accelerator: Accel
 def main(config: SampleConfig) -> None:
     """Join the other processes and sample."""
     with user_errors():
-        accelerator = distributed.start()
-        with distributed.finishing(accelerator):
+        accelerator = processes.start()
+        with processes.finishing(accelerator):
             sample(config, accelerator)
 
 

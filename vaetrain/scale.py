@@ -25,22 +25,22 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.command_line import plain
 from vaetrain.config import OptimConfig
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import open_split
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.reader import open_split
 from vaetrain.files import replace_file
-from vaetrain.micro_batch import explained_out_of_memory
+from vaetrain.training.memory import explained_out_of_memory
 from vaetrain.model.autoencoder import VAE
-from vaetrain.precision import in_use, resolved
-from vaetrain.run import provenance, write_json
+from vaetrain.training.precision import in_use, resolved
+from vaetrain.runs.directory import provenance, write_json
 from vaetrain.scaling.advice import Advice, Facts, advise, largest_divisor, stops_helping, table, verdict
 from vaetrain.scaling.all_reduce import Network
 from vaetrain.scaling.figure import save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
-from vaetrain.scaling.noise_scale import NoiseScale
+from vaetrain.training.noise_scale import NoiseScale
 from vaetrain.scaling.noise_trial import Noise, measure_noise, noise_micro_batch
 from vaetrain.scaling.probe import Probe, probe
 
@@ -109,8 +109,8 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         "stops_helping_at": stops_helping(advice),
         "config": plain(config),
         "provenance": provenance(
-            device=distributed.device_name(accelerator.device), num_processes=accelerator.num_processes,
-            processes_per_node=distributed.processes_per_node(),
+            device=processes.device_name(accelerator.device), num_processes=accelerator.num_processes,
+            processes_per_node=processes.processes_per_node(),
             dataset_fingerprint=fingerprint, precision=in_use(accelerator),
         ),
     }  # fmt: skip
@@ -263,9 +263,9 @@ def report(accelerator: Accelerator, text: str) -> None:
 def main(config: ScaleConfig) -> None:
     """Join the other processes and measure."""
     with user_errors():
-        accelerator = distributed.start(config.train.precision)
+        accelerator = processes.start(config.train.precision)
         config = resolved(config, accelerator)
-        with explained_out_of_memory(config, accelerator), distributed.finishing(accelerator):
+        with explained_out_of_memory(config, accelerator), processes.finishing(accelerator):
             scale(config, accelerator)
 
 

@@ -27,30 +27,30 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain import distributed
-from vaetrain.checkpoint import Checkpoints, Progress
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import open_split
-from vaetrain.divergence import StepJudge, note_steps, roll_back, skip_where
+from vaetrain.distributed import processes
+from vaetrain.training.checkpoint import Checkpoints, Progress
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.reader import open_split
+from vaetrain.training.divergence import StepJudge, note_steps, roll_back, skip_where
 from vaetrain.metrics.validation import validate
-from vaetrain.micro_batch import explained_out_of_memory
+from vaetrain.training.memory import explained_out_of_memory
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.config import beta_at
 from vaetrain.objective.elbo import negative_elbo, rate
-from vaetrain.optim import ExponentialMovingAverage, build_optimizer, learning_rate_at, unfinished_warmups
-from vaetrain.plots import RunFigures
-from vaetrain.precision import resolved
-from vaetrain.preemption import EXIT_STOPPED, StopRequest
-from vaetrain.randomness import noise_of_global_batch
-from vaetrain.reading import Reading
-from vaetrain.resume import load_weights, origin, recorded_precision, resume_point
-from vaetrain.run import RunDirectory, describe_dataset, provenance
-from vaetrain.run_lock import hold
-from vaetrain.scaling.noise_scale import NOISE_METERS, SmallGradient
-from vaetrain.time_limit import TimeLimit
-from vaetrain.tracking import Meters, Stopwatch, Tracker
-from vaetrain.watchdog import FIRST_STEP_S, Pulse, Watchdog
+from vaetrain.training.optimizer import ExponentialMovingAverage, build_optimizer, learning_rate_at, unfinished_warmups
+from vaetrain.training.figures import RunFigures
+from vaetrain.training.precision import resolved
+from vaetrain.distributed.preemption import EXIT_STOPPED, StopRequest
+from vaetrain.distributed.randomness import noise_of_global_batch
+from vaetrain.data.readers.read_order import Reading
+from vaetrain.training.resume import load_weights, origin, recorded_precision, resume_point
+from vaetrain.runs.directory import RunDirectory, describe_dataset, provenance
+from vaetrain.runs.lock import hold
+from vaetrain.training.noise_scale import NOISE_METERS, SmallGradient
+from vaetrain.training.time_limit import TimeLimit
+from vaetrain.training.logger import Meters, Stopwatch, Tracker
+from vaetrain.distributed.watchdog import FIRST_STEP_S, Pulse, Watchdog
 
 
 def train(
@@ -128,16 +128,16 @@ def train_with(
         checkpoints.check_space(total_images)
         return resume_point(run, config, dataset, reading, images_per_epoch)
 
-    resumed_from = distributed.decided_by_main(accelerator, claim_run)
+    resumed_from = processes.decided_by_main(accelerator, claim_run)
     opened.enter_context(checkpoints)
     progress = checkpoints.load(resumed_from) if resumed_from else Progress()
     if config.init_from and not resumed_from:
         load_weights(config.init_from, vae, ema.module)
     if accelerator.is_main_process:
         made_by = provenance(
-            device=distributed.device_name(device),
+            device=processes.device_name(device),
             num_processes=accelerator.num_processes,
-            processes_per_node=distributed.processes_per_node(),
+            processes_per_node=processes.processes_per_node(),
             dataset_fingerprint=train_reader.manifest.fingerprint,
             precision=config.train.precision,
         )
@@ -277,7 +277,7 @@ def main(config: Config) -> None:
     timeout_s, pulse, time_limit = config.train.timeout_s, Pulse(), TimeLimit(config.train.max_hours)
     longest_wait_s = timeout_s + FIRST_STEP_S  # in a collective; the watchdog, who knows who is missing, speaks before
     with user_errors():
-        accelerator = distributed.start(
+        accelerator = processes.start(
             config.train.precision, kept_precision=recorded_precision(config), log_with=config.log.trackers,
             project_dir=config.run_dir, timeout_s=longest_wait_s,
         )  # fmt: skip
@@ -285,14 +285,14 @@ def main(config: Config) -> None:
         stop = StopRequest(longest_wait_s)
         watchdog = Watchdog(
             pulse, rank=accelerator.process_index, num_processes=accelerator.num_processes,
-            store=distributed.shared_store(), folder=config.run_dir, timeout_s=timeout_s,
+            store=processes.shared_store(), folder=config.run_dir, timeout_s=timeout_s,
             first_step_s=FIRST_STEP_S if config.train.compile else 0.0, start_timeout_s=config.train.start_timeout_s,
         )  # fmt: skip
         with (
             stop.on_signals(),
             watchdog,
             explained_out_of_memory(config, accelerator),
-            distributed.finishing(accelerator),
+            processes.finishing(accelerator),
         ):
             train(config, accelerator, pulse, stop, time_limit)
     if stop.agreed:

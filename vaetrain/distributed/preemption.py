@@ -26,7 +26,7 @@ from types import FrameType
 import torch
 from torch import distributed as dist
 
-from vaetrain.distributed import TIMEOUT_S, control_group, launcher
+from vaetrain.distributed.processes import TIMEOUT_S, control_group, launcher
 
 EXIT_STOPPED = 75
 """Exit code of a training process that saved and stopped because it was told to."""

@@ -24,9 +24,9 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from vaetrain.config import PrecisionName
-from vaetrain.launcher_environment import LauncherEnvironment
+from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.machine import num_cores
-from vaetrain.precision import choose
+from vaetrain.training.precision import choose
 
 # torch.distributed.nn keeps the process group that exists when it is imported, as the default of its arguments, and the first
 # optimizer imports it. Gloo's threads would then outlive the group's end, and abort a process that ends under them while they

@@ -35,7 +35,7 @@ from typing import NoReturn, TypeVar
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from vaetrain.stacks import write_stacks
+from vaetrain.distributed.stacks import write_stacks
 
 T = TypeVar("T")
 

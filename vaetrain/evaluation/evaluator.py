@@ -13,31 +13,32 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from vaetrain import distributed, latent_pictures
+from vaetrain.distributed import processes
+from vaetrain.evaluation import latent_figures as latent_pictures
 from vaetrain.command_line import plain, print_traceback_if_asked
-from vaetrain.data.reader import Reader, open_split
+from vaetrain.data.readers.reader import Reader, open_split
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.files import replace_file
-from vaetrain.metrics.config import ALL_SCORES, EvaluateConfig, ScoreName
+from vaetrain.evaluation.config import ALL_SCORES, EvaluateConfig, ScoreName
 from vaetrain.metrics.extractor import FeatureExtractor, missing_weights
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.metrics.generation import Reference, describe_extractor, reconstruct, reconstruction_fid
-from vaetrain.metrics.kept_samples import keep
+from vaetrain.sampling.save_samples import keep
 from vaetrain.metrics.likelihood_scores import likelihood_scores
 from vaetrain.metrics.perceptual_distance import PerceptualDistance, how_to_get_weights, reconstruction_lpips
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
 from vaetrain.metrics.validation import validate
 from vaetrain.model.prior import Prior, StandardNormal
-from vaetrain.nearest import describe_neighbours, draw_images, memorisation
-from vaetrain.precision import in_use
+from vaetrain.evaluation.memorization import describe_neighbours, draw_images, memorisation
+from vaetrain.training.precision import in_use
 from vaetrain.priors.config import PriorName
 from vaetrain.priors.fit import fitted_priors, prior_table, priors_for
 from vaetrain.priors.saved import SavedPrior, weights_sha256
-from vaetrain.run import RunDirectory, provenance
-from vaetrain.sample_manifest import content_of, manifest_of
-from vaetrain.sample_reader import SampleReader
-from vaetrain.sampling import gather_images, gather_samples, generate
+from vaetrain.runs.directory import RunDirectory, provenance
+from vaetrain.sampling.manifest import content_of, manifest_of
+from vaetrain.sampling.reader import SampleReader
+from vaetrain.sampling.generate import gather_images, gather_samples, generate
 
 T = TypeVar("T")
 
@@ -108,7 +109,7 @@ class Scoring:
             self._first_error = self._first_error or error
             problem = f"{type(error).__name__}: {error}" if not isinstance(error, (ValueError, OSError)) else str(error)
             print_traceback_if_asked()
-        problems = distributed.problems_of_all(problem)
+        problems = processes.problems_of_all(problem)
         problem = next(filter(None, problems), "")
         if not problem:
             return found
@@ -334,9 +335,9 @@ class Scoring:
     def provenance(self, fingerprint: str) -> dict[str, Any]:
         """What is making these scores, from the data of that fingerprint."""
         return provenance(
-            device=distributed.device_name(self.accelerator.device),
+            device=processes.device_name(self.accelerator.device),
             num_processes=self.accelerator.num_processes,
-            processes_per_node=distributed.processes_per_node(),
+            processes_per_node=processes.processes_per_node(),
             dataset_fingerprint=fingerprint,
             precision=in_use(self.accelerator),
         )

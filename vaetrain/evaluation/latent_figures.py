@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from matplotlib.patches import Circle
 from torch import Tensor
 
-from vaetrain.labelled_grid import save_labelled_grid
+from vaetrain.evaluation.image_grid import save_labelled_grid
 from vaetrain.model.autoencoder import VAE
 from vaetrain.picture_text import legible, name_entries
 

@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
-from vaetrain import distributed
-from vaetrain.data.chosen import ChosenImages
-from vaetrain.data.reader import Reader
-from vaetrain.labelled_grid import save_labelled_grid
+from vaetrain.distributed import processes
+from vaetrain.data.readers.subset import ChosenImages
+from vaetrain.data.readers.reader import Reader
+from vaetrain.evaluation.image_grid import save_labelled_grid
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
@@ -162,7 +162,7 @@ def memorisation(
 ) -> Memorisation:
     """Scores of how much closer samples are to training images than held-out images are, and their picture. A collective.
 
-    `samples` are the same on every process (`vaetrain.sampling.gather_samples`) and compared with as many validation
+    `samples` are the same on every process (`vaetrain.sampling.generate.gather_samples`) and compared with as many validation
     images, drawn by `seed`, or all. `features` defaults to the encoder's mean; `known` are those of the whole train split, if
     they have been computed already. For the spaces S pixel and feature:
 
@@ -225,8 +225,8 @@ def draw_images(
         indices.append(batch.indices.cpu())
     numbers = torch.cat(indices)
     return (
-        distributed.gather_by_index(accelerator, numbers, torch.cat(images)),
-        distributed.gather_by_index(accelerator, numbers, torch.cat(labels)),
+        processes.gather_by_index(accelerator, numbers, torch.cat(images)),
+        processes.gather_by_index(accelerator, numbers, torch.cat(labels)),
     )
 
 

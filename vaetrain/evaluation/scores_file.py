@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vaetrain.run import write_json
+from vaetrain.runs.directory import write_json
 
 
 class ScoresFile:

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from vaetrain.data.reader import Reader
-from vaetrain.distributed import sum_over_processes
+from vaetrain.data.readers.reader import Reader
+from vaetrain.distributed.processes import sum_over_processes
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 

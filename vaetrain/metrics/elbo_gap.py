@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int64
 
-from vaetrain.data.reader import Reader
+from vaetrain.data.readers.reader import Reader
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import rate
-from vaetrain.randomness import noise_of_images
+from vaetrain.distributed.randomness import noise_of_images
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float64
 from torch import Tensor
 
-from vaetrain.distributed import sum_over_processes
+from vaetrain.distributed.processes import sum_over_processes
 
 
 @dataclass(frozen=True)

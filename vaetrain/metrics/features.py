@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian
 from vaetrain.progress_bar import ProgressBar
@@ -67,7 +67,7 @@ def extract(
     statistics = FeatureStatistics.empty(everybodys.shape[1], accelerator.device)
     for part in features:
         statistics.update(part)
-    statistics = statistics.reduce(lambda tensor: distributed.sum_over_processes(accelerator, tensor))
+    statistics = statistics.reduce(lambda tensor: processes.sum_over_processes(accelerator, tensor))
     assert statistics.count == num_images, f"{statistics.count} images came in place of {num_images}"
     return FeatureSet(everybodys, statistics, _in_order(logits, mine, num_images, accelerator))
 
@@ -76,11 +76,11 @@ def _in_order(
     rows: list[Tensor], numbers: Tensor, num_images: int, accelerator: Accelerator
 ) -> Float32[Tensor, "n d"] | None:
     """All processes' rows under their images' numbers; None when no process has any."""
-    [width] = map(int, distributed.max_over_processes(accelerator, [float(rows[0].shape[1] if rows else 0)]))
+    [width] = map(int, processes.max_over_processes(accelerator, [float(rows[0].shape[1] if rows else 0)]))
     if width == 0:
         return None
     table = torch.zeros(num_images, width, device=accelerator.device)
     if rows:
         table[numbers.to(table.device)] = torch.cat(rows)
     # Every row is zero in all processes but one: the sum is exact.
-    return distributed.sum_over_processes(accelerator, table)
+    return processes.sum_over_processes(accelerator, table)

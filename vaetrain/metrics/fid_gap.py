@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain.data.order import epoch_order
+from vaetrain.data.readers.order import epoch_order
 from vaetrain.metrics.fidelity import Gaussian, frechet_distance
 
 MIN_TRAIN_SETS, MAX_TRAIN_SETS = 4, 5

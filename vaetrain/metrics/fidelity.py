@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from vaetrain.data.order import epoch_order
+from vaetrain.data.readers.order import epoch_order
 
 
 @dataclass

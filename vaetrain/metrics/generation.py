@@ -18,9 +18,9 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from vaetrain.data.reader import Reader
+from vaetrain.data.readers.reader import Reader
 from vaetrain.files import replace_file
-from vaetrain.metrics.config import MIN_NUM_IMAGES, FidConfig
+from vaetrain.evaluation.config import MIN_NUM_IMAGES, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, NumberedImages, extract
 from vaetrain.metrics.fid_gap import GapSets

@@ -9,7 +9,7 @@ from jaxtyping import Float32, Float64
 from torch import Tensor
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-from vaetrain.data.order import epoch_order
+from vaetrain.data.readers.order import epoch_order
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000

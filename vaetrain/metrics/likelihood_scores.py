@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vaetrain.data.reader import Reader
+from vaetrain.data.readers.reader import Reader
 from vaetrain.metrics.active_units import THRESHOLD, latent_activity
 from vaetrain.metrics.elbo_gap import elbo_gap
 from vaetrain.metrics.elbo_surgery import elbo_surgery

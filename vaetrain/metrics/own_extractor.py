@@ -19,11 +19,11 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vaetrain.data.batch import Batch
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import Reader
+from vaetrain.data.readers.batch import Batch
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.reader import Reader
 from vaetrain.files import replace_file, sha256_of_file
-from vaetrain.randomness import mixed_seed
+from vaetrain.distributed.randomness import mixed_seed
 
 NUM_FEATURES = 128
 NUM_TURNS = 4

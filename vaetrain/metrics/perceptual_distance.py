@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from vaetrain.data.reader import Reader
+from vaetrain.data.readers.reader import Reader
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.lpips_config import LpipsConfig
 from vaetrain.metrics.split_pass import pass_over

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from vaetrain.data.order import epoch_order
-from vaetrain.metrics.config import LECTURE_NUM_IMAGES, MIN_NUM_IMAGES, FidConfig, ProtocolName
+from vaetrain.data.readers.order import epoch_order
+from vaetrain.evaluation.config import LECTURE_NUM_IMAGES, MIN_NUM_IMAGES, FidConfig, ProtocolName
 
 STANDARD_MIN_GENERATED = 10_000
 

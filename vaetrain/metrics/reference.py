@@ -21,11 +21,11 @@ from accelerate.utils import broadcast_object_list
 from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 
-from vaetrain import distributed
-from vaetrain.data.chosen import ChosenImages
+from vaetrain.distributed import processes
+from vaetrain.data.readers.subset import ChosenImages
 from vaetrain.data.config import DataConfig
-from vaetrain.data.shards import Manifest
-from vaetrain.metrics.config import FidConfig
+from vaetrain.data.format.shard_set import Manifest
+from vaetrain.evaluation.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, extract
 from vaetrain.metrics.fidelity import FeatureStatistics
@@ -81,7 +81,7 @@ class RealImages:
     def _extract(
         self, positions: Int64[np.ndarray, " n"], extractor: FeatureExtractor, accelerator: Accelerator
     ) -> FeatureSet:
-        reader = self.images.at(positions).open_reader(accelerator.device, distributed.processes_per_node())
+        reader = self.images.at(positions).open_reader(accelerator.device, processes.processes_per_node())
         batch_size = self._fid.batch_size
         batches = reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)
         try:
@@ -148,7 +148,7 @@ def _shared(known: FeatureSet | None, accelerator: Accelerator) -> FeatureSet | 
     if known is None:
         known = FeatureSet(torch.zeros(num_images, width), FeatureStatistics.empty(width))
     features, total, outer = (
-        distributed.sum_over_processes(accelerator, tensor.to(device))  # zero in all processes but the main one
+        processes.sum_over_processes(accelerator, tensor.to(device))  # zero in all processes but the main one
         for tensor in (known.features, known.statistics.sum, known.statistics.outer)
     )
     return FeatureSet(features, FeatureStatistics(num_images, total, outer))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from accelerate import Accelerator
 
-from vaetrain.data.reader import Batch, Reader
+from vaetrain.data.readers.reader import Batch, Reader
 from vaetrain.progress_bar import ProgressBar
 
 

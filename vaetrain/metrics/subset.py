@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from vaetrain.data.order import epoch_order
-from vaetrain.data.reader import Batch, Reader
-from vaetrain.randomness import mixed_seed
+from vaetrain.data.readers.order import epoch_order
+from vaetrain.data.readers.reader import Batch, Reader
+from vaetrain.distributed.randomness import mixed_seed
 
 READ_SIZE = 64
 """Images read at a time, of which a subset keeps some."""

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vaetrain.data.reader import Batch, Reader
-from vaetrain.distributed import sum_over_processes
+from vaetrain.data.readers.reader import Batch, Reader
+from vaetrain.distributed.processes import sum_over_processes
 from vaetrain.metrics.reconstruction import mse, psnr_db, ssim
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import rate
-from vaetrain.randomness import noise_of_images
+from vaetrain.distributed.randomness import noise_of_images
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from vaetrain.randomness import noise_of_images
+from vaetrain.distributed.randomness import noise_of_images
 
 
 @runtime_checkable  # for the type checks of the tests

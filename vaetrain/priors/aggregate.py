@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
-from vaetrain import distributed
-from vaetrain.data.reader import Reader
+from vaetrain.distributed import processes
+from vaetrain.data.readers.reader import Reader
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.priors.config import PriorFitConfig
-from vaetrain.randomness import mixed_seed
+from vaetrain.distributed.randomness import mixed_seed
 
 MAX_CODE_NUMBERS = 2**27
 """Latent numbers kept of a split, 512 MiB for means and as much for deviations: of larger latents fewer images."""
@@ -114,7 +114,7 @@ def encode(vae: VAE, reader: Reader, accelerator: Accelerator, config: PriorFitC
         if chosen.any():
             indices.append(batch.indices.cpu()[chosen])
             moments.append(posterior_moments(vae, batch.images[chosen.to(batch.images.device)].to(accelerator.device)))
-    everyones = distributed.gather_by_index(accelerator, torch.cat(indices), torch.cat(moments))
+    everyones = processes.gather_by_index(accelerator, torch.cat(indices), torch.cat(moments))
     return Posteriors(everyones[:, 0].contiguous(), everyones[:, 1].contiguous())
 
 

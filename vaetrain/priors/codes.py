@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from vaetrain.randomness import noise_of_images
+from vaetrain.distributed.randomness import noise_of_images
 
 
 class MeanCode:

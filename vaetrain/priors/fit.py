@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.command_line import plain
-from vaetrain.data.reader import Reader
+from vaetrain.data.readers.reader import Reader
 from vaetrain.export import TrainedModel
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.aggregate import AggregatePosterior, gather_aggregate
@@ -34,7 +34,7 @@ from vaetrain.priors.saved import (
 )  # fmt: skip
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import ProgressBar
-from vaetrain.randomness import mixed_seed
+from vaetrain.distributed.randomness import mixed_seed
 
 MAX_COVARIANCE_DIMS = 4096
 """Latent dimensions up to which gaussian, gmm and flow are fitted: a matrix of 128 MiB, some 20 s for its eigenvectors."""
@@ -111,7 +111,7 @@ def fitted_priors(
 
             try:
                 # Together after each one, since nobody waits longer than distributed.TIMEOUT_S.
-                distributed.decided_by_main(accelerator, fit_and_save)
+                processes.decided_by_main(accelerator, fit_and_save)
                 priors[name] = load_prior(files[name], trained, sha256, config)
             except Exception as error:
                 if unfitted is None:

@@ -17,7 +17,7 @@ from vaetrain.priors.config import PriorFitConfig
 from vaetrain.priors.gaussian import WhitePrior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import counted
-from vaetrain.randomness import mixed_seed
+from vaetrain.distributed.randomness import mixed_seed
 
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vaetrain.model.prior import standard_normal_log_density
 from vaetrain.priors.whitening import Whitening
-from vaetrain.randomness import noise_of_images
+from vaetrain.distributed.randomness import noise_of_images
 
 
 class WhitePrior(ABC):

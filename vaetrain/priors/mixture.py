@@ -17,7 +17,7 @@ from vaetrain.priors.config import PriorFitConfig
 from vaetrain.priors.gaussian import WhitePrior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import ProgressBar
-from vaetrain.randomness import mixed_seed
+from vaetrain.distributed.randomness import mixed_seed
 
 MAX_CODES = 20_000
 """Latents that EM sees; its time is proportional to their number."""

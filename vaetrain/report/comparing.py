@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vaetrain.comparison import SECTIONS, Comparison, Result, shown
+from vaetrain.runs.comparison import SECTIONS, Comparison, Result, shown
 from vaetrain.report.curves import curves_of_runs
 from vaetrain.report.gallery import gallery_of_runs
 from vaetrain.report.page import Section, absent, bullets, subheading, table

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vaetrain.jobs import Job
+from vaetrain.sweeps.jobs import Job
 
 Scale = Literal["small", "full"]
 

@@ -18,7 +18,7 @@ from vaetrain.reproduce.lecture import Experiment
 from vaetrain.reproduce.provenance_table import provenance_table
 from vaetrain.reproduce.scores import Scores, scores_of
 from vaetrain.reproduce.takeaways import Judgement, Setting, Takeaway, shown
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 from vaetrain.sweeps.results import SEED
 from vaetrain.sweeps.runner import TrialRun
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaetrain.jobs import Job
+from vaetrain.sweeps.jobs import Job
 from vaetrain.reproduce.datasets import DATASETS, Scale, Sources
 from vaetrain.reproduce.lecture import Experiment
 from vaetrain.reproduce.takeaways import Takeaway

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vaetrain.reproduce.exhibits import Table
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 
 
 def provenance_table(runs: Sequence[Path], out: Path) -> Table:

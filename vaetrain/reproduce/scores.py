@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 
 Scores = dict[str, float]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vaetrain.command_line import plain
-from vaetrain.run import RunDirectory
+from vaetrain.runs.directory import RunDirectory
 
 SECTIONS = ("config", "data", "code", "packages", "machine", "results")
 """In the order of the table."""

@@ -16,10 +16,10 @@ from typing import Any
 
 from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config
-from vaetrain.data.shards import Manifest
+from vaetrain.data.format.shard_set import Manifest
 from vaetrain.files import replace_file
 from vaetrain.machine import cpu_model, num_cores
-from vaetrain.retention import list_checkpoints
+from vaetrain.training.retention import list_checkpoints
 
 FORMAT_VERSION = 1
 """Of a run directory; one without a version, from before it was recorded, has the same layout."""
@@ -75,7 +75,7 @@ class RunDirectory:
 
     @property
     def lock_file(self) -> Path:
-        """Locked by the process that trains; see run_lock.py."""
+        """Locked by the process that trains; see lock.py."""
         return self.path / ".lock"
 
     @property
@@ -151,7 +151,7 @@ class RunDirectory:
         replace_file(self.config_file, to_yaml(config).encode())
         write_json(self.provenance_file, {**(earlier or provenance), "format_version": FORMAT_VERSION})
         write_json(self.dataset_file, dataset)
-        if patch := uncommitted_changes(Path(__file__).parents[1]):
+        if patch := uncommitted_changes(Path(__file__).parents[2]):
             replace_file(self.patch_file_at(step if earlier else 0), patch)
         if step > 0:
             self.drop_metrics_after(step, validated_at)
@@ -204,7 +204,7 @@ def provenance(
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """What is making this result: code revision, package versions, machine, processes, data, command and time (UTC)."""
-    revision, dirty = git_state(Path(__file__).parents[1])
+    revision, dirty = git_state(Path(__file__).parents[2])
     return {
         "git_revision": revision,
         "git_dirty": dirty,
@@ -250,7 +250,7 @@ def git_state(source: Path) -> tuple[str | None, bool | None]:
 
 def require_tracked(source: Path) -> None:
     """Raise CalledProcessError unless git tracks this very file in `source`."""
-    command = ["git", "-C", str(source), "ls-files", "--error-unmatch", "vaetrain/run.py"]
+    command = ["git", "-C", str(source), "ls-files", "--error-unmatch", "vaetrain/runs/directory.py"]
     subprocess.run(command, capture_output=True, check=True, timeout=10)
 
 

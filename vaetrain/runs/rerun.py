@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vaetrain.command_line import to_yaml
-from vaetrain.comparison import Agreement
+from vaetrain.runs.comparison import Agreement
 from vaetrain.config import Config
 from vaetrain.machine import cpu_model
-from vaetrain.run import RECORDED_PACKAGES, RunDirectory, git_state, package_version
+from vaetrain.runs.directory import RECORDED_PACKAGES, RunDirectory, git_state, package_version
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 ONE_NODE = """\
 compute_environment: LOCAL_MACHINE
@@ -90,7 +90,7 @@ def check_data(run: RunDirectory) -> None:
     """Raise ValueError when the shard sets that the config names are not those the run was trained on."""
     import json
 
-    from vaetrain.data.reader import open_selection
+    from vaetrain.data.readers.reader import open_selection
 
     config, dataset = run.config(), json.loads(run.dataset_file.read_text())
     for split in ("train", "val"):

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import UInt8
 from torch import Tensor
 
-from vaetrain import distributed
+from vaetrain.distributed import processes
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.prior import Prior, StandardNormal
 
@@ -73,4 +73,4 @@ def gather_images(
     for numbers, block in blocks:
         indices += numbers
         images.append(block.cpu())
-    return distributed.gather_by_index(accelerator, torch.tensor(indices, dtype=torch.int64), torch.cat(images))
+    return processes.gather_by_index(accelerator, torch.tensor(indices, dtype=torch.int64), torch.cat(images))

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from jaxtyping import UInt8
 from torch import Tensor
 
-from vaetrain.data.decode import decode_into
+from vaetrain.data.format.decode import decode_into
 from vaetrain.files import sha256_of_file
-from vaetrain.sample_set import MANIFEST_NAME
+from vaetrain.sampling.sample_set import MANIFEST_NAME
 
 
 @dataclass(frozen=True)

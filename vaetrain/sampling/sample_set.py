@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaetrain.data.shards import Shard
+from vaetrain.data.format.shard_set import Shard
 from vaetrain.files import sha256_of_file
-from vaetrain.run import write_json
-from vaetrain.sample_manifest import differences
+from vaetrain.runs.directory import write_json
+from vaetrain.sampling.manifest import differences
 
 MANIFEST_NAME = "manifest.json"
 REQUEST_NAME = "request.json"
@@ -39,7 +39,7 @@ class Share:
         return f"rank-{self.rank:04d}"
 
     def indices(self) -> list[int]:
-        """Its image numbers: the blocks of `batch_size` images that `vaetrain.sampling.generate` gives it."""
+        """Its image numbers: the blocks of `batch_size` images that `vaetrain.sampling.generate.generate` gives it."""
         starts = range(self.rank * self.batch_size, self.num_images, self.num_processes * self.batch_size)
         return [index for start in starts for index in range(start, min(start + self.batch_size, self.num_images))]
 

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from vaetrain.command_line import plain
-from vaetrain.data.encode import png
-from vaetrain.data.shard_writer import ShardWriter
+from vaetrain.data.format.encode import png
+from vaetrain.data.format.writer import ShardWriter
 from vaetrain.metrics.features import NumberedImages
-from vaetrain.sample_manifest import differences
-from vaetrain.sample_set import write_manifest
+from vaetrain.sampling.manifest import differences
+from vaetrain.sampling.sample_set import write_manifest
 
 
 def check_free(folder: Path, content: Mapping[str, Any]) -> bool:

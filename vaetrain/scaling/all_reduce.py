@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed as dist
 
-from vaetrain.distributed import max_over_processes
+from vaetrain.distributed.processes import max_over_processes
 
 ROUNDS = 7
 SMALL_BYTES, LARGE_BYTES = 1024, 32 << 20

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from vaetrain.data.order import BatchLayout
-from vaetrain.run import RunDirectory
-from vaetrain.scaling.noise_scale import NOISE_METERS, NoiseScale, by_progress, small_batch
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.noise_scale import NOISE_METERS, NoiseScale, by_progress, small_batch
 
 SCORE = "val/elbo_nats"
 

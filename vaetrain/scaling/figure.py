@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from vaetrain.scaling.advice import Advice
 from vaetrain.scaling.lr_range import LrRange
 from vaetrain.scaling.lr_trials import LrTrial, LrTrials
-from vaetrain.scaling.noise_scale import NoiseScale
+from vaetrain.training.noise_scale import NoiseScale
 from vaetrain.scaling.probe import Probe
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from vaetrain.config import Config
-from vaetrain.data.reader import Reader
+from vaetrain.data.readers.reader import Reader
 from vaetrain.scaling.lr_range import LrRange
 from vaetrain.scaling.trial import trial
 

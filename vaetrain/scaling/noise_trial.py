@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 
-from vaetrain.data.reader import Reader
+from vaetrain.data.readers.reader import Reader
 from vaetrain.scaling.advice import largest_divisor
 from vaetrain.scaling.config import ScaleConfig
 from vaetrain.scaling.figure import Stretch
-from vaetrain.scaling.noise_scale import NoiseScale, by_progress
+from vaetrain.training.noise_scale import NoiseScale, by_progress
 from vaetrain.scaling.trial import Step, trial
 
 NUM_STRETCHES = 10

@@ -19,7 +19,7 @@ from vaetrain.machine import num_cores, visible_gpus
 
 POLL_S = 0.2
 EXIT_STOPPED = 75
-"""Of a training that was told to stop and saved; vaetrain/preemption.py."""
+"""Of a training that was told to stop and saved; vaetrain/distributed/preemption.py."""
 TIME_TO_STOP_S = 120
 """For jobs that are told to stop, before they are killed."""
 

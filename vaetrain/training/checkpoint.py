@@ -9,7 +9,7 @@ checkpoints/step-00001234/
     checksums.json                                                SHA-256 of each; written last
 
 A checkpoint is written under another name, flushed to disk and renamed, so that one that has its name is whole. The
-tensors are copied and written while training goes on (snapshot.py); the scalars are those of the moment of the call.
+tensors are copied and written while training goes on (async_writer.py); the scalars are those of the moment of the call.
 Training draws all its randomness from (seed, images seen), so no generator state needs saving.
 """
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from vaetrain.config import CheckpointConfig
 from vaetrain.files import fsync, sha256_of_file
-from vaetrain.retention import (
+from vaetrain.training.retention import (
     Retention,
     is_checkpoint,
     list_checkpoints,
@@ -42,8 +42,8 @@ from vaetrain.retention import (
     put_in_place,
     step_of,
 )
-from vaetrain.run import RunDirectory, package_version
-from vaetrain.snapshot import SnapshotWriter, Tensors
+from vaetrain.runs.directory import RunDirectory, package_version
+from vaetrain.training.async_writer import SnapshotWriter, Tensors
 
 FORMAT_VERSION = 2
 """1, from before there were meters.safetensors and the version of vaetrain in state.json, is read too."""

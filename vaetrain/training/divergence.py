@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain.checkpoint import Checkpoints, Progress, newest_good, warn_of_damage
+from vaetrain.training.checkpoint import Checkpoints, Progress, newest_good, warn_of_damage
 from vaetrain.config import TrainConfig
-from vaetrain.distributed import decided_by_main
-from vaetrain.run import RunDirectory
-from vaetrain.tracking import Interval, Tracker
+from vaetrain.distributed.processes import decided_by_main
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.logger import Interval, Tracker
 
 STEPS_BEFORE_JUDGING = 50
 """Steps taken before the gradient norm is compared: in the first ones it falls by orders of magnitude."""

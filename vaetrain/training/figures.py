@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from vaetrain.checkpoint import Progress
-from vaetrain.data.reader import Reader
+from vaetrain.training.checkpoint import Progress
+from vaetrain.data.readers.reader import Reader
 from vaetrain.model.autoencoder import VAE
-from vaetrain.run import RunDirectory
-from vaetrain.tracking import Tracker
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.logger import Tracker
 
 SECONDS_BETWEEN_DRAWINGS = 60
 """Drawing costs some two seconds; short epochs need not pay it every time. The end of training always draws."""

@@ -24,15 +24,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vaetrain.checkpoint import Progress
+from vaetrain.training.checkpoint import Progress
 from vaetrain.command_line import plain
 from vaetrain.config import Config
-from vaetrain.distributed import max_over_processes, sum_over_processes
+from vaetrain.distributed.processes import max_over_processes, sum_over_processes
 from vaetrain.metrics.validation import ValidationScores
 from vaetrain.model.autoencoder import VAE
 from vaetrain.progress_bar import ProgressBar
-from vaetrain.run import RunDirectory, write_json
-from vaetrain.scaling.noise_scale import NoiseScale
+from vaetrain.runs.directory import RunDirectory, write_json
+from vaetrain.training.noise_scale import NoiseScale
 
 PEAK_FLOPS = {  # dense, per second, from the vendors' data sheets: (fp32 outside tensor cores, bf16 and fp16)
     "H200": (67e12, 989e12),

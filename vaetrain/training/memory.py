@@ -14,15 +14,15 @@ import torch
 from accelerate import Accelerator
 
 from vaetrain.config import Config, PrecisionName
-from vaetrain.data.choice import choose_reader, remote_folder
+from vaetrain.data.readers.choose import choose_reader, remote_folder
 from vaetrain.data.config import DataConfig
-from vaetrain.data.resident import DEVICE_MEMORY_SHARE
-from vaetrain.data.selection import Selection
-from vaetrain.data.shards import ShardSet
+from vaetrain.data.readers.resident import DEVICE_MEMORY_SHARE
+from vaetrain.data.readers.selection import Selection
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import negative_elbo
-from vaetrain.optim import build_optimizer
-from vaetrain.precision import resolved
+from vaetrain.training.optimizer import build_optimizer
+from vaetrain.training.precision import resolved
 
 GIB = 2**30
 

@@ -26,7 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from vaetrain.data.order import BatchLayout
+from vaetrain.data.readers.order import BatchLayout
 
 NUM_BLOCKS = 20
 """Stretches of steps that the jackknife leaves out one by one: neighbouring steps are alike, stretches hardly."""

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
 
-from vaetrain.data.shard_index import SplitIndex, unpack_index
+from vaetrain.data.format.index import SplitIndex, unpack_index
 from vaetrain.files import replace_file, sha256_of_file
 from vaetrain.strict_json import from_json, sha256_of_json
 
@@ -346,7 +346,7 @@ class ShardSet:
 
     def _undecodable(self, shard: Shard, position: int, index: SplitIndex) -> list[str]:
         expected = (self.manifest.image_size, self.manifest.image_size), "L" if self.manifest.channels == 1 else "RGB"
-        from vaetrain.data.decode import decode_into  # here, since it brings torch, which sharding does without
+        from vaetrain.data.format.decode import decode_into  # here, since it brings torch, which sharding does without
 
         problems = []
         pixels = np.empty((self.manifest.image_size, self.manifest.image_size, self.manifest.channels), np.uint8)

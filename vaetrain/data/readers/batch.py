@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from vaetrain.data.decode import decode_into
-from vaetrain.data.selection import Selection
+from vaetrain.data.format.decode import decode_into
+from vaetrain.data.readers.selection import Selection
 
 # Of each shape; a training loop holds one batch while it asks for the next.
 MAX_UNUSED_BUFFERS = 2

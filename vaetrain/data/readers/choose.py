@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from vaetrain.data.config import DataConfig
-from vaetrain.data.selection import Selection
-from vaetrain.data.shards import MANIFEST_NAME
+from vaetrain.data.readers.selection import Selection
+from vaetrain.data.format.shard_set import MANIFEST_NAME
 
 
 def remote_folder(location: str, *, allow_pipe: bool = False) -> str | None:

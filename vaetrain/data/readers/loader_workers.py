@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vaetrain.data.batch import Batch
+from vaetrain.data.readers.batch import Batch
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER
-from vaetrain.data.shared_memory import SharedMemory
-from vaetrain.data.whereabouts import Where, Whereabouts, end_process, rest, stuck_message, watched
+from vaetrain.data.readers.shared_memory import SharedMemory
+from vaetrain.data.readers.worker_progress import Where, Whereabouts, end_process, rest, stuck_message, watched
 from vaetrain.machine import num_cores
 
 # One worker decodes about 7,000 images of 128 pixels a second; more than eight have not been needed by one device.
@@ -277,5 +277,5 @@ def _worker_context() -> _WorkerContext:
     # Not fork: NCCL, and Gloo over InfiniBand, are not fork-safe and deadlock (PyTorch's notes on
     # DistributedDataParallel). The fork server imports torch once, 4 s, and each worker forks from it.
     context = _WorkerContext()
-    context.set_forkserver_preload(["vaetrain.data.indexed", "vaetrain.data.stream"])
+    context.set_forkserver_preload(["vaetrain.data.readers.indexed", "vaetrain.data.readers.stream"])
     return context

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.reader import Reader
-from vaetrain.data.stream import StreamReader
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.reader import Reader
+from vaetrain.data.readers.stream import StreamReader
 
 
 @dataclass(frozen=True)

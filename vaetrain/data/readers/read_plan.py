@@ -1,6 +1,6 @@
 """What a run on so many processes would read, from the manifest and the index alone, without importing torch.
 
-The numbers come from the functions that the readers follow (order.py, stream_order.py, choice.py, selection.py).
+The numbers come from the functions that the readers follow (order.py, stream_order.py, choose.py, selection.py).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from vaetrain.data.choice import choose_reader, remote_folder
+from vaetrain.data.readers.choose import choose_reader, remote_folder
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER, DataConfig
-from vaetrain.data.order import BatchLayout, epoch_order, eval_starts
-from vaetrain.data.remote import RemoteShards
-from vaetrain.data.selection import Selection
-from vaetrain.data.shards import ShardSet
-from vaetrain.data.stream_order import SHUFFLE_BUFFER, eval_piece, too_few_shards, train_piece
+from vaetrain.data.readers.order import BatchLayout, epoch_order, eval_starts
+from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.data.readers.selection import Selection
+from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers.stream_order import SHUFFLE_BUFFER, eval_piece, too_few_shards, train_piece
 
 
 @dataclass(frozen=True)

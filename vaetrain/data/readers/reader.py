@@ -9,20 +9,20 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 
-from vaetrain import distributed
-from vaetrain.data.batch import Batch
-from vaetrain.data.choice import choose_reader
+from vaetrain.distributed import processes
+from vaetrain.data.readers.batch import Batch
+from vaetrain.data.readers.choose import choose_reader
 from vaetrain.data.config import DataConfig
-from vaetrain.data.indexed import IndexedReader
-from vaetrain.data.node_share import Gather
-from vaetrain.data.order import BatchLayout
-from vaetrain.data.remote import RemoteShards
-from vaetrain.data.resident import ResidentReader
-from vaetrain.data.selection import Selection
-from vaetrain.data.shards import Manifest, ShardSet
-from vaetrain.data.stream import StreamReader
-from vaetrain.data.stream_order import too_few_shards, workers_for
-from vaetrain.data.workers import choose_num_workers
+from vaetrain.data.readers.indexed import IndexedReader
+from vaetrain.data.readers.shared_array import Gather
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.data.readers.resident import ResidentReader
+from vaetrain.data.readers.selection import Selection
+from vaetrain.data.format.shard_set import Manifest, ShardSet
+from vaetrain.data.readers.stream import StreamReader
+from vaetrain.data.readers.stream_order import too_few_shards, workers_for
+from vaetrain.data.readers.loader_workers import choose_num_workers
 from vaetrain.machine import num_cores
 
 __all__ = ["Batch", "Reader", "open_reader", "open_selection", "open_split"]
@@ -65,9 +65,9 @@ class Reader(Protocol):
 def open_split(config: DataConfig, accelerator: Accelerator, split: Literal["train", "val"]) -> Reader:
     """`open_reader` for the processes of a run, all of which call this: they share work and memory where they can."""
     return open_reader(
-        config, split, device=accelerator.device, processes_per_node=distributed.processes_per_node(),
+        config, split, device=accelerator.device, processes_per_node=processes.processes_per_node(),
         rank=accelerator.process_index, num_processes=accelerator.num_processes,
-        gather=partial(distributed.gather_integers, accelerator),
+        gather=partial(processes.gather_integers, accelerator),
     )  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from vaetrain.data.shard_index import SplitIndex
-from vaetrain.data.shards import Manifest, Shard, ShardSet
-from vaetrain.data.shared_memory import SharedMemory
-from vaetrain.data.whereabouts import note_reading
+from vaetrain.data.format.index import SplitIndex
+from vaetrain.data.format.shard_set import Manifest, Shard, ShardSet
+from vaetrain.data.readers.shared_memory import SharedMemory
+from vaetrain.data.readers.worker_progress import note_reading
 
 # Columns of an ImageTable, the widest first so that all are aligned.
 COLUMN_BYTES = {"offset": 8, "shard": 4, "num_bytes": 4, "label": 4, "within_shard": 4}
@@ -175,7 +175,7 @@ class Selection:
     ) -> Iterator[tuple[int, Int64[np.ndarray, " b"]]]:
         """Images start..stop of the kept images of `shards` laid end to end: each shard that has some, and which.
 
-        Meant to be read as they come: each shard is noted in whereabouts.py when its turn comes.
+        Meant to be read as they come: each shard is noted in worker_progress.py when its turn comes.
         """
         if start >= stop:
             return

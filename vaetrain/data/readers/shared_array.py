@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from vaetrain.data.shared_memory import SharedMemory, memory_domain
+from vaetrain.data.readers.shared_memory import SharedMemory, memory_domain
 
 Gather = Callable[[Sequence[int]], list[list[int]]]
 """Hands in integers and gives those of all processes, in order of rank; every process calls it as often."""

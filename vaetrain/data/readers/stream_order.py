@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from vaetrain.data.order import BatchLayout
+from vaetrain.data.readers.order import BatchLayout
 
 # Encoded images a worker holds to shuffle; at 9 KB (128 pixels) 18 MB.
 SHUFFLE_BUFFER = 2000

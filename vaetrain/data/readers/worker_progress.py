@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
-from vaetrain.data.shared_memory import SharedMemory
+from vaetrain.data.readers.shared_memory import SharedMemory
 
 Where = Callable[[int, int], str]
 """Says in which shard and sample the images from one position to another lie: `Selection.where`."""

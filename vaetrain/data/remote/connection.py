@@ -24,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from vaetrain.data.download import TRANSIENT_STATUS
+from vaetrain.data.remote.download import TRANSIENT_STATUS
 
 HTTP_TIMEOUT_S = 6.0
 PROGRESS_BYTES = 1 << 16  # what an HTTP server must bring in that time

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vaetrain.data.choice import remote_folder
+from vaetrain.data.readers.choose import remote_folder
 from vaetrain.data.config import DataConfig
-from vaetrain.data.connection import PROGRESS_BYTES, BrokenOffError, Connection, connect
-from vaetrain.data.shard_cache import ShardCache
-from vaetrain.data.shard_index import INDEX_TYPES
-from vaetrain.data.shards import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, ShardSet, Split
+from vaetrain.data.remote.connection import PROGRESS_BYTES, BrokenOffError, Connection, connect
+from vaetrain.data.remote.cache import ShardCache
+from vaetrain.data.format.index import INDEX_TYPES
+from vaetrain.data.format.shard_set import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, ShardSet, Split
 
 READ_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 1 << 28  # about a million shards

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from vaetrain.data.shards import Encoding
+from vaetrain.data.format.shard_set import Encoding
 
 try:
     import simplejpeg

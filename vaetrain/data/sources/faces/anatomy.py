@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from vaetrain.data.animals.drawing import Colour
+from vaetrain.data.sources.faces.drawing import Colour
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vaetrain.data.animals.anatomy import Breed, Build, Ears, Eyes, Head, Nose
-from vaetrain.data.animals.palette import coat, irises, rgb
+from vaetrain.data.sources.faces.anatomy import Breed, Build, Ears, Eyes, Head, Nose
+from vaetrain.data.sources.faces.palette import coat, irises, rgb
 
 _GREEN_TO_ORANGE = irises("a9b84a", "8fbf5a", "d9b13c", "e09a30", "6fae8c")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vaetrain.data.animals.anatomy import Breed, Build, Ears, Eyes, Head, Nose
-from vaetrain.data.animals.palette import coat, irises, rgb
+from vaetrain.data.sources.faces.anatomy import Breed, Build, Ears, Eyes, Head, Nose
+from vaetrain.data.sources.faces.palette import coat, irises, rgb
 
 _BROWN = irises("6b3f1f", "7d4e26", "4d2e1a")
 

@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from vaetrain.data.animals.anatomy import Backdrop, Blob, Breed, Coat, Ears, Eyes, Face, Head, Light, Nose, Pose
-from vaetrain.data.animals.cats import CATS
-from vaetrain.data.animals.dogs import DOGS
-from vaetrain.data.animals.drawing import Colour
-from vaetrain.data.animals.portrait import render
-from vaetrain.data.animals.wild import WILD
+from vaetrain.data.sources.faces.anatomy import Backdrop, Blob, Breed, Coat, Ears, Eyes, Face, Head, Light, Nose, Pose
+from vaetrain.data.sources.faces.cats import CATS
+from vaetrain.data.sources.faces.dogs import DOGS
+from vaetrain.data.sources.faces.drawing import Colour
+from vaetrain.data.sources.faces.portrait import render
+from vaetrain.data.sources.faces.wild import WILD
 
 CLASSES: tuple[Literal["cat"], Literal["dog"], Literal["wild"]] = ("cat", "dog", "wild")
 _BREEDS: dict[str, tuple[Breed, ...]] = {"cat": CATS, "dog": DOGS, "wild": WILD}

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from vaetrain.data.animals.drawing import Planes, blend, bump, ellipse, fade, planes, smooth_union
-from vaetrain.data.animals.view import View
+from vaetrain.data.sources.faces.drawing import Planes, blend, bump, ellipse, fade, planes, smooth_union
+from vaetrain.data.sources.faces.view import View
 
 
 def pelt(view: View) -> Planes:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from vaetrain.data.animals.anatomy import Coat
-from vaetrain.data.animals.drawing import Colour
+from vaetrain.data.sources.faces.anatomy import Coat
+from vaetrain.data.sources.faces.drawing import Colour
 
 
 def rgb(code: str) -> Colour:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 from jaxtyping import UInt8
 
-from vaetrain.data.animals import fur
-from vaetrain.data.animals.anatomy import Face
-from vaetrain.data.animals.drawing import (
+from vaetrain.data.sources.faces import fur
+from vaetrain.data.sources.faces.anatomy import Face
+from vaetrain.data.sources.faces.drawing import (
     Colour,
     Field,
     Planes,
@@ -23,7 +23,7 @@ from vaetrain.data.animals.drawing import (
     taper,
     wedge,
 )
-from vaetrain.data.animals.view import View, look_at
+from vaetrain.data.sources.faces.view import View, look_at
 
 
 def render(face: Face, size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vaetrain.data.animals.anatomy import Face
-from vaetrain.data.animals.drawing import Field, Noise, bump, ellipse, smooth_union
+from vaetrain.data.sources.faces.anatomy import Face
+from vaetrain.data.sources.faces.drawing import Field, Noise, bump, ellipse, smooth_union
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vaetrain.data.animals.anatomy import Breed, Build, Ears, Eyes, Head, Nose
-from vaetrain.data.animals.palette import coat, irises, rgb
+from vaetrain.data.sources.faces.anatomy import Breed, Build, Ears, Eyes, Head, Nose
+from vaetrain.data.sources.faces.palette import coat, irises, rgb
 
 _AMBER = irises("d8a02f", "e0b040", "c88a28", "b9a04a")
 
