@@ -15,9 +15,9 @@ from launching import TINY
 from PIL import Image
 from rude_server import Server
 
-from vaetrain.data.sharding.plan import ShardingConfig
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sharding.plan import ShardingConfig
 
 # Before torch starts its threads: they spin while they wait, and tests that run side by side with something else, such as
 # their own two processes, take many times longer with two threads each.
@@ -130,8 +130,8 @@ def train_tiny(tiny_shards, accelerator, tmp_path):
     """
     from vaetrain.command_line import parse
     from vaetrain.config import Config
-    from vaetrain.training.figures import RunFigures
     from vaetrain.train import train
+    from vaetrain.training.figures import RunFigures
 
     def run_training(*arguments: object, run_dir: str = "run", epochs: int = 2, figures: bool = False) -> Path:
         own = ["--data.train", tiny_shards, "--train.epochs", epochs, "--run-dir", tmp_path / run_dir]

@@ -21,9 +21,9 @@ from unittest.mock import patch
 import torch
 from together import HANGS_S, Outcome, run_together
 
+import vaetrain.train
 import vaetrain.training.divergence
 import vaetrain.training.time_limit
-import vaetrain.train
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE

@@ -28,8 +28,8 @@ from launching import TINY, free_port
 import vaetrain.train
 from vaetrain.command_line import parse
 from vaetrain.config import Config
-from vaetrain.training.figures import RunFigures
 from vaetrain.runs.lock import hold
+from vaetrain.training.figures import RunFigures
 
 STEPS = 60
 NUM_KILLS = {1: 20, 2: 4}

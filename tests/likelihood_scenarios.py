@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from vaetrain.distributed import processes
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
+from vaetrain.distributed import processes
 from vaetrain.metrics.active_units import latent_activity
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.likelihood_scores import likelihood_scores

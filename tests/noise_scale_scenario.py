@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from vaetrain.distributed import processes
 from vaetrain.data.readers.order import BatchLayout
+from vaetrain.distributed import processes
 from vaetrain.training.noise_scale import SmallGradient
 
 DIM, BATCH, STEPS = 20, 32, 400

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import vaetrain.train
-from vaetrain.distributed import processes
 from vaetrain.config import Config, LogConfig, OptimConfig, TrainConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
+from vaetrain.distributed import processes
 from vaetrain.metrics.validation import validate
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig

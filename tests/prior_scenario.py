@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from safetensors.torch import save_file
 
-from vaetrain.distributed import processes
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.export import load_run
+from vaetrain.distributed import processes
 from vaetrain.evaluation.memorization import draw_images, encoder_features, nearest_images, pixels
+from vaetrain.export import load_run
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
 from vaetrain.priors.fit import fitted_priors
 from vaetrain.runs.directory import RunDirectory

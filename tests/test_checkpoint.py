@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vaetrain.training.async_writer
-from vaetrain.training.checkpoint import CheckpointNotWritten, Checkpoints, Progress, best, check, find, newest_good
 from vaetrain.config import CheckpointConfig
-from vaetrain.training.divergence import StepJudge
 from vaetrain.files import sha256_of_file
-from vaetrain.training.figures import RunFigures
-from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.checkpoint import CheckpointNotWritten, Checkpoints, Progress, best, check, find, newest_good
+from vaetrain.training.divergence import StepJudge
+from vaetrain.training.figures import RunFigures
 from vaetrain.training.logger import Meters
 
 
@@ -83,7 +83,9 @@ def assert_equal(state: dict, other: dict) -> None:
 
 
 def test_load_restores_what_save_saw(training, monkeypatch):
-    monkeypatch.setattr("vaetrain.training.checkpoint.save_file", lambda *arguments: (time.sleep(0.05), save_file(*arguments)))
+    monkeypatch.setattr(
+        "vaetrain.training.checkpoint.save_file", lambda *arguments: (time.sleep(0.05), save_file(*arguments))
+    )
     first = training()
     first.step()
     before = first.state()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vaetrain.data.readers.subset import ChosenImages
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.indexed import IndexedReader
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.readers.stream import StreamReader
+from vaetrain.data.readers.subset import ChosenImages
 
 CPU = torch.device("cpu")
 POSITIONS = np.array([1, 2, 30, 31, 77, 98])

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from launching import run_here, succeed
 
-from vaetrain.runs.comparison import Agreement, Comparison, Result
 from vaetrain.export import export
+from vaetrain.runs.comparison import Agreement, Comparison, Result
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.sample import SampleConfig, sample
 

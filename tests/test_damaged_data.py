@@ -9,9 +9,9 @@ import pytest
 from fault_scenarios import train_together
 from launching import TINY
 
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.order import BatchLayout, epoch_order
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.format.shard_set import ShardSet
 
 
 @pytest.fixture

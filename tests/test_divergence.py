@@ -11,12 +11,12 @@ from fault_scenarios import spoilt_losses, train_together
 from launching import TINY
 
 import vaetrain.training.divergence
-from vaetrain.training.checkpoint import Progress
 from vaetrain.config import OptimConfig, TrainConfig
+from vaetrain.training.checkpoint import Progress
 from vaetrain.training.divergence import STEPS_BEFORE_JUDGING, StepJudge, note_steps, skip_where
-from vaetrain.training.optimizer import learning_rate_at
 from vaetrain.training.figures import mark_incidents
 from vaetrain.training.logger import Interval
+from vaetrain.training.optimizer import learning_rate_at
 
 CPU = torch.device("cpu")
 SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--train.ema-half-life-images", 0)

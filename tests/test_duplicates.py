@@ -13,10 +13,10 @@ from test_make_share import share
 from test_sources import pack_tar
 
 from vaetrain.data.sharding import duplicates
-from vaetrain.data.sharding.val_split import deal
+from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.duplicates import duplicate_groups, find_groups
 from vaetrain.data.sharding.image_hash import LIKENESS, glance, likenesses
-from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.val_split import deal
 
 
 def photo(seed: int, side: int = 96) -> Image.Image:

@@ -10,13 +10,13 @@ from linear_gaussian import LinearGaussian, MemoryReader, draw
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from vaetrain.distributed.randomness import mixed_seed, noise_of_images
 from vaetrain.metrics import elbo_surgery as module
 from vaetrain.metrics.elbo_surgery import elbo_surgery, log_aggregate, log_dimension_aggregates
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.model.posterior import DiagonalGaussian
-from vaetrain.distributed.randomness import mixed_seed, noise_of_images
 
 
 def mixture(posterior: DiagonalGaussian) -> MixtureSameFamily:

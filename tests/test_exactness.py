@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vaetrain.data.readers import stream
 from vaetrain.data.config import DataConfig
+from vaetrain.data.readers import stream
 from vaetrain.data.readers.order import BatchLayout, epoch_order
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.data.sharding.plan import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sharding.plan import ShardingConfig
 
 NUM_TRAIN, NUM_VAL = 29, 13
 SHARD_SIZES = (1, 4, 7, 50)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
 from torchscript_extractor import TinyExtractor, write_torchscript_extractor
 
-from vaetrain.evaluation.config import FidConfig
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import KNOWN, FeatureExtractor, Known, missing_weights
 from vaetrain.metrics.weights import read_weights
 

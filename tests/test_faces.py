@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from vaetrain.data.sources.faces.anatomy import Face
-from vaetrain.data.sources.faces.portrait import render
 from vaetrain.data.sources.faces.faces import CLASSES, draw_face, sample_face
+from vaetrain.data.sources.faces.portrait import render
 from vaetrain.strict_json import from_json
 
 REPOSITORY = Path(__file__).parents[1]

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import ROOT, run_here, succeed
 
-from vaetrain.data.readers import stream
 from vaetrain.data.config import DataConfig
-from vaetrain.data.readers.read_plan import Forecast
+from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers import stream
 from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.read_plan import Forecast
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.format.shard_set import ShardSet
 
 CPU = torch.device("cpu")
 OPEN = stream.Stream._open

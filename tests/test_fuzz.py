@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vaetrain.data.readers.batch import load_batch
 from vaetrain.data.format.decode import decode_into
-from vaetrain.data.sources.preprocess import UNREADABLE, Recipe, decode_picture
-from vaetrain.data.readers.selection import Selection
 from vaetrain.data.format.index import pack_index
 from vaetrain.data.format.shard_set import Encoding, Manifest, ShardSet
+from vaetrain.data.readers.batch import load_batch
+from vaetrain.data.readers.selection import Selection
+from vaetrain.data.sources.preprocess import UNREADABLE, Recipe, decode_picture
 from vaetrain.files import sha256_of_file
 from vaetrain.strict_json import sha256_of_json
 

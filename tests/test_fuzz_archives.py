@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_fuzz import edits, mutated, quickly
 
-from vaetrain.data.sources.preprocess import UNREADABLE
-from vaetrain.data.sharding.plan import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sharding.plan import ShardingConfig
 from vaetrain.data.sources.open_source import open_source
+from vaetrain.data.sources.preprocess import UNREADABLE
 
 BOUND_BYTES = 64 << 20
 """That a few kilobytes of archive may take, whatever they claim; tarfile's own reading of long names included."""

@@ -18,7 +18,7 @@ from together import script_succeeds
 from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.evaluate import EvaluateConfig, evaluate
-from vaetrain.evaluation.config import FidConfig
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor, Features
 from vaetrain.metrics.features import FeatureSet
 from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance

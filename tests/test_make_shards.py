@@ -19,12 +19,12 @@ from PIL import Image
 from test_sources import pack_tar, pack_zip, write_idx
 
 from vaetrain.command_line import parse, plain
+from vaetrain.data.format.shard_set import Manifest, ShardSet
 from vaetrain.data.sharding import make_shards as sharding
+from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.make_shards import closing_line, make_shards
 from vaetrain.data.sharding.plan import Plan
 from vaetrain.data.sharding.task import IMAGES_PER_PIECE, Piece, ShardTask
-from vaetrain.data.sharding.make_shards import closing_line, make_shards
-from vaetrain.data.sharding.config import ShardingConfig
-from vaetrain.data.format.shard_set import Manifest, ShardSet
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

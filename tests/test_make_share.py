@@ -12,11 +12,11 @@ import pytest
 from test_make_shards import ROOT, content, make, pets, run  # noqa: F401 (pets is a fixture)
 from test_sources import pack_tar
 
-from vaetrain.data.sharding import make_shards as sharding
-from vaetrain.data.sharding.task import Piece, ShardTask
-from vaetrain.data.sharding.make_shards import make_share
-from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.format.shard_set import Manifest
+from vaetrain.data.sharding import make_shards as sharding
+from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.make_shards import make_share
+from vaetrain.data.sharding.task import Piece, ShardTask
 
 
 def share(src: Path | str, out: Path, task: int, num_tasks: int, **options: Any) -> Manifest | None:

@@ -5,11 +5,11 @@ import torch
 from fault_scenarios import train_together
 from launching import TINY
 
-from vaetrain.training import memory as micro_batch
 from vaetrain.command_line import parse
 from vaetrain.config import Config
-from vaetrain.training.memory import Fit, explained_out_of_memory, is_out_of_memory, largest_that_fits
 from vaetrain.model.autoencoder import VAE
+from vaetrain.training import memory as micro_batch
+from vaetrain.training.memory import Fit, explained_out_of_memory, is_out_of_memory, largest_that_fits
 
 
 @pytest.fixture

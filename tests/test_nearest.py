@@ -5,13 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vaetrain.evaluation import memorization as nearest
-from vaetrain.data.readers.subset import ChosenImages
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.decode import decode_into
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.model.autoencoder import VAE
-from vaetrain.model.config import ModelConfig
+from vaetrain.data.readers.subset import ChosenImages
+from vaetrain.evaluation import memorization as nearest
 from vaetrain.evaluation.memorization import (
     describe_neighbours,
     draw_images,
@@ -21,6 +19,8 @@ from vaetrain.evaluation.memorization import (
     pixels,
     probability_of_less,
 )
+from vaetrain.model.autoencoder import VAE
+from vaetrain.model.config import ModelConfig
 
 
 @pytest.fixture(scope="module")

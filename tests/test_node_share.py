@@ -13,8 +13,8 @@ import pytest
 import torch
 from launching import ROOT
 
-from vaetrain.data.readers import shared_array as node_share
 from vaetrain.data.config import DataConfig
+from vaetrain.data.readers import shared_array as node_share
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.machine import available_memory
 

@@ -14,8 +14,8 @@ from launching import ROOT
 from PIL import Image
 from test_sources import write_image
 
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sources.open_source import open_source
 
 LATIN = b"caf\xe9 \xff.png"  # no UTF-8

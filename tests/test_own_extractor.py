@@ -12,9 +12,9 @@ from PIL import Image
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.config import ShardingConfig
-from vaetrain.evaluation.config import FidConfig
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.own_extractor import train_own_extractor
 

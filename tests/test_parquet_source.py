@@ -11,8 +11,8 @@ from PIL import Image
 from test_make_shards import content, decoded, make, records
 from test_make_share import share
 
-from vaetrain.data.sources.preprocess import UNREADABLE
 from vaetrain.data.sources.open_source import open_source
+from vaetrain.data.sources.preprocess import UNREADABLE
 
 pa = pytest.importorskip("pyarrow", reason="Parquet is optional: pip install 'vaetrain[parquet]'")
 pq = pytest.importorskip("pyarrow.parquet")

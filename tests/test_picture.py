@@ -12,9 +12,9 @@ from PIL import ExifTags, Image, ImageOps
 from test_make_shards import decoded, make, records
 
 from vaetrain import progress_bar
-from vaetrain.data.sources.preprocess import Recipe, decode_picture, simplejpeg
-from vaetrain.data.sharding.make_shards import closing_line
 from vaetrain.data.format.shard_set import Encoding, ShardSet
+from vaetrain.data.sharding.make_shards import closing_line
+from vaetrain.data.sources.preprocess import Recipe, decode_picture, simplejpeg
 from vaetrain.progress_bar import ProgressBar
 
 SIDE = 16

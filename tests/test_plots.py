@@ -1,8 +1,8 @@
 from launching import TINY
 from together import script_succeeds
 
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.make_shards import make_shards
 
 
 def test_a_single_validation_image_is_drawn_and_tracked(tmp_path):

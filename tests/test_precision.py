@@ -8,11 +8,10 @@ import torch
 import yaml
 from launching import ROOT
 
-from vaetrain.distributed import processes
-from vaetrain.training import precision
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.data.config import DataConfig
+from vaetrain.training import precision
 from vaetrain.training.precision import choose, computes_bf16_natively, cpu_speedup, resolved
 from vaetrain.training.resume import recorded_precision
 
@@ -86,8 +85,8 @@ def test_what_was_asked_for_is_kept_and_what_is_slow_is_said(monkeypatch):
 
 
 def test_the_choice_is_said_and_used(monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "choose", lambda asked, kept: precision.Choice("fp32", "a good reason"))
-    accelerator = processes.start("auto")
+    monkeypatch.setattr(precision, "choose", lambda asked, kept: precision.Choice("fp32", "a good reason"))
+    accelerator = precision.start("auto")
     assert capsys.readouterr().out == "precision fp32: a good reason\n"
     assert accelerator.mixed_precision == "no"
     config = resolved(Config(DataConfig("shards")), accelerator)

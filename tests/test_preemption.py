@@ -10,16 +10,16 @@ from fault_scenarios import STEP, train_together
 from launching import TINY, run
 from safetensors.torch import load
 
-from vaetrain.distributed import processes
-from vaetrain.training.checkpoint import Checkpoints
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_reader
+from vaetrain.distributed import processes
 from vaetrain.distributed.preemption import EXIT_STOPPED, SIGNALS, StopRequest
-from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.train import train
+from vaetrain.training.checkpoint import Checkpoints
 
 
 def weights(run_dir):

@@ -15,8 +15,8 @@ from vaetrain import preflight, train
 from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config
 from vaetrain.data.config import DataConfig
-from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.readers.stream_order import workers_for
 
 

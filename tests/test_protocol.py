@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vaetrain.evaluation.config import FidConfig
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.protocol import Protocol
 
 

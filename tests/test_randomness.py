@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vaetrain.model.prior import sample_standard_normal
 from vaetrain.distributed.randomness import mixed_seed, noise_of_global_batch, noise_of_images
+from vaetrain.model.prior import sample_standard_normal
 
 CPU = torch.device("cpu")
 

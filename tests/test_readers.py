@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vaetrain.data.config import DataConfig
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers import stream
 from vaetrain.data.readers.batch import batch_buffer
-from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.order import BatchLayout, train_indices
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.data.format.shard_set import ShardSet
 
 CPU = torch.device("cpu")
 KINDS = ("indexed", "resident", "stream")

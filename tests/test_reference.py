@@ -14,7 +14,7 @@ from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.evaluation.config import FidConfig
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.reference import RealImages, cache_folder
 

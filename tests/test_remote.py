@@ -20,15 +20,16 @@ import torch
 from fsspec.registry import known_implementations
 from rude_server import CONTENT, Server
 
-from vaetrain.data.remote import connection, cache as shard_cache
-from vaetrain.data.readers import stream
-from vaetrain.data.readers.choose import remote_folder
 from vaetrain.data.config import DataConfig
-from vaetrain.data.readers.read_plan import Forecast
-from vaetrain.data.readers.order import BatchLayout
-from vaetrain.data.readers.reader import Reader, open_reader
-from vaetrain.data.remote.remote import READ_BYTES, Persistence, RemoteFile, RemoteShards
 from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers import stream
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.read_plan import Forecast
+from vaetrain.data.readers.reader import Reader, open_reader
+from vaetrain.data.remote import cache as shard_cache
+from vaetrain.data.remote import connection
+from vaetrain.data.remote.remote import READ_BYTES, Persistence, RemoteFile, RemoteShards
+from vaetrain.data.remote.url import remote_folder
 from vaetrain.evaluate import EvaluateConfig, evaluate
 
 CPU = torch.device("cpu")

@@ -11,14 +11,14 @@ from html_document import Document
 from launching import ROOT, run
 from PIL import Image
 
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.config import ShardingConfig
-from vaetrain.sweeps.jobs import Job, run_jobs
+from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.reproduce.datasets import Sources
 from vaetrain.reproduce.lecture import EXPERIMENTS
 from vaetrain.reproduce.pages import Outcome, findings, write_lecture, write_takeaways
 from vaetrain.reproduce.plan import Plan
 from vaetrain.reproduce.takeaways import TAKEAWAYS
+from vaetrain.sweeps.jobs import Job, run_jobs
 from vaetrain.sweeps.runner import TrialRun
 
 NOTHING = Sources(None, None, None)

@@ -12,8 +12,8 @@ import yaml
 from launching import TINY, run_here
 from together import script_succeeds
 
-from vaetrain.runs import rerun
 from vaetrain.command_line import to_yaml
+from vaetrain.runs import rerun
 from vaetrain.runs.directory import RunDirectory, git_state, uncommitted_changes
 
 

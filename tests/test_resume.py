@@ -17,13 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vaetrain
 import vaetrain.export
 import vaetrain.train
-from vaetrain.training.checkpoint import FORMAT_VERSION, Progress
 from vaetrain.config import Config, LogConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.model.autoencoder import VAE
-from vaetrain.training.figures import RunFigures
-from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.checkpoint import FORMAT_VERSION, Progress
+from vaetrain.training.figures import RunFigures
 from vaetrain.training.logger import Meters, Tracker
 
 

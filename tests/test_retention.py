@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vaetrain.config import CheckpointConfig
-from vaetrain.training.retention import Retention, list_checkpoints, put_in_place, remove, step_of
+from vaetrain.runs.checkpoint_names import list_checkpoints, step_of
+from vaetrain.training.retention import Retention, put_in_place, remove
 
 MIB = 2**20
 

@@ -16,10 +16,11 @@ from together import script_succeeds
 from torchscript_extractor import write_torchscript_extractor
 
 from vaetrain.command_line import parse
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.evaluate import EXIT_INCOMPLETE, evaluate, main
-from vaetrain.evaluation.config import EvaluateConfig, FidConfig
+from vaetrain.evaluation.config import EvaluateConfig
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from rude_server import CONTENT, Server
 
-from vaetrain.data.remote import cache as shard_cache
 from vaetrain.data.config import DataConfig
-from vaetrain.data.remote.remote import Persistence, RemoteFile, RemoteShards
-from vaetrain.data.remote.cache import ShardCache
 from vaetrain.data.format.shard_set import Shard
+from vaetrain.data.remote import cache as shard_cache
+from vaetrain.data.remote.cache import ShardCache
+from vaetrain.data.remote.remote import Persistence, RemoteFile, RemoteShards
 
 HASTY = Persistence(attempts=3, first_wait_s=0.01, longest_wait_s=0.02)
 SIZE = 200_000

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vaetrain.data.sources.idx import read_idx
-from vaetrain.data.sources.source import Source
-from vaetrain.data.sources.preprocess import UNREADABLE, Recipe, decode_picture, with_channels
 from vaetrain.data.format.shard_set import Crop, Encoding
+from vaetrain.data.sources.idx import read_idx
 from vaetrain.data.sources.open_source import open_source
+from vaetrain.data.sources.preprocess import UNREADABLE, Recipe, decode_picture, with_channels
+from vaetrain.data.sources.source import Source
 
 
 def write_image(file: Path, colour: tuple[int, int, int] = (200, 100, 50)) -> None:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from launching import TINY, finish, run, start
 
-from vaetrain.sweeps.jobs import Job
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.sweeps.jobs import Job
 from vaetrain.sweeps.results import Row, best_row, draw, rows_of, table
 from vaetrain.sweeps.runner import TrialRun, trial_name
 from vaetrain.sweeps.sweep_file import Sweep

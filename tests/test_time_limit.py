@@ -8,7 +8,7 @@ from launching import TINY
 
 from vaetrain.config import TrainConfig
 from vaetrain.distributed.preemption import EXIT_STOPPED
-from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.training.time_limit import TimeLimit
 
 

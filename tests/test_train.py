@@ -13,9 +13,10 @@ from together import script_succeeds
 import vaetrain
 import vaetrain.train
 from vaetrain.distributed import processes
-from vaetrain.training.checkpoint import Progress
-from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.checkpoint_names import list_checkpoints
+from vaetrain.training import precision
 from vaetrain.train import nan_unless_finite
+from vaetrain.training.checkpoint import Progress
 
 
 def records(run_dir, split):
@@ -230,7 +231,7 @@ def test_what_the_user_can_mend_is_said(train_tiny, arguments, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, where fp16 works")
 def test_fp16_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match="needs a GPU"):
-        processes.start("fp16")
+        precision.start("fp16")
 
 
 def test_a_user_error_ends_every_process_with_a_message(tiny_shards, tmp_path):

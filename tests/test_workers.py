@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from vaetrain.data.readers import selection, worker_progress as whereabouts
 from vaetrain.data.config import DataConfig
+from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers import selection
+from vaetrain.data.readers import worker_progress as whereabouts
+from vaetrain.data.readers.loader_workers import WorkerPool
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.worker_progress import Patience, Whereabouts, note_reading, rest
-from vaetrain.data.readers.loader_workers import WorkerPool
 
 CPU = torch.device("cpu")
 LAYOUT = BatchLayout(16, 8, 0, 1)

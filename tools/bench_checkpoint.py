@@ -43,17 +43,17 @@ import time
 
 import torch
 
-from vaetrain.distributed import processes
-from vaetrain.training.checkpoint import Checkpoints, Progress
 from vaetrain.config import CheckpointConfig, OptimConfig
-from vaetrain.training.divergence import StepJudge
+from vaetrain.distributed import processes
 from vaetrain.machine import num_cores
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo
-from vaetrain.training.optimizer import ExponentialMovingAverage, build_optimizer
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.checkpoint import Checkpoints, Progress
+from vaetrain.training.divergence import StepJudge
 from vaetrain.training.logger import Meters
+from vaetrain.training.optimizer import ExponentialMovingAverage, build_optimizer
 
 
 class Training:

@@ -79,14 +79,14 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.decode import JPEG_DECODER, decode_into
-from vaetrain.data.sources.faces.faces import draw_face
+from vaetrain.data.format.index import SplitIndex, pack_index
+from vaetrain.data.format.shard_set import INDEX_NAME, Manifest, ShardSet
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import Reader, open_reader
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.format.index import SplitIndex, pack_index
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.config import ShardingConfig
-from vaetrain.data.format.shard_set import INDEX_NAME, Manifest, ShardSet
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.data.sources.faces.faces import draw_face
 from vaetrain.machine import num_cores
 
 READERS: tuple[Literal["indexed", "stream", "resident"], ...] = ("indexed", "stream", "resident")

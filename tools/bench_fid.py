@@ -59,11 +59,11 @@ from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from vaetrain.distributed import processes
 from vaetrain.data.config import DataConfig
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.config import ShardingConfig
-from vaetrain.evaluation.config import FidConfig
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.distributed import processes
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance
 from vaetrain.metrics.reference import RealImages

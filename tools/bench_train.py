@@ -49,17 +49,18 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from vaetrain.distributed import processes
 from vaetrain.config import Config, LogConfig, TrainConfig
 from vaetrain.data.config import DataConfig
-from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.make_shards import make_shards
+from vaetrain.distributed import processes
 from vaetrain.machine import cpu_model
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo
-from vaetrain.training.precision import in_use
 from vaetrain.train import train
+from vaetrain.training import precision
+from vaetrain.training.precision import in_use
 
 MODEL = ModelConfig(
     patch_size=2, base_channels=32, channel_mult=(1, 2, 4), num_res_blocks=1, latent="vector", latent_channels=64
@@ -141,7 +142,7 @@ def synchronize() -> None:
 
 def main(config: BenchConfig) -> None:
     """Measure, print a table and write the JSON."""
-    accelerator = processes.start("auto")
+    accelerator = precision.start("auto")
     own = in_use(accelerator)
     with tempfile.TemporaryDirectory() as folder:
         variants = {

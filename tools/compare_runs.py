@@ -12,8 +12,8 @@ from pathlib import Path
 import tyro
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.runs.comparison import Comparison, Result
 from vaetrain.files import replace_file
+from vaetrain.runs.comparison import Comparison, Result
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ python tools/make_shards.py datasets/photos128 datasets/photos64 --size 64
 import sys
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.data.sharding.make_shards import closing_line, make_shards, make_share
 from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.make_shards import closing_line, make_shards, make_share
 
 
 def main() -> None:

@@ -59,13 +59,13 @@ class ReproduceArguments:
 if __name__ == "__main__":
     ARGUMENTS = parse(ReproduceArguments, __doc__, flags=True)
 
-from vaetrain.sweeps.jobs import run_jobs
 from vaetrain.machine import num_cores
 from vaetrain.reproduce.datasets import Sources
 from vaetrain.reproduce.lecture import EXPERIMENTS
 from vaetrain.reproduce.pages import Outcome, findings, write_lecture, write_takeaways
 from vaetrain.reproduce.plan import Plan
 from vaetrain.reproduce.takeaways import TAKEAWAYS
+from vaetrain.sweeps.jobs import run_jobs
 
 
 def main(arguments: ReproduceArguments) -> int:

@@ -30,8 +30,8 @@ class RerunArguments:
 if __name__ == "__main__":
     ARGUMENTS = parse(RerunArguments, __doc__, flags=True)
 
-from vaetrain.runs import rerun
 from vaetrain.preflight import check_split
+from vaetrain.runs import rerun
 from vaetrain.runs.directory import RunDirectory
 
 

@@ -11,9 +11,9 @@ from tyro.conf import Positional
 
 from vaetrain.command_line import parse, user_errors
 from vaetrain.data.config import DataConfig, ReaderName
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.read_plan import Forecast
 from vaetrain.data.remote.remote import RemoteShards
-from vaetrain.data.format.shard_set import ShardSet
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from vaetrain.distributed import processes
-from vaetrain.progress_bar import ProgressBar
-from vaetrain.evaluation.scores_file import ScoresFile
 from vaetrain.evaluation.evaluator import Scoring, out_file
+from vaetrain.evaluation.scores_file import ScoresFile
+from vaetrain.progress_bar import ProgressBar
+from vaetrain.training import precision
 
 EXIT_INCOMPLETE = 3
 """Scores were written, and something failed or was asked for by name and could not be measured."""
@@ -129,7 +130,7 @@ def print_scores(record: dict[str, Any]) -> None:
 def main(config: EvaluateConfig) -> None:
     """Join the other processes and score; exits with EXIT_INCOMPLETE when something is missing that was asked for."""
     with user_errors():
-        accelerator = processes.start(config.precision)
+        accelerator = precision.start(config.precision)
         with processes.finishing(accelerator):
             record = evaluate(config, accelerator)
     if record.get("failed"):

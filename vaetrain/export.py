@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from vaetrain.training import checkpoint as checkpoints
 from vaetrain.command_line import plain
 from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.runs.directory import RunDirectory, provenance, write_json
 from vaetrain.strict_json import from_json
+from vaetrain.training import checkpoint as checkpoints
 
 FORMAT_VERSION = 1
 

@@ -16,15 +16,15 @@ from typing import Literal
 
 from vaetrain.command_line import user_errors
 from vaetrain.config import Config
-from vaetrain.data.readers.choose import remote_folder
 from vaetrain.data.config import DataConfig
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.selection import count_images
-from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.remote.url import remote_folder
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.evaluation.config import EvaluateConfig
 from vaetrain.model.config import ModelConfig
-from vaetrain.training.retention import list_checkpoints, require_checkpoint
+from vaetrain.runs.checkpoint_names import list_checkpoints, require_checkpoint
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.scaling.config import ScaleConfig
 

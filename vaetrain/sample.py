@@ -81,18 +81,18 @@ from dataclasses import replace
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vaetrain.distributed import processes
 from vaetrain.data.format.encode import png
-from vaetrain.data.readers.reader import Reader, open_split
 from vaetrain.data.format.writer import ShardWriter
+from vaetrain.data.readers.reader import Reader, open_split
+from vaetrain.distributed import processes
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.priors.fit import fitted_priors
 from vaetrain.priors.saved import SavedPrior
 from vaetrain.progress_bar import ProgressBar
 from vaetrain.runs.directory import RunDirectory, provenance
+from vaetrain.sampling.generate import generate
 from vaetrain.sampling.manifest import content_of, manifest_of
 from vaetrain.sampling.sample_set import Share, is_finished, refuse_other_content, write_manifest, write_request
-from vaetrain.sampling.generate import generate
 
 
 def sample(config: SampleConfig, accelerator: Accelerator) -> None:

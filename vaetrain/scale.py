@@ -25,24 +25,25 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from vaetrain.distributed import processes
 from vaetrain.command_line import plain
 from vaetrain.config import OptimConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_split
+from vaetrain.distributed import processes
 from vaetrain.files import replace_file
-from vaetrain.training.memory import explained_out_of_memory
 from vaetrain.model.autoencoder import VAE
-from vaetrain.training.precision import in_use, resolved
 from vaetrain.runs.directory import provenance, write_json
 from vaetrain.scaling.advice import Advice, Facts, advise, largest_divisor, stops_helping, table, verdict
 from vaetrain.scaling.all_reduce import Network
 from vaetrain.scaling.figure import save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
-from vaetrain.training.noise_scale import NoiseScale
 from vaetrain.scaling.noise_trial import Noise, measure_noise, noise_micro_batch
 from vaetrain.scaling.probe import Probe, probe
+from vaetrain.training import precision
+from vaetrain.training.memory import explained_out_of_memory
+from vaetrain.training.noise_scale import NoiseScale
+from vaetrain.training.precision import in_use, resolved
 
 ASSUMED_GB_PER_S, ASSUMED_LATENCY_US = 10.0, 50.0
 """Of a network that nobody measured and nobody gave."""
@@ -263,7 +264,7 @@ def report(accelerator: Accelerator, text: str) -> None:
 def main(config: ScaleConfig) -> None:
     """Join the other processes and measure."""
     with user_errors():
-        accelerator = processes.start(config.train.precision)
+        accelerator = precision.start(config.train.precision)
         config = resolved(config, accelerator)
         with explained_out_of_memory(config, accelerator), processes.finishing(accelerator):
             scale(config, accelerator)

@@ -27,30 +27,30 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain.distributed import processes
-from vaetrain.training.checkpoint import Checkpoints, Progress
 from vaetrain.data.readers.order import BatchLayout
+from vaetrain.data.readers.read_order import Reading
 from vaetrain.data.readers.reader import open_split
-from vaetrain.training.divergence import StepJudge, note_steps, roll_back, skip_where
+from vaetrain.distributed import processes
+from vaetrain.distributed.preemption import EXIT_STOPPED, StopRequest
+from vaetrain.distributed.randomness import noise_of_global_batch
+from vaetrain.distributed.watchdog import FIRST_STEP_S, Pulse, Watchdog
 from vaetrain.metrics.validation import validate
-from vaetrain.training.memory import explained_out_of_memory
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.config import beta_at
 from vaetrain.objective.elbo import negative_elbo, rate
-from vaetrain.training.optimizer import ExponentialMovingAverage, build_optimizer, learning_rate_at, unfinished_warmups
-from vaetrain.training.figures import RunFigures
-from vaetrain.training.precision import resolved
-from vaetrain.distributed.preemption import EXIT_STOPPED, StopRequest
-from vaetrain.distributed.randomness import noise_of_global_batch
-from vaetrain.data.readers.read_order import Reading
-from vaetrain.training.resume import load_weights, origin, recorded_precision, resume_point
 from vaetrain.runs.directory import RunDirectory, describe_dataset, provenance
 from vaetrain.runs.lock import hold
-from vaetrain.training.noise_scale import NOISE_METERS, SmallGradient
-from vaetrain.training.time_limit import TimeLimit
+from vaetrain.training import precision
+from vaetrain.training.checkpoint import Checkpoints, Progress
+from vaetrain.training.divergence import StepJudge, note_steps, roll_back, skip_where
+from vaetrain.training.figures import RunFigures
 from vaetrain.training.logger import Meters, Stopwatch, Tracker
-from vaetrain.distributed.watchdog import FIRST_STEP_S, Pulse, Watchdog
+from vaetrain.training.memory import explained_out_of_memory
+from vaetrain.training.noise_scale import NOISE_METERS, SmallGradient
+from vaetrain.training.optimizer import ExponentialMovingAverage, build_optimizer, learning_rate_at, unfinished_warmups
+from vaetrain.training.resume import load_weights, origin, recorded_precision, resume_point
+from vaetrain.training.time_limit import TimeLimit
 
 
 def train(
@@ -80,7 +80,7 @@ def train_with(
     opened: contextlib.ExitStack,
 ) -> Progress:
     """`train`, with what `opened` closes however it ends: the readers, the lock, the checkpoint being written."""
-    config = resolved(config, accelerator)
+    config = precision.resolved(config, accelerator)
     device, model_config = accelerator.device, config.model
     run = RunDirectory(config.run_dir)
 
@@ -277,11 +277,11 @@ def main(config: Config) -> None:
     timeout_s, pulse, time_limit = config.train.timeout_s, Pulse(), TimeLimit(config.train.max_hours)
     longest_wait_s = timeout_s + FIRST_STEP_S  # in a collective; the watchdog, who knows who is missing, speaks before
     with user_errors():
-        accelerator = processes.start(
-            config.train.precision, kept_precision=recorded_precision(config), log_with=config.log.trackers,
+        accelerator = precision.start(
+            config.train.precision, kept=recorded_precision(config), log_with=config.log.trackers,
             project_dir=config.run_dir, timeout_s=longest_wait_s,
         )  # fmt: skip
-        config = resolved(config, accelerator)
+        config = precision.resolved(config, accelerator)
         stop = StopRequest(longest_wait_s)
         watchdog = Watchdog(
             pulse, rank=accelerator.process_index, num_processes=accelerator.num_processes,

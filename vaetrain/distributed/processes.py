@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed.nn.functional
@@ -23,10 +23,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from vaetrain.config import PrecisionName
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.machine import num_cores
-from vaetrain.training.precision import choose
 
 # torch.distributed.nn keeps the process group that exists when it is imported, as the default of its arguments, and the first
 # optimizer imports it. Gloo's threads would then outlive the group's end, and abort a process that ends under them while they
@@ -38,18 +36,10 @@ TIMEOUT_S = 600.0
 """A collective that waits longer ends the command: the other side is dead or stuck."""
 
 
-def start(
-    precision: PrecisionName = "fp32",
-    *,
-    kept_precision: PrecisionName | None = None,
-    log_with: Sequence[str] = (),
-    project_dir: Path | None = None,
-    timeout_s: float = TIMEOUT_S,
-) -> Accelerator:
-    """Join the processes that `accelerate launch` (or torchrun) started, or run alone; call once, first.
+def join(timeout_s: float = TIMEOUT_S) -> PartialState:
+    """Join the processes that `accelerate launch` (or torchrun) started, or run alone.
 
-    A collective that waits longer than `timeout_s` fails. On a machine without a GPU the processes talk through gloo. Precision
-    auto becomes `kept_precision`, that of the run that goes on, or what fits the devices (precision.py).
+    A collective that waits longer than `timeout_s` fails. On a machine without a GPU the processes talk through gloo.
     Raises ValueError when the launcher announced more processes than joined, which Accelerate would pass over in silence,
     every process believing it is alone.
     """
@@ -60,24 +50,31 @@ def start(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     join_another_attempt(timeout)
     # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
-    on_cpu = not torch.cuda.is_available()
-    processes = PartialState(cpu=on_cpu, timeout=timeout)
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
     announced = LauncherEnvironment.read().num_processes
     if announced != processes.num_processes:
         raise ValueError(
             f"the launcher announced {announced} processes (WORLD_SIZE) but {processes.num_processes} joined; start with "
             "`accelerate launch --config_file launch/cpu2.yaml …` (or gpu1, node8, multinode) or `torchrun`"
         )
-    choice = choose(precision, kept=kept_precision)
-    name = precision if choice is None else choice.name
-    if choice is not None and processes.is_main_process:
-        print(f"precision {choice.name}: {choice.reason}", flush=True)
+    return processes
+
+
+def start(
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    *,
+    log_with: Sequence[str] = (),
+    project_dir: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Accelerator:
+    """`join` the others and compute in this arithmetic; call once, first. For one that fits the machine see precision.start."""
+    join(timeout_s)
     accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="no" if name == "fp32" else name,
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(log_with) or None,
         project_dir=project_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
     )
     if accelerator.is_main_process and accelerator.device.type == "cpu":
         cores, used = num_cores(), torch.get_num_threads() * processes_per_node()
@@ -130,7 +127,7 @@ def join_another_attempt(timeout: timedelta) -> None:
     the processes would wait for those, for ever.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if attempt == "0" or dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout

@@ -13,32 +13,32 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from vaetrain.distributed import processes
-from vaetrain.evaluation import latent_figures as latent_pictures
 from vaetrain.command_line import plain, print_traceback_if_asked
 from vaetrain.data.readers.reader import Reader, open_split
+from vaetrain.distributed import processes
+from vaetrain.evaluation import latent_figures as latent_pictures
+from vaetrain.evaluation.config import ALL_SCORES, EvaluateConfig, ScoreName
+from vaetrain.evaluation.memorization import describe_neighbours, draw_images, memorisation
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.files import replace_file
-from vaetrain.evaluation.config import ALL_SCORES, EvaluateConfig, ScoreName
 from vaetrain.metrics.extractor import FeatureExtractor, missing_weights
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.metrics.generation import Reference, describe_extractor, reconstruct, reconstruction_fid
-from vaetrain.sampling.save_samples import keep
 from vaetrain.metrics.likelihood_scores import likelihood_scores
 from vaetrain.metrics.perceptual_distance import PerceptualDistance, how_to_get_weights, reconstruction_lpips
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealImages
 from vaetrain.metrics.validation import validate
 from vaetrain.model.prior import Prior, StandardNormal
-from vaetrain.evaluation.memorization import describe_neighbours, draw_images, memorisation
-from vaetrain.training.precision import in_use
 from vaetrain.priors.config import PriorName
 from vaetrain.priors.fit import fitted_priors, prior_table, priors_for
 from vaetrain.priors.saved import SavedPrior, weights_sha256
 from vaetrain.runs.directory import RunDirectory, provenance
+from vaetrain.sampling.generate import gather_images, gather_samples, generate
 from vaetrain.sampling.manifest import content_of, manifest_of
 from vaetrain.sampling.reader import SampleReader
-from vaetrain.sampling.generate import gather_images, gather_samples, generate
+from vaetrain.sampling.save_samples import keep
+from vaetrain.training.precision import in_use
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
-from vaetrain.distributed import processes
-from vaetrain.data.readers.subset import ChosenImages
 from vaetrain.data.readers.reader import Reader
+from vaetrain.data.readers.subset import ChosenImages
+from vaetrain.distributed import processes
 from vaetrain.evaluation.image_grid import save_labelled_grid
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.metrics.subset import choose_images, subset_batches

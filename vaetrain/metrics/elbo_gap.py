@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from jaxtyping import Int64
 
 from vaetrain.data.readers.reader import Reader
+from vaetrain.distributed.randomness import noise_of_images
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import rate
-from vaetrain.distributed.randomness import noise_of_images
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.processes import sum_over_processes
+from vaetrain.distributed.randomness import mixed_seed, noise_of_images
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.subset import choose_images, subset_batches
@@ -27,7 +28,6 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.objective.elbo import rate
 from vaetrain.progress_bar import counted
-from vaetrain.distributed.randomness import mixed_seed, noise_of_images
 
 BLOCK = 1024
 """Latents, and posteriors, met at a time: a float64 table of BLOCK × BLOCK and two of BLOCK × 2·dimensions."""

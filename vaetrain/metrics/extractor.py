@@ -26,7 +26,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 from torchvision.models import VGG16_Weights
 
-from vaetrain.evaluation.config import FidConfig
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.weights import read_weights
 
 INCEPTION = "inception-v3-compat"

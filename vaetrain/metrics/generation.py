@@ -20,7 +20,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 
 from vaetrain.data.readers.reader import Reader
 from vaetrain.files import replace_file
-from vaetrain.evaluation.config import MIN_NUM_IMAGES, FidConfig
+from vaetrain.metrics.config import MIN_NUM_IMAGES, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, NumberedImages, extract
 from vaetrain.metrics.fid_gap import GapSets

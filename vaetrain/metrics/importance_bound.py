@@ -19,13 +19,13 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vaetrain.data.readers.reader import Reader
+from vaetrain.distributed.randomness import mixed_seed, noise_of_images
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.progress_bar import counted
-from vaetrain.distributed.randomness import mixed_seed, noise_of_images
 
 BLOCK = 50
 """Latents of an image whose noise is drawn at once: sample j is row j mod BLOCK of block j // BLOCK, however many are decoded

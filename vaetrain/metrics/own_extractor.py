@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import Reader
-from vaetrain.files import replace_file, sha256_of_file
 from vaetrain.distributed.randomness import mixed_seed
+from vaetrain.files import replace_file, sha256_of_file
 
 NUM_FEATURES = 128
 NUM_TURNS = 4

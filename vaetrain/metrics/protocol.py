@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from vaetrain.data.readers.order import epoch_order
-from vaetrain.evaluation.config import LECTURE_NUM_IMAGES, MIN_NUM_IMAGES, FidConfig, ProtocolName
+from vaetrain.metrics.config import LECTURE_NUM_IMAGES, MIN_NUM_IMAGES, FidConfig, ProtocolName
 
 STANDARD_MIN_GENERATED = 10_000
 

@@ -21,11 +21,11 @@ from accelerate.utils import broadcast_object_list
 from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 
-from vaetrain.distributed import processes
-from vaetrain.data.readers.subset import ChosenImages
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import Manifest
-from vaetrain.evaluation.config import FidConfig
+from vaetrain.data.readers.subset import ChosenImages
+from vaetrain.distributed import processes
+from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, extract
 from vaetrain.metrics.fidelity import FeatureStatistics

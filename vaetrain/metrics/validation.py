@@ -11,11 +11,11 @@ from torch import Tensor
 
 from vaetrain.data.readers.reader import Batch, Reader
 from vaetrain.distributed.processes import sum_over_processes
+from vaetrain.distributed.randomness import noise_of_images
 from vaetrain.metrics.reconstruction import mse, psnr_db, ssim
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import rate
-from vaetrain.distributed.randomness import noise_of_images
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
-from vaetrain.distributed import processes
 from vaetrain.data.readers.reader import Reader
+from vaetrain.distributed import processes
+from vaetrain.distributed.randomness import mixed_seed
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.priors.config import PriorFitConfig
-from vaetrain.distributed.randomness import mixed_seed
 
 MAX_CODE_NUMBERS = 2**27
 """Latent numbers kept of a split, 512 MiB for means and as much for deviations: of larger latents fewer images."""

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain.distributed import processes
 from vaetrain.command_line import plain
 from vaetrain.data.readers.reader import Reader
+from vaetrain.distributed import processes
+from vaetrain.distributed.randomness import mixed_seed
 from vaetrain.export import TrainedModel
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.aggregate import AggregatePosterior, gather_aggregate
@@ -34,7 +35,6 @@ from vaetrain.priors.saved import (
 )  # fmt: skip
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import ProgressBar
-from vaetrain.distributed.randomness import mixed_seed
 
 MAX_COVARIANCE_DIMS = 4096
 """Latent dimensions up to which gaussian, gmm and flow are fitted: a matrix of 128 MiB, some 20 s for its eigenvectors."""

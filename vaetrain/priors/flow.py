@@ -11,13 +11,13 @@ import zuko
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from vaetrain.distributed.randomness import mixed_seed
 from vaetrain.model.prior import standard_normal_log_density
 from vaetrain.priors.aggregate import AggregatePosterior
 from vaetrain.priors.config import PriorFitConfig
 from vaetrain.priors.gaussian import WhitePrior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import counted
-from vaetrain.distributed.randomness import mixed_seed
 
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3

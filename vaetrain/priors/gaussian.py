@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from vaetrain.distributed.randomness import noise_of_images
 from vaetrain.model.prior import standard_normal_log_density
 from vaetrain.priors.whitening import Whitening
-from vaetrain.distributed.randomness import noise_of_images
 
 
 class WhitePrior(ABC):

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from vaetrain.distributed.randomness import mixed_seed
 from vaetrain.model.prior import standard_normal_log_density
 from vaetrain.priors.aggregate import AggregatePosterior, Posteriors
 from vaetrain.priors.config import PriorFitConfig
 from vaetrain.priors.gaussian import WhitePrior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import ProgressBar
-from vaetrain.distributed.randomness import mixed_seed
 
 MAX_CODES = 20_000
 """Latents that EM sees; its time is proportional to their number."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vaetrain.runs.comparison import SECTIONS, Comparison, Result, shown
 from vaetrain.report.curves import curves_of_runs
 from vaetrain.report.gallery import gallery_of_runs
 from vaetrain.report.page import Section, absent, bullets, subheading, table
 from vaetrain.report.recorded import Recorded
+from vaetrain.runs.comparison import SECTIONS, Comparison, Result, shown
 
 TITLES = {
     "config": "Configuration", "data": "Data", "code": "Code", "packages": "Packages", "machine": "Machine",

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaetrain.sweeps.jobs import Job
 from vaetrain.reproduce.datasets import DATASETS, Scale, Sources
 from vaetrain.reproduce.lecture import Experiment
 from vaetrain.reproduce.takeaways import Takeaway
+from vaetrain.sweeps.jobs import Job
 from vaetrain.sweeps.runner import TrialRun, trial_runs
 from vaetrain.sweeps.sweep_file import Sweep
 

@@ -19,7 +19,7 @@ from vaetrain.config import Config
 from vaetrain.data.format.shard_set import Manifest
 from vaetrain.files import replace_file
 from vaetrain.machine import cpu_model, num_cores
-from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.checkpoint_names import list_checkpoints
 
 FORMAT_VERSION = 1
 """Of a run directory; one without a version, from before it was recorded, has the same layout."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vaetrain.command_line import to_yaml
-from vaetrain.runs.comparison import Agreement
 from vaetrain.config import Config
 from vaetrain.machine import cpu_model
+from vaetrain.runs.comparison import Agreement
 from vaetrain.runs.directory import RECORDED_PACKAGES, RunDirectory, git_state, package_version
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from vaetrain.scaling.advice import Advice
 from vaetrain.scaling.lr_range import LrRange
 from vaetrain.scaling.lr_trials import LrTrial, LrTrials
-from vaetrain.training.noise_scale import NoiseScale
 from vaetrain.scaling.probe import Probe
+from vaetrain.training.noise_scale import NoiseScale
 
 
 class Stretch(NamedTuple):

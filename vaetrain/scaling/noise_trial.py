@@ -12,8 +12,8 @@ from vaetrain.data.readers.reader import Reader
 from vaetrain.scaling.advice import largest_divisor
 from vaetrain.scaling.config import ScaleConfig
 from vaetrain.scaling.figure import Stretch
-from vaetrain.training.noise_scale import NoiseScale, by_progress
 from vaetrain.scaling.trial import Step, trial
+from vaetrain.training.noise_scale import NoiseScale, by_progress
 
 NUM_STRETCHES = 10
 """Points of the curve of the noise scale over training."""

@@ -14,13 +14,13 @@ from vaetrain.config import Config
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.processes import sum_over_processes
+from vaetrain.distributed.randomness import noise_of_global_batch
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.config import beta_at
 from vaetrain.objective.elbo import negative_elbo
-from vaetrain.training.optimizer import build_optimizer
-from vaetrain.distributed.randomness import noise_of_global_batch
 from vaetrain.training.noise_scale import SmallGradient
+from vaetrain.training.optimizer import build_optimizer
 
 
 class Step(NamedTuple):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaetrain.sweeps.jobs import Job, run_jobs
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.sweeps.jobs import Job, run_jobs
 from vaetrain.sweeps.sweep_file import Sweep, Trial
 
 

@@ -34,16 +34,10 @@ from torch import Tensor, nn
 
 from vaetrain.config import CheckpointConfig
 from vaetrain.files import fsync, sha256_of_file
-from vaetrain.training.retention import (
-    Retention,
-    is_checkpoint,
-    list_checkpoints,
-    no_good_checkpoint,
-    put_in_place,
-    step_of,
-)
+from vaetrain.runs.checkpoint_names import is_checkpoint, list_checkpoints, no_good_checkpoint, step_of
 from vaetrain.runs.directory import RunDirectory, package_version
 from vaetrain.training.async_writer import SnapshotWriter, Tensors
+from vaetrain.training.retention import Retention, put_in_place
 
 FORMAT_VERSION = 2
 """1, from before there were meters.safetensors and the version of vaetrain in state.json, is read too."""

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from vaetrain.training.checkpoint import Checkpoints, Progress, newest_good, warn_of_damage
 from vaetrain.config import TrainConfig
 from vaetrain.distributed.processes import decided_by_main
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.checkpoint import Checkpoints, Progress, newest_good, warn_of_damage
 from vaetrain.training.logger import Interval, Tracker
 
 STEPS_BEFORE_JUDGING = 50

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from vaetrain.training.checkpoint import Progress
 from vaetrain.data.readers.reader import Reader
 from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.checkpoint import Progress
 from vaetrain.training.logger import Tracker
 
 SECONDS_BETWEEN_DRAWINGS = 60

@@ -24,7 +24,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vaetrain.training.checkpoint import Progress
 from vaetrain.command_line import plain
 from vaetrain.config import Config
 from vaetrain.distributed.processes import max_over_processes, sum_over_processes
@@ -32,6 +31,7 @@ from vaetrain.metrics.validation import ValidationScores
 from vaetrain.model.autoencoder import VAE
 from vaetrain.progress_bar import ProgressBar
 from vaetrain.runs.directory import RunDirectory, write_json
+from vaetrain.training.checkpoint import Progress
 from vaetrain.training.noise_scale import NoiseScale
 
 PEAK_FLOPS = {  # dense, per second, from the vendors' data sheets: (fp32 outside tensor cores, bf16 and fp16)

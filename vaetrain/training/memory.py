@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 
 from vaetrain.config import Config, PrecisionName
-from vaetrain.data.readers.choose import choose_reader, remote_folder
 from vaetrain.data.config import DataConfig
+from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers.choose import choose_reader
 from vaetrain.data.readers.resident import DEVICE_MEMORY_SHARE
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.remote.url import remote_folder
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import negative_elbo
 from vaetrain.training.optimizer import build_optimizer

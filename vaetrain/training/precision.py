@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from vaetrain.config import Config, PrecisionName
+from vaetrain.distributed import processes
+from vaetrain.distributed.processes import TIMEOUT_S
 from vaetrain.machine import cpu_model
 
 C = TypeVar("C", bound=Config)
@@ -31,6 +33,22 @@ WORTHWHILE = 1.1
 
 ROUNDS = 3
 """In which the two take turns; the fastest of each counts, since other work only ever slows them down."""
+
+
+def start(
+    asked: PrecisionName, *, kept: PrecisionName | None = None, timeout_s: float = TIMEOUT_S, **options: Any
+) -> Accelerator:
+    """`processes.start` in the arithmetic that was asked for.
+
+    auto becomes `kept`, that of the run that goes on, or what fits the devices of all processes; the main process says which.
+    """
+    main = processes.join(timeout_s).is_main_process
+    choice = choose(asked, kept=kept)
+    if choice is not None and main:
+        print(f"precision {choice.name}: {choice.reason}", flush=True)
+    name = asked if choice is None else choice.name
+    assert name != "auto"
+    return processes.start(name, timeout_s=timeout_s, **options)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any, get_args
 import yaml
 from torch import nn
 
-from vaetrain.training.checkpoint import best, check, find, load_into, newest_good, warn_of_damage
 from vaetrain.command_line import parse
 from vaetrain.config import Config, PrecisionName
 from vaetrain.data.readers.read_order import Reading
-from vaetrain.training.retention import list_checkpoints
+from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.training.checkpoint import best, check, find, load_into, newest_good, warn_of_damage
 
 
 def resume_point(

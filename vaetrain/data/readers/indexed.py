@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Int64
 from torch.utils.data import Dataset
 
-from vaetrain.data.readers.batch import Batch, load_batch
 from vaetrain.data.format.decode import JPEG_DECODER
+from vaetrain.data.readers.batch import Batch, load_batch
+from vaetrain.data.readers.loader_workers import Outcome, WorkerPool
 from vaetrain.data.readers.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.readers.loader_workers import Outcome, WorkerPool
 
 
 class _Images(Dataset[Outcome]):

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vaetrain.data.readers.batch import Batch
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER
+from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.shared_memory import SharedMemory
 from vaetrain.data.readers.worker_progress import Where, Whereabouts, end_process, rest, stuck_message, watched
 from vaetrain.machine import num_cores

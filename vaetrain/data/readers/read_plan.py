@@ -12,13 +12,14 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from vaetrain.data.readers.choose import choose_reader, remote_folder
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER, DataConfig
-from vaetrain.data.readers.order import BatchLayout, epoch_order, eval_starts
-from vaetrain.data.remote.remote import RemoteShards
-from vaetrain.data.readers.selection import Selection
 from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers.choose import choose_reader
+from vaetrain.data.readers.order import BatchLayout, epoch_order, eval_starts
+from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.stream_order import SHUFFLE_BUFFER, eval_piece, too_few_shards, train_piece
+from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.data.remote.url import remote_folder
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,20 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 
-from vaetrain.distributed import processes
+from vaetrain.data.config import DataConfig
+from vaetrain.data.format.shard_set import Manifest, ShardSet
 from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.choose import choose_reader
-from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.indexed import IndexedReader
-from vaetrain.data.readers.shared_array import Gather
+from vaetrain.data.readers.loader_workers import choose_num_workers
 from vaetrain.data.readers.order import BatchLayout
-from vaetrain.data.remote.remote import RemoteShards
 from vaetrain.data.readers.resident import ResidentReader
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.format.shard_set import Manifest, ShardSet
+from vaetrain.data.readers.shared_array import Gather
 from vaetrain.data.readers.stream import StreamReader
 from vaetrain.data.readers.stream_order import too_few_shards, workers_for
-from vaetrain.data.readers.loader_workers import choose_num_workers
+from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.distributed import processes
 from vaetrain.machine import num_cores
 
 __all__ = ["Batch", "Reader", "open_reader", "open_selection", "open_split"]

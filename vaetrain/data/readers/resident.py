@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Int64, UInt8
 
 from vaetrain.data.readers.batch import Batch, decode_image
-from vaetrain.data.readers.shared_array import Gather, NodeShare
 from vaetrain.data.readers.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.readers.selection import Selection
+from vaetrain.data.readers.shared_array import Gather, NodeShare
 from vaetrain.data.readers.worker_progress import Whereabouts, end_process, rest, stuck_message, watched
 from vaetrain.machine import available_memory
 

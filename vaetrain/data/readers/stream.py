@@ -23,14 +23,14 @@ from jaxtyping import Bool, Int64
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from vaetrain.data.readers.batch import Batch, batch_buffer, decode_image, make_batch
-from vaetrain.data.readers.order import BatchLayout, epoch_order
-from vaetrain.data.remote.remote import READ_BYTES, RemoteShards
-from vaetrain.data.readers.selection import Selection
 from vaetrain.data.format.shard_set import TAR_BLOCK, Shard
+from vaetrain.data.readers.batch import Batch, batch_buffer, decode_image, make_batch
+from vaetrain.data.readers.loader_workers import Outcome, WorkerPool
+from vaetrain.data.readers.order import BatchLayout, epoch_order
+from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
 from vaetrain.data.readers.worker_progress import note_reading
-from vaetrain.data.readers.loader_workers import Outcome, WorkerPool
+from vaetrain.data.remote.remote import READ_BYTES, RemoteShards
 
 REMEDY = "copy the shard again from where it came, and check it with tools/verify_shards.py"
 

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Int64
 
 from vaetrain.data.config import DataConfig
-from vaetrain.data.readers.indexed import IndexedReader
-from vaetrain.data.readers.reader import Reader, open_selection
-from vaetrain.data.remote.remote import RemoteShards
-from vaetrain.data.readers.selection import Selection
 from vaetrain.data.format.shard_set import TAR_BLOCK
-from vaetrain.data.readers.stream import StreamReader
+from vaetrain.data.readers.indexed import IndexedReader
 from vaetrain.data.readers.loader_workers import choose_num_workers
+from vaetrain.data.readers.reader import Reader, open_selection
+from vaetrain.data.readers.selection import Selection
+from vaetrain.data.readers.stream import StreamReader
+from vaetrain.data.remote.remote import RemoteShards
 
 
 @dataclass(frozen=True)

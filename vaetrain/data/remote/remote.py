@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vaetrain.data.readers.choose import remote_folder
 from vaetrain.data.config import DataConfig
-from vaetrain.data.remote.connection import PROGRESS_BYTES, BrokenOffError, Connection, connect
-from vaetrain.data.remote.cache import ShardCache
 from vaetrain.data.format.index import INDEX_TYPES
 from vaetrain.data.format.shard_set import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, ShardSet, Split
+from vaetrain.data.remote.cache import ShardCache
+from vaetrain.data.remote.connection import PROGRESS_BYTES, BrokenOffError, Connection, connect
+from vaetrain.data.remote.url import remote_folder
 
 READ_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 1 << 28  # about a million shards

@@ -12,9 +12,9 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from vaetrain.data.sources.source import Source
-from vaetrain.data.sources.preprocess import Recipe
 from vaetrain.data.format.shard_set import Crop, Encoding, ImageFormat
+from vaetrain.data.sources.preprocess import Recipe
+from vaetrain.data.sources.source import Source
 
 FACES = "faces"
 NEAR_DUPLICATES = 0.99

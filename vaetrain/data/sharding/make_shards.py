@@ -28,18 +28,18 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from vaetrain.data.sharding.duplicates import DUPLICATES_NAME, duplicate_groups, duplicates_jsonl, num_groups_in
-from vaetrain.data.sharding.done_record import PARTIAL_NAME, FinishedShard
-from vaetrain.data.sharding.image_hash import LIKENESS
-from vaetrain.data.sources.source import Pictures, Source
-from vaetrain.data.sources.preprocess import SUFFIXES
 from vaetrain.data.format.index import SplitIndex, pack_index
-from vaetrain.data.sharding.plan import Plan
-from vaetrain.data.sharding.task import Piece, Rejected, ShardTask, make_piece
+from vaetrain.data.format.shard_set import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, Manifest, ShardSet, Split, Tool
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.data.sharding.config import ShardingConfig
-from vaetrain.data.format.shard_set import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, Manifest, ShardSet, Split, Tool
+from vaetrain.data.sharding.done_record import PARTIAL_NAME, FinishedShard
+from vaetrain.data.sharding.duplicates import DUPLICATES_NAME, duplicate_groups, duplicates_jsonl, num_groups_in
+from vaetrain.data.sharding.image_hash import LIKENESS
+from vaetrain.data.sharding.plan import Plan
 from vaetrain.data.sharding.process_map import map_in_order
+from vaetrain.data.sharding.task import Piece, Rejected, ShardTask, make_piece
+from vaetrain.data.sources.preprocess import SUFFIXES
+from vaetrain.data.sources.source import Pictures, Source
 from vaetrain.files import replace_file
 from vaetrain.machine import num_cores
 from vaetrain.progress_bar import ProgressBar

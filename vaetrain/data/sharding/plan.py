@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from vaetrain.data.sharding.val_split import deal, groups_of
-from vaetrain.data.sources.source import Item, Listing, Source
-from vaetrain.data.sources.preprocess import Recipe
-from vaetrain.data.sharding.task import ShardTask
 from vaetrain.data.sharding.config import FACES, NEAR_DUPLICATES, ShardingConfig
+from vaetrain.data.sharding.task import ShardTask
+from vaetrain.data.sharding.val_split import deal, groups_of
 from vaetrain.data.sources.open_source import Faces, open_source
+from vaetrain.data.sources.preprocess import Recipe
+from vaetrain.data.sources.source import Item, Listing, Source
 from vaetrain.strict_json import sha256_of_json
 
 DEFAULT_NUM_FACES = 3000

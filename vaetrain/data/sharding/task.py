@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vaetrain.data.sharding.image_hash import glance, likenesses
-from vaetrain.data.sources.source import Item, Pictures, Source
-from vaetrain.data.sources.preprocess import UNREADABLE, Recipe
-from vaetrain.data.format.writer import Row, pack_sample
 from vaetrain.data.format.shard_set import TAR_BLOCK
+from vaetrain.data.format.writer import Row, pack_sample
+from vaetrain.data.sharding.image_hash import glance, likenesses
+from vaetrain.data.sources.preprocess import UNREADABLE, Recipe
+from vaetrain.data.sources.source import Item, Pictures, Source
 
 # Small enough that all workers end at about the same time, large enough that handing them out takes none.
 IMAGES_PER_PIECE = 32

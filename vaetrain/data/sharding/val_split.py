@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.duplicates import find_groups
 from vaetrain.data.sharding.image_hash import LIKENESS
-from vaetrain.data.sources.source import Listing, Pictures, Source
-from vaetrain.data.sources.preprocess import Recipe
-from vaetrain.data.sharding.task import PieceTask, look
-from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.process_map import map_in_order
+from vaetrain.data.sharding.task import PieceTask, look
+from vaetrain.data.sources.preprocess import Recipe
+from vaetrain.data.sources.source import Listing, Pictures, Source
 from vaetrain.machine import num_cores
 from vaetrain.progress_bar import ProgressBar
 

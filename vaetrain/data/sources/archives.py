@@ -21,10 +21,10 @@ from typing import IO, Any
 
 from PIL import Image
 
-from vaetrain.data.sources.class_folders import Member, arrange
-from vaetrain.data.sources.source import DirectSource, Item, Listing, Pictures, Source
-from vaetrain.data.sources.preprocess import MAX_FILE_BYTES, decode_picture
 from vaetrain.data.format.shard_set import TAR_BLOCK
+from vaetrain.data.sources.class_folders import Member, arrange
+from vaetrain.data.sources.preprocess import MAX_FILE_BYTES, decode_picture
+from vaetrain.data.sources.source import DirectSource, Item, Listing, Pictures, Source
 
 DECOMPRESSORS = {".gz": gzip.GzipFile, ".tgz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from vaetrain.data.sources.source import Item, Listing
 from vaetrain.data.sources.preprocess import SUFFIXES
+from vaetrain.data.sources.source import Item, Listing
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 

@@ -16,9 +16,9 @@ from PIL import Image
 from vaetrain.data.sources.archives import DECOMPRESSORS, CompressedTar, ImageFolder, ImageTar, ImageZip, file_identity
 from vaetrain.data.sources.faces.faces import CLASSES, draw_face
 from vaetrain.data.sources.idx import PARTS, find_idx, idx_name, read_idx
-from vaetrain.data.sources.source import DirectSource, Item, Listing, Source
 from vaetrain.data.sources.parquet import ParquetSource, is_parquet
 from vaetrain.data.sources.shard_set import ShardSetSource, is_shard_set
+from vaetrain.data.sources.source import DirectSource, Item, Listing, Source
 
 WHAT_THERE_IS = "a folder, zip or tar of images, Parquet files, MNIST's files, a shard set, or faces"
 

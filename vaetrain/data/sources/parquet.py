@@ -20,8 +20,8 @@ from PIL import Image
 
 from vaetrain.data.sources.archives import file_identity
 from vaetrain.data.sources.class_folders import SPLIT_NAMES, check_class_name, class_named_after, splits_of
-from vaetrain.data.sources.source import Item, Listing, Pictures, Source
 from vaetrain.data.sources.preprocess import MAX_FILE_BYTES, decode_picture
+from vaetrain.data.sources.source import Item, Listing, Pictures, Source
 from vaetrain.strict_json import sha256_of_json
 
 NO_LABELS = "none"

@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from vaetrain.data.sources.source import DirectSource, Item, Listing, Sample
-from vaetrain.data.sources.preprocess import Recipe, decode_picture
 from vaetrain.data.format.shard_set import MANIFEST_NAME, TAR_BLOCK, ImageFormat, Manifest, ShardSet
+from vaetrain.data.sources.preprocess import Recipe, decode_picture
+from vaetrain.data.sources.source import DirectSource, Item, Listing, Sample
 
 # Shuffled reading over thousands of shards must stay below the usual limit of 1,024 open files.
 MAX_OPEN_SHARDS = 256

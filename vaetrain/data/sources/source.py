@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vaetrain.data.sources.preprocess import Recipe
 from vaetrain.data.format.shard_set import ImageFormat
+from vaetrain.data.sources.preprocess import Recipe
 
 
 class Item(NamedTuple):
