@@ -14,7 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from vaetrain.data.format.shard_set import Manifest
+from vaetrain.data.format.manifest import Manifest
 from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.order import BatchLayout, eval_indices
 from vaetrain.model.autoencoder import VAE

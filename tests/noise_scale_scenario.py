@@ -9,7 +9,7 @@ import torch
 
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.distributed import processes
-from vaetrain.training.noise_scale import SmallGradient
+from vaetrain.training.noise_scale import GradientNoiseProbe
 
 DIM, BATCH, STEPS = 20, 32, 400
 
@@ -53,13 +53,13 @@ def norms_together(out: Path) -> None:
         layout = BatchLayout.of(BATCH, None, accelerator.process_index, 2)
         model = accelerator.prepare(Quadratic())
         optimizer = adam_at_rest(model)
-        small = SmallGradient(model, optimizer, layout, 2)
+        small = GradientNoiseProbe(model, optimizer, layout, 2)
         found = []
         for step in range(STEPS):
             x = images(step, DEVIATIONS)[layout.positions(0)[0]]
             model.zero_grad()
             accelerator.backward(model(x).mean())
-            norms = processes.sum_over_processes(accelerator, torch.stack(small.take())) / 2
+            norms = processes.sum_over_processes(accelerator, torch.stack(small.pop())) / 2
             grad_sq = float(accelerator.clip_grad_norm_(model.parameters(), 1e9)) ** 2
             found.append([grad_sq, *norms.tolist()])  # NOISE_METERS
             optimizer.step()

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from vaetrain.config import OptimConfig
-from vaetrain.scaling.advice import Facts, advise, images_needed, stops_helping, table, verdict
-from vaetrain.scaling.all_reduce import Network
+from vaetrain.scaling.advice import Measurements, advise, images_needed, stops_helping, table, verdict
+from vaetrain.scaling.all_reduce import Interconnect
 
-FACTS = Facts(
+FACTS = Measurements(
     step_s=lambda size: 0.001 + 0.001 * size, knee=32, all_reduce_s=lambda _: 0.0, critical_batch=None,
     base_batch=32, optim=OptimConfig(), total_images=100_000, dataset_images=50_000, rule="none",
 )  # fmt: skip
@@ -42,7 +42,7 @@ def test_beyond_the_critical_batch_more_processes_stop_helping_and_it_says_so():
 
 
 def test_a_slow_network_is_the_limit_and_larger_batches_soften_it():
-    network = Network(bytes_per_s=1e9, latency_s=1e-5, source="")
+    network = Interconnect(bytes_per_s=1e9, latency_s=1e-5, source="")
     slow = replace(FACTS, all_reduce_s=lambda count: network.all_reduce_s(4e8, count))
     one, eight = advise(slow, (1, 8))
     assert one.communication == 0
@@ -92,7 +92,7 @@ def test_images_needed_are_mccandlishs():
 
 
 def test_a_ring_moves_each_byte_nearly_twice():
-    network = Network(bytes_per_s=100.0, latency_s=0.5, source="")
+    network = Interconnect(bytes_per_s=100.0, latency_s=0.5, source="")
     assert network.all_reduce_s(1000.0, 1) == 0.0
     assert network.all_reduce_s(1000.0, 2) == pytest.approx(2 * (500 / 100 + 0.5))
     assert network.all_reduce_s(1000.0, 10) == pytest.approx(18 * (100 / 100 + 0.5))

@@ -19,10 +19,11 @@ from vaetrain.config import CheckpointConfig
 from vaetrain.files import sha256_of_file
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training.checkpoint import CheckpointNotWritten, Checkpoints, Progress, best, check, find, newest_good
-from vaetrain.training.divergence import StepJudge
+from vaetrain.training.checkpoint import CheckpointNotWritten, Checkpoints, best, check, find, newest_good
+from vaetrain.training.divergence import SpikeDetector
 from vaetrain.training.figures import RunFigures
-from vaetrain.training.logger import Meters
+from vaetrain.training.meters import Meters
+from vaetrain.training.progress import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ class Training:
         self.meters = Meters(("loss",), torch.device("cpu"))
         self.checkpoints = Checkpoints(
             self.run, config, accelerator, model=self.model, ema=self.ema, optimizer=self.optimizer, meters=self.meters,
-            judge=StepJudge(None, torch.device("cpu")),
+            judge=SpikeDetector(None, torch.device("cpu")),
         )  # fmt: skip
         self.progress = Progress()
 

@@ -12,11 +12,11 @@ from launching import TINY
 
 import vaetrain.training.divergence
 from vaetrain.config import OptimConfig, TrainConfig
-from vaetrain.training.checkpoint import Progress
-from vaetrain.training.divergence import STEPS_BEFORE_JUDGING, StepJudge, note_steps, skip_where
+from vaetrain.training.divergence import STEPS_BEFORE_JUDGING, SpikeDetector, note_steps, skip_where
 from vaetrain.training.figures import mark_incidents
-from vaetrain.training.logger import Interval
-from vaetrain.training.optimizer import learning_rate_at
+from vaetrain.training.meters import LogWindow
+from vaetrain.training.progress import Progress
+from vaetrain.training.schedule import learning_rate_at
 
 CPU = torch.device("cpu")
 SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--train.ema-half-life-images", 0)
@@ -27,14 +27,14 @@ def judge_all(judge, norms):
 
 
 def test_a_norm_far_above_the_recent_ones_is_skipped():
-    judge = StepJudge(100.0, CPU)
+    judge = SpikeDetector(100.0, CPU)
     assert judge_all(judge, [2.0, 0.5] * (STEPS_BEFORE_JUDGING // 2)) == [(0, 0)] * STEPS_BEFORE_JUDGING
     assert judge_all(judge, [99.0, 105.0, math.nan, math.inf, 1.0]) == [(0, 0), (0, 0), (1, 0), (1, 0), (0, 0)]
     assert judge_all(judge, [1e4, 1e9]) == [(1, 1)] * 2
 
 
 def test_skipped_norms_do_not_move_the_mean_and_a_zero_gradient_does_not_break_it():
-    judge = StepJudge(100.0, CPU)
+    judge = SpikeDetector(100.0, CPU)
     judge_all(judge, [1.0] * STEPS_BEFORE_JUDGING)
     before = judge.mean_log_norm.item()
     judge_all(judge, [1e9, math.nan] * 10)
@@ -44,13 +44,13 @@ def test_skipped_norms_do_not_move_the_mean_and_a_zero_gradient_does_not_break_i
 
 
 def test_the_first_steps_are_not_judged_and_none_never_judges():
-    assert judge_all(StepJudge(2.0, CPU), [1.0] * (STEPS_BEFORE_JUDGING - 1) + [1e9])[-1] == (0, 0)
-    judge = StepJudge(None, CPU)
+    assert judge_all(SpikeDetector(2.0, CPU), [1.0] * (STEPS_BEFORE_JUDGING - 1) + [1e9])[-1] == (0, 0)
+    judge = SpikeDetector(None, CPU)
     assert judge_all(judge, [1.0] * STEPS_BEFORE_JUDGING + [1e30, math.nan])[-2:] == [(0, 0), (1, 0)]
 
 
 def test_it_goes_on_from_its_state():
-    one, other = StepJudge(100.0, CPU), StepJudge(100.0, CPU)
+    one, other = SpikeDetector(100.0, CPU), SpikeDetector(100.0, CPU)
     norms = torch.rand(70, generator=torch.Generator().manual_seed(0)).tolist()
     judge_all(one, norms)
     other.load_state(one.state())
@@ -133,20 +133,20 @@ def test_the_checkpoint_to_go_back_to_outlives_those_of_the_skipped_steps(train_
 
 
 def test_streaks_that_end_move_the_step_to_go_back_to():
-    def interval(longest, running):
-        return Interval({}, skipped_steps=longest, exploded_steps=0, longest_streak=longest, running_streak=running)
+    def window(longest, running):
+        return LogWindow({}, skipped_steps=longest, exploded_steps=0, longest_streak=longest, skip_streak=running)
 
     progress = Progress(step=10)
-    assert not note_steps(progress, interval(3, 0), 20)
+    assert not note_steps(progress, window(3, 0), 20)
     assert progress.sound_step == 10
     progress.step = 20
-    assert not note_steps(progress, interval(4, 4), 20)
+    assert not note_steps(progress, window(4, 4), 20)
     assert progress.sound_step == 16
     best = Progress(step=20, sound_step=16, best_score=1.0, best_step=16)
     best.note_validation(2.0)
     assert (best.best_step, best.validations_without_best) == (16, 0)
     progress.step = 50
-    assert note_steps(progress, interval(25, 0), 20)  # over by now, and still a divergence
+    assert note_steps(progress, window(25, 0), 20)  # over by now, and still a divergence
     assert progress.sound_step == 16
 
 
@@ -196,7 +196,7 @@ def test_a_kill_while_it_goes_back_leaves_one_event_and_no_record_of_the_skipped
             if moment == "finish":
                 patched.setattr(vaetrain.training.divergence.Checkpoints, "load", kill)
             else:
-                patched.setattr(vaetrain.training.divergence.Tracker, moment, kill)
+                patched.setattr(vaetrain.training.divergence.RunLogger, moment, kill)
             with pytest.raises(KeyboardInterrupt):
                 train_tiny(*SPOILT, epochs=3, run_dir=run_dir)
         run_dir = train_tiny(*SPOILT, epochs=3, run_dir=run_dir)

@@ -15,8 +15,8 @@ from test_sources import pack_tar
 from vaetrain.data.sharding import duplicates
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.duplicates import duplicate_groups, find_groups
-from vaetrain.data.sharding.image_hash import LIKENESS, glance, likenesses
-from vaetrain.data.sharding.val_split import deal
+from vaetrain.data.sharding.image_hash import IMAGE_HASH, likenesses, thumbnail_of
+from vaetrain.data.sharding.val_split import split_train_val
 
 
 def photo(seed: int, side: int = 96) -> Image.Image:
@@ -26,7 +26,7 @@ def photo(seed: int, side: int = 96) -> Image.Image:
 
 
 def likeness_of(pictures: list[Image.Image]) -> np.ndarray:
-    return likenesses([glance(picture.mode.encode() + picture.tobytes(), picture) for picture in pictures])
+    return likenesses([thumbnail_of(picture.mode.encode() + picture.tobytes(), picture) for picture in pictures])
 
 
 def groups(pictures: list[Image.Image], similarity: float = 0.99) -> list[int]:
@@ -91,7 +91,7 @@ def test_chains_are_one_group_and_of_kind_near_unless_all_are_the_same() -> None
         ("exact", (names[1], names[4])),
     ]
     assert found[0].splits == ("train", "val")
-    assert list(duplicate_groups(np.zeros(0, LIKENESS), [], 0.99)) == []
+    assert list(duplicate_groups(np.zeros(0, IMAGE_HASH), [], 0.99)) == []
 
 
 @settings(max_examples=30, deadline=None)
@@ -99,7 +99,7 @@ def test_chains_are_one_group_and_of_kind_near_unless_all_are_the_same() -> None
 def test_no_pair_within_three_bits_is_missed(seed: int, num_images: int) -> None:
     """Against all pairs compared one by one."""
     rng = np.random.default_rng(seed)
-    likeness = np.zeros(num_images, LIKENESS)
+    likeness = np.zeros(num_images, IMAGE_HASH)
     likeness["digest"] = np.arange(num_images)
     likeness["thumbnail"] = rng.integers(0, 256, 256)
     originals = rng.integers(0, 2**64, 3, dtype=np.uint64)
@@ -118,7 +118,7 @@ def test_no_pair_within_three_bits_is_missed(seed: int, num_images: int) -> None
 def test_every_band_leads_to_its_pairs() -> None:
     """Three flipped bits, none in the one band that is left the same."""
     for same in range(4):
-        likeness = np.zeros(2, LIKENESS)
+        likeness = np.zeros(2, IMAGE_HASH)
         likeness["digest"] = [1, 2]
         likeness["thumbnail"] = np.arange(256)
         likeness["phash"] = 0x0123456789ABCDEF
@@ -139,7 +139,7 @@ def test_equal_hashes_are_not_enough() -> None:
         128 + rng.integers(-6, 7, 256),
         130 + 21 * ramp,  # the first one again
     ]
-    likeness = np.zeros(len(thumbnails), LIKENESS)
+    likeness = np.zeros(len(thumbnails), IMAGE_HASH)
     likeness["digest"] = np.arange(len(thumbnails))
     likeness["thumbnail"] = np.rint(thumbnails)
     assert find_groups(likeness, 0.99).tolist() == [0, 1, 2, 3, 4, 0]
@@ -149,7 +149,7 @@ def test_seventy_thousand_images_take_seconds(monkeypatch: pytest.MonkeyPatch) -
     """All pairs would be 2.4 billion; here no more than a handful an image are looked at closely."""
     rng = np.random.default_rng(0)
     num_images = 70_000
-    likeness = np.zeros(num_images, LIKENESS)
+    likeness = np.zeros(num_images, IMAGE_HASH)
     likeness["digest"] = np.arange(num_images)
     likeness["thumbnail"] = rng.integers(0, 256, (num_images, 256), dtype=np.uint8)
     likeness["phash"] = rng.integers(0, 2**64, num_images, dtype=np.uint64)
@@ -177,7 +177,7 @@ def test_seventy_thousand_images_take_seconds(monkeypatch: pytest.MonkeyPatch) -
 def test_dealing_keeps_groups_whole_and_the_count_where_it_can(labels: list[int], data: st.DataObject) -> None:
     group = np.array(labels)
     num_val = data.draw(st.integers(1, len(group) - 1))
-    is_val = deal(group, num_val)
+    is_val = split_train_val(group, num_val)
     for number in set(labels):
         assert len(set(is_val[group == number].tolist())) == 1
     sums = {0}
@@ -187,8 +187,8 @@ def test_dealing_keeps_groups_whole_and_the_count_where_it_can(labels: list[int]
 
 
 def test_without_duplicates_the_last_images_validate() -> None:
-    assert deal(np.arange(9), 3).tolist() == [False] * 6 + [True] * 3
-    assert deal(np.array([0, 1, 2, 3, 4, 2]), 3).tolist() == [False, False, True, False, True, True]
+    assert split_train_val(np.arange(9), 3).tolist() == [False] * 6 + [True] * 3
+    assert split_train_val(np.array([0, 1, 2, 3, 4, 2]), 3).tolist() == [False, False, True, False, True, True]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
 from torchscript_extractor import TinyExtractor, write_torchscript_extractor
 
 from vaetrain.metrics.config import FidConfig
-from vaetrain.metrics.extractor import KNOWN, FeatureExtractor, Known, missing_weights
+from vaetrain.metrics.extractor import KNOWN, FeatureExtractor, PublishedWeights, missing_weights
 from vaetrain.metrics.weights import read_weights
 
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def test_clip_loads_the_published_archive_and_no_other(tmp_path: Path, monkeypat
             opened.append(feature_extractor_weights_path)
 
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(KNOWN, "clip-vit-b-32", Known(Recorder, "", sha256, "clip", is_torchscript=True))
+    monkeypatch.setitem(KNOWN, "clip-vit-b-32", PublishedWeights(Recorder, "", sha256, "clip", is_torchscript=True))
     assert FeatureExtractor(config, CPU).weights_are_published
     assert opened == [str(path)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vaetrain.metrics.fid_gap import MAX_TRAIN_SETS, FidGap, GapSets
-from vaetrain.metrics.fidelity import Gaussian, frechet_distance
+from vaetrain.metrics.fidelity import FeatureGaussian, frechet_distance
 
 
 def draw(num_images: int, seed: int, num_features: int = 16) -> torch.Tensor:
@@ -14,7 +14,7 @@ def draw(num_images: int, seed: int, num_features: int = 16) -> torch.Tensor:
 
 
 def fid_gap(samples: torch.Tensor, train: torch.Tensor, val: torch.Tensor, seed: int) -> FidGap:
-    return GapSets.draw(train, val, seed).gap(Gaussian.of_features(samples))
+    return GapSets.draw(train, val, seed).gap(FeatureGaussian.of_features(samples))
 
 
 def test_new_samples_are_as_far_from_both_splits():
@@ -41,9 +41,9 @@ def test_the_sets_are_disjoint_random_images_and_of_equal_size():
     train = torch.arange(10.0)[:, None].expand(10, 2) + draw(10, 5, 2) / 10  # ordered, as shards may be by class
     train, val = torch.cat([train, train + 20]), draw(4, 3, 2)
     found = fid_gap(draw(8, 1, 2), train, val, seed=0)
-    assert found.val == frechet_distance(Gaussian.of_features(draw(8, 1, 2)), Gaussian.of_features(val))
+    assert found.val == frechet_distance(FeatureGaussian.of_features(draw(8, 1, 2)), FeatureGaussian.of_features(val))
     assert (found.num_real, len(found.train)) == (4, 5)
     assert len(set(found.train)) == 5
     assert found != fid_gap(draw(8, 1, 2), train, val, seed=1)
-    in_order = frechet_distance(Gaussian.of_features(draw(8, 1, 2)), Gaussian.of_features(train[:4]))
+    in_order = frechet_distance(FeatureGaussian.of_features(draw(8, 1, 2)), FeatureGaussian.of_features(train[:4]))
     assert in_order not in found.train

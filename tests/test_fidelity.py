@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, fid_against_count, frechet_distance
+from vaetrain.metrics.fidelity import FeatureGaussian, FeatureStatistics, fid_against_count, frechet_distance
 
 
 def draw(num: int, std: Tensor, mean: float = 0.0, seed: int = 0) -> Tensor:
@@ -23,7 +23,7 @@ def statistics_of(features: Tensor) -> FeatureStatistics:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    return frechet_distance(Gaussian.of_features(a), Gaussian.of_features(b))
+    return frechet_distance(FeatureGaussian.of_features(a), FeatureGaussian.of_features(b))
 
 
 def torch_fidelitys(a: Tensor, b: Tensor) -> float:
@@ -51,7 +51,7 @@ def test_sums_of_two_processes_give_the_distance_of_the_whole() -> None:
     others = iter([torch.tensor(float(second.count)), second.sum, second.outer])
     reduced = first.reduce(lambda tensor: tensor + next(others))
     assert (first.count, reduced.count) == (73, 200)
-    split = frechet_distance(Gaussian.of_statistics(reduced), Gaussian.of_features(other))
+    split = frechet_distance(FeatureGaussian.of_statistics(reduced), FeatureGaussian.of_features(other))
     assert split == pytest.approx(distance(features, other), rel=1e-9)
 
 
@@ -67,9 +67,9 @@ def test_distance_of_diagonal_gaussians_is_the_closed_form() -> None:
     std_1, std_2 = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([1.0, 0.25, 3.0]).double()
     n = 11
 
-    def exact(mean: Tensor, std: Tensor) -> Gaussian:
+    def exact(mean: Tensor, std: Tensor) -> FeatureGaussian:
         outer = (n - 1) * std.square().diag() + n * mean.outer(mean)
-        return Gaussian.of_statistics(FeatureStatistics(n, n * mean, outer))
+        return FeatureGaussian.of_statistics(FeatureStatistics(n, n * mean, outer))
 
     expected = ((mean_1 - mean_2).square() + (std_1 - std_2).square()).sum().item()
     assert frechet_distance(exact(mean_1, std_1), exact(mean_2, std_2)) == pytest.approx(expected, rel=1e-9)
@@ -79,7 +79,7 @@ def test_covariance_is_numpys_unbiased_one_and_needs_two_images() -> None:
     features = draw(9, torch.ones(4)).double()
     np.testing.assert_allclose(statistics_of(features).covariance(), np.cov(features.numpy(), rowvar=False), rtol=1e-9)
     with pytest.raises(ValueError, match="at least 2 images; these statistics are of 1"):
-        Gaussian.of_features(features[:1])
+        FeatureGaussian.of_features(features[:1])
 
 
 def test_extrapolation_of_both_sides_finds_the_distance_of_the_distributions() -> None:
@@ -93,11 +93,11 @@ def test_extrapolation_of_both_sides_finds_the_distance_of_the_distributions() -
     assert line.fids[-1] == pytest.approx(distance(a, b), rel=1e-9)
     assert line.fids[0] > line.fids[-1] > 1.15 * truth
     assert line.at_infinity == pytest.approx(truth, rel=0.05)
-    half_done = fid_against_count(a, Gaussian.of_features(b))
+    half_done = fid_against_count(a, FeatureGaussian.of_features(b))
     assert half_done.fids[-1] == pytest.approx(line.fids[-1], rel=1e-9)
     assert truth < half_done.at_infinity < line.fids[-1]
 
 
 def test_extrapolation_of_a_handful_of_images_uses_each_count_once() -> None:
-    line = fid_against_count(draw(10, torch.ones(4)), Gaussian.of_features(draw(30, torch.ones(4), seed=1)))
+    line = fid_against_count(draw(10, torch.ones(4)), FeatureGaussian.of_features(draw(30, torch.ones(4), seed=1)))
     assert line.counts == (5, 6, 7, 8, 9, 10)

@@ -15,7 +15,7 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers import stream
 from vaetrain.data.readers.order import BatchLayout
-from vaetrain.data.readers.read_plan import Forecast
+from vaetrain.data.readers.read_plan import ReadPlan
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.readers.selection import Selection
 
@@ -25,7 +25,7 @@ OPEN = stream.Stream._open
 
 def planned(shards, kind, num_processes, num_workers, global_batch_size, micro_batch_size=None, **options):
     config = DataConfig(train=str(shards), reader=kind, num_workers=num_workers, **options)
-    return Forecast.of(
+    return ReadPlan.of(
         config,
         num_processes=num_processes,
         global_batch_size=global_batch_size,

@@ -18,10 +18,11 @@ from PIL import Image
 
 from vaetrain.data.format.decode import decode_into
 from vaetrain.data.format.index import pack_index
-from vaetrain.data.format.shard_set import Encoding, Manifest, ShardSet
+from vaetrain.data.format.manifest import Encoding, Manifest
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.batch import load_batch
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.sources.preprocess import UNREADABLE, Recipe, decode_picture
+from vaetrain.data.sources.preprocess import UNREADABLE, Preprocessing, decode_picture
 from vaetrain.files import sha256_of_file
 from vaetrain.strict_json import sha256_of_json
 
@@ -185,7 +186,9 @@ def test_damaged_images_in_shards(image_format: str, channels: int, changes: lis
 @given(changes=edits)
 def test_damaged_originals(image_format: str, changes: list[tuple[float, str, bytes]]) -> None:
     try:
-        image = Recipe(8, 3, Encoding("png", None, None)).apply(decode_picture(mutated(encoded(image_format), changes)))
+        image = Preprocessing(8, 3, Encoding("png", None, None)).apply(
+            decode_picture(mutated(encoded(image_format), changes))
+        )
     except UNREADABLE:
         return
     assert decode_picture(image).size == (8, 8)

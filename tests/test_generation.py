@@ -21,11 +21,11 @@ from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor, Features
 from vaetrain.metrics.features import FeatureSet
-from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance
-from vaetrain.metrics.generation import Reference, inception_score, precision_recall
+from vaetrain.metrics.fidelity import FeatureGaussian, FeatureStatistics, frechet_distance
+from vaetrain.metrics.generation import FidReference, inception_score, precision_recall
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.protocol import Protocol
-from vaetrain.metrics.reference import RealImages
+from vaetrain.metrics.reference import RealFeatures
 from vaetrain.runs.directory import RunDirectory
 
 
@@ -215,7 +215,7 @@ def test_per_class_scores_the_samples_against_the_whole_split_and_each_class(
     assert not [name for name in standard if name.startswith("eval/fid/")]
 
 
-class Drawn(RealImages):
+class Drawn(RealFeatures):
     """A split of Gaussian features in place of images: two ordinary classes and one of three images."""
 
     num_images = 0
@@ -248,9 +248,9 @@ class Unchanged(FeatureExtractor):
         return {}
 
 
-def reference_of(protocol: Protocol, accelerator) -> Reference:
+def reference_of(protocol: Protocol, accelerator) -> FidReference:
     fid = FidConfig(num_images=20)
-    return Reference.open(Drawn(protocol.num_split, 0), Drawn(30, 1), protocol, fid, Unchanged(), accelerator)
+    return FidReference.open(Drawn(protocol.num_split, 0), Drawn(30, 1), protocol, fid, Unchanged(), accelerator)
 
 
 def samples(num_images: int, seed: int = 2):
@@ -265,7 +265,7 @@ def test_every_image_of_an_odd_split_counts_and_a_class_without_a_score_says_why
     assert found["eval/fid/axolotl_reason"] == "the train split has 3 image(s) of this class; it takes at least 4"
     cats = reference.real.all[4::2]
     assert found["eval/fid/cat"] == pytest.approx(
-        frechet_distance(Gaussian.of_features(next(samples(50))[1]), Gaussian.of_features(cats)), rel=1e-6
+        frechet_distance(FeatureGaussian.of_features(next(samples(50))[1]), FeatureGaussian.of_features(cats)), rel=1e-6
     )
 
 
@@ -274,7 +274,8 @@ def test_beside_the_floor_stands_the_fid_of_as_many_images(accelerator):
     found = reference_of(protocol, accelerator).score(samples(50), accelerator)
     real = Drawn(41, 0).all[torch.from_numpy(protocol.halves()[0])]
     assert found["eval/fid_at_num_floor"] == pytest.approx(
-        frechet_distance(Gaussian.of_features(next(samples(50))[1][:20]), Gaussian.of_features(real)), rel=1e-6
+        frechet_distance(FeatureGaussian.of_features(next(samples(50))[1][:20]), FeatureGaussian.of_features(real)),
+        rel=1e-6,
     )
     enough = reference_of(Protocol("custom", 20, 41, 20, seed=0), accelerator).score(samples(20), accelerator)
     assert "eval/fid_at_num_floor" not in enough  # eval/fid is of as many already

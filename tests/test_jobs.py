@@ -8,7 +8,7 @@ import sys
 import pytest
 from launching import LAUNCH, ROOT, TWO_PROCESSES, free_port
 
-from vaetrain.sweeps.jobs import MAX_WORDS, Job, last_words, run_jobs
+from vaetrain.sweeps.jobs import MAX_WORDS, Job, error_summary, run_jobs
 
 ONE_PROCESS = (sys.executable, *LAUNCH, "launch/gpu1.yaml")
 TWO = (sys.executable, *TWO_PROCESSES, "--main_process_port", str(free_port()))
@@ -63,11 +63,11 @@ def test_a_message_that_the_option_parser_wraps_is_whole_and_a_long_one_is_cut(t
   ----------------------------------------------------------------
   For full helptext, run vaetrain/train.py --help
 """
-    assert [last_words(framed), last_words(not_utf8)] == [words, words]
-    long = last_words(f"error: {'x' * 1000}\n")
+    assert [error_summary(framed), error_summary(not_utf8)] == [words, words]
+    long = error_summary(f"error: {'x' * 1000}\n")
     assert (len(long), long[-1]) == (MAX_WORDS, "…")
-    assert last_words("") == "it said nothing"
-    assert last_words("one\ntwo  \n\n") == "two"
+    assert error_summary("") == "it said nothing"
+    assert error_summary("one\ntwo  \n\n") == "two"
 
 
 def test_the_reason_is_of_the_last_start_alone(tmp_path):

@@ -19,12 +19,13 @@ from PIL import Image
 from test_sources import pack_tar, pack_zip, write_idx
 
 from vaetrain.command_line import parse, plain
-from vaetrain.data.format.shard_set import Manifest, ShardSet
+from vaetrain.data.format.manifest import Manifest
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.sharding import make_shards as sharding
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import closing_line, make_shards
 from vaetrain.data.sharding.plan import Plan
-from vaetrain.data.sharding.task import IMAGES_PER_PIECE, Piece, ShardTask
+from vaetrain.data.sharding.task import IMAGES_PER_PIECE, SampleChunk, ShardTask
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -205,7 +206,7 @@ def test_unfinished_shards_are_completed_to_the_same_bytes(
     make(pets, tmp_path / "whole", val_count=9)
     write_shard, written = sharding.write_shard, []
 
-    def fail_on_the_third(task: ShardTask, pieces: Iterable[Piece]) -> Any:
+    def fail_on_the_third(task: ShardTask, pieces: Iterable[SampleChunk]) -> Any:
         written.append(task.name)
         if len(written) == 3:
             raise KeyboardInterrupt

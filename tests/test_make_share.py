@@ -12,11 +12,11 @@ import pytest
 from test_make_shards import ROOT, content, make, pets, run  # noqa: F401 (pets is a fixture)
 from test_sources import pack_tar
 
-from vaetrain.data.format.shard_set import Manifest
+from vaetrain.data.format.manifest import Manifest
 from vaetrain.data.sharding import make_shards as sharding
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_share
-from vaetrain.data.sharding.task import Piece, ShardTask
+from vaetrain.data.sharding.task import SampleChunk, ShardTask
 
 
 def share(src: Path | str, out: Path, task: int, num_tasks: int, **options: Any) -> Manifest | None:
@@ -109,7 +109,7 @@ def test_a_run_that_takes_over_does_not_let_a_straggler_spoil_a_shard(
     make(packed, tmp_path / "whole", val_count=9)
     out, write_shard = tmp_path / "out", sharding.write_shard
 
-    def taken_over(task: ShardTask, pieces: Iterable[Piece]) -> Any:
+    def taken_over(task: ShardTask, pieces: Iterable[SampleChunk]) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(sharding, "write_shard", write_shard)
             patch.setattr(sharding, "_complete", lambda *_: pytest.fail("killed"))

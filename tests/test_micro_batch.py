@@ -9,7 +9,7 @@ from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE
 from vaetrain.training import memory as micro_batch
-from vaetrain.training.memory import Fit, explained_out_of_memory, is_out_of_memory, largest_that_fits
+from vaetrain.training.memory import FitResult, is_out_of_memory, largest_that_fits, suggest_on_oom
 
 
 @pytest.fixture
@@ -36,7 +36,13 @@ def memory_for(monkeypatch):
 
 @pytest.mark.parametrize(
     ("limit", "fit"),
-    [(0, Fit(None, None, 1)), (1, Fit(1, 1.5, 2)), (5, Fit(4, 6.0, 6)), (6, Fit(6, 9.0, 8)), (99, Fit(12, 18.0, None))],
+    [
+        (0, FitResult(None, None, 1)),
+        (1, FitResult(1, 1.5, 2)),
+        (5, FitResult(4, 6.0, 6)),
+        (6, FitResult(6, 9.0, 8)),
+        (99, FitResult(12, 18.0, None)),
+    ],
 )
 def test_the_largest_is_found_by_bisection(config, accelerator, monkeypatch, limit, fit):
     tried = []
@@ -62,7 +68,7 @@ def test_the_largest_is_found_by_bisection(config, accelerator, monkeypatch, lim
 )
 def test_what_would_fit_is_said(config, accelerator, memory_for, limit, said):
     memory_for(limit)
-    with pytest.raises(ValueError, match="out of memory") as error, explained_out_of_memory(config, accelerator):
+    with pytest.raises(ValueError, match="out of memory") as error, suggest_on_oom(config, accelerator):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd much more.")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
@@ -84,7 +90,7 @@ def test_the_frames_that_ran_out_of_memory_are_cleared_first(config, accelerator
 
     seen = []
     monkeypatch.setattr(micro_batch, "advice", lambda *_: seen.append(Large.alive) or "advice")
-    with pytest.raises(ValueError, match="advice"), explained_out_of_memory(config, accelerator):
+    with pytest.raises(ValueError, match="advice"), suggest_on_oom(config, accelerator):
         train()
     assert seen == [0]
 
@@ -93,7 +99,7 @@ def test_only_want_of_memory_is_explained(config, accelerator):
     assert is_out_of_memory(
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
     )
-    with pytest.raises(RuntimeError, match="Connection closed"), explained_out_of_memory(config, accelerator):
+    with pytest.raises(RuntimeError, match="Connection closed"), suggest_on_oom(config, accelerator):
         raise RuntimeError("Connection closed by peer")
 
 

@@ -151,7 +151,7 @@ def gather(integers):
     return json.loads(input())
 
 rank, size = map(int, sys.argv[1:])
-share = NodeShare.agree(size, rank, gather)
+share = SharedArray.agree(size, rank, gather)
 array = share.memory_array((size,))
 with share.together():
     array[share.part :: share.num_parts] = rank + 1
@@ -191,5 +191,6 @@ def test_nothing_is_left_behind_when_all_processes_are_killed():
 
 
 def test_sharing_imports_no_torch():
-    code = "import sys, vaetrain.data.readers.shared_array, vaetrain.data.readers.worker_progress; raise SystemExit('torch' in sys.modules)"
+    modules = "vaetrain.data.readers.shared_array, vaetrain.data.readers.worker_progress"
+    code = f"import sys, {modules}; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -21,7 +21,7 @@ from together import succeed_together
 
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training.noise_scale import NoiseScale, SmallGradient, by_progress
+from vaetrain.training.noise_scale import GradientNoiseProbe, NoiseScale, by_progress
 
 
 def check(norms: list[list[float]], small_batch: int) -> None:
@@ -47,7 +47,7 @@ def test_one_process_with_accumulation_equals_theory():
     layout = BatchLayout.of(BATCH, BATCH // 4, 0, 1)
     model = Quadratic()
     optimizer = adam_at_rest(model)
-    small = SmallGradient(model, optimizer, layout, 1)
+    small = GradientNoiseProbe(model, optimizer, layout, 1)
     assert small.batch_size == BATCH // 4
     norms = []
     for step in range(STEPS):
@@ -56,7 +56,7 @@ def test_one_process_with_accumulation_equals_theory():
         for number, part in enumerate(layout.positions(0), start=1):
             (model(x[part]).sum() / BATCH).backward()
             small.after_micro_batch(number)
-        norms.append([float(model.theta.grad.square().sum()), *map(float, small.take())])
+        norms.append([float(model.theta.grad.square().sum()), *map(float, small.pop())])
         optimizer.step()
     first = model.theta.detach() - x[layout.positions(0)[0]].mean(0)
     assert norms[-1][1] == pytest.approx(float(first.square().sum()), rel=1e-5)
@@ -79,24 +79,24 @@ def test_adams_weights_are_those_of_its_next_step():
     """With g alone in v̂ and no ε, D g is sign(g): Σ D g² is Σ |g|."""
     model = Quadratic()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, eps=0.0)
-    small = SmallGradient(model, optimizer, BatchLayout.of(4, 2, 0, 1), 1)
+    small = GradientNoiseProbe(model, optimizer, BatchLayout.of(4, 2, 0, 1), 1)
     gradient = torch.linspace(-2, 3, len(model.theta))
     for _ in range(2):
         model.theta.grad = gradient.clone()
         small.after_micro_batch(1)
-        norms = small.take()
+        norms = small.pop()
         optimizer.step()
     assert float(norms.adam_sq) == pytest.approx(float(gradient.abs().sum()), rel=1e-5)
     assert float(norms.adam_small_sq) == pytest.approx(4 * float(gradient.abs().sum()), rel=1e-5)
-    assert float(small.take().small_sq) == 0  # taken
+    assert float(small.pop().small_sq) == 0  # taken
 
 
 def test_another_optimizer_has_no_noise_scale_of_adams():
     model = Quadratic()
-    small = SmallGradient(model, torch.optim.SGD(model.parameters(), lr=0.0), BatchLayout.of(4, 2, 0, 1), 1)
+    small = GradientNoiseProbe(model, torch.optim.SGD(model.parameters(), lr=0.0), BatchLayout.of(4, 2, 0, 1), 1)
     model.theta.grad = torch.ones_like(model.theta)
     small.after_micro_batch(1)
-    assert [float(norm) for norm in small.take()] == [4 * len(model.theta), 0, 0]
+    assert [float(norm) for norm in small.pop()] == [4 * len(model.theta), 0, 0]
 
 
 def test_a_training_whose_noise_grows_is_averaged_over_its_progress():

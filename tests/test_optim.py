@@ -14,7 +14,9 @@ from vaetrain.data.config import DataConfig
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.config import ObjectiveConfig
-from vaetrain.training.optimizer import ExponentialMovingAverage, build_optimizer, learning_rate_at, unfinished_warmups
+from vaetrain.training.ema import ExponentialMovingAverage
+from vaetrain.training.optimizer import build_optimizer
+from vaetrain.training.schedule import learning_rate_at, unfinished_warmups
 
 COSINE = OptimConfig(lr=0.1, warmup_images=1000, final_lr_fraction=0.2)
 TOTAL = 11_000

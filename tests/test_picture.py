@@ -12,9 +12,10 @@ from PIL import ExifTags, Image, ImageOps
 from test_make_shards import decoded, make, records
 
 from vaetrain import progress_bar
-from vaetrain.data.format.shard_set import Encoding, ShardSet
+from vaetrain.data.format.manifest import Encoding
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.sharding.make_shards import closing_line
-from vaetrain.data.sources.preprocess import Recipe, decode_picture, simplejpeg
+from vaetrain.data.sources.preprocess import Preprocessing, decode_picture, simplejpeg
 from vaetrain.progress_bar import ProgressBar
 
 SIDE = 16
@@ -203,7 +204,7 @@ def test_both_decoders_of_originals_give_the_same_pixels_the_right_way_up(mode, 
     Image.fromarray(pixels).convert(mode).save(encoded, "JPEG", quality=90, subsampling=subsampling, exif=exif)
     ours, pillows = decode_picture(encoded.getvalue()), Image.open(encoded)
     assert np.array_equal(np.asarray(ours), np.asarray(pillows))
-    recipe = Recipe(40, 3, Encoding("png", None, None, crop="center"))
+    recipe = Preprocessing(40, 3, Encoding("png", None, None, crop="center"))
     assert recipe.prepare(ours).tobytes() == recipe.prepare(pillows).tobytes()
     assert ours.getexif()[ExifTags.Base.Orientation] == 6
 
@@ -231,7 +232,7 @@ def test_prepared_pictures_are_as_pillow_makes_them_by_hand(image_format: str, s
     """Steps that would only copy are left out: the bytes must be those of the plain way."""
     content = io.BytesIO()
     Image.fromarray(ramp()).save(content, "JPEG", comment=b"SECRET")
-    recipe = Recipe(size, 3, Encoding(image_format, None if image_format == "png" else 90, None))
+    recipe = Preprocessing(size, 3, Encoding(image_format, None if image_format == "png" else 90, None))
     by_hand = Image.open(io.BytesIO(content.getvalue())).convert("RGB").crop((0, 0, SIDE, SIDE))
     if size != SIDE:
         by_hand = by_hand.resize((size, size), Image.Resampling.LANCZOS)

@@ -15,7 +15,7 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.scaling import probe as module
 from vaetrain.scaling.config import ProbeConfig
 from vaetrain.scaling.probe import Measurement, Probe, probe
-from vaetrain.training.logger import forget_peak_rss, peak_rss_gib
+from vaetrain.training.throughput import forget_peak_rss, peak_rss_gib
 
 
 def of(*points: tuple[int, float | None, float | None], safe: float = 10.0) -> Probe:

@@ -16,7 +16,7 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
-from vaetrain.metrics.reference import RealImages, cache_folder
+from vaetrain.metrics.reference import RealFeatures, cache_folder
 
 CPU = torch.device("cpu")
 POSITIONS = np.array([0, 3, 4, 50, 99])
@@ -33,7 +33,7 @@ def features(tiny_shards, accelerator, fid):
 
     def of(positions=POSITIONS, data=None, split="train", **options):
         config = replace(fid, **options)
-        real = RealImages(data or DataConfig(str(tiny_shards)), split, config)
+        real = RealFeatures(data or DataConfig(str(tiny_shards)), split, config)
         return real.features(np.asarray(positions), FeatureExtractor(config, CPU), accelerator)
 
     return of

@@ -24,7 +24,7 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers import stream
 from vaetrain.data.readers.order import BatchLayout
-from vaetrain.data.readers.read_plan import Forecast
+from vaetrain.data.readers.read_plan import ReadPlan
 from vaetrain.data.readers.reader import Reader, open_reader
 from vaetrain.data.remote import cache as shard_cache
 from vaetrain.data.remote import connection
@@ -358,8 +358,8 @@ def test_resuming_asks_only_for_what_was_not_trained_on(
 
 def test_the_plan_of_a_url_is_that_of_the_folder(tiny_shards: Path, server: Server) -> None:
     sizes = {"num_processes": 2, "global_batch_size": 20, "micro_batch_size": None}
-    there = Forecast.of(DataConfig(train=served(server, tiny_shards), num_workers=2), **sizes)
-    here = Forecast.of(DataConfig(train=str(tiny_shards), num_workers=2, reader="stream"), **sizes)
+    there = ReadPlan.of(DataConfig(train=served(server, tiny_shards), num_workers=2), **sizes)
+    here = ReadPlan.of(DataConfig(train=str(tiny_shards), num_workers=2, reader="stream"), **sizes)
     assert there.train.reader == there.val.reader == "stream"
     assert (there.train.shards_per_worker, there.val.batches_per_rank) == (
         here.train.shards_per_worker, here.val.batches_per_rank

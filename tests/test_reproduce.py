@@ -15,7 +15,7 @@ from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.reproduce.datasets import Sources
 from vaetrain.reproduce.lecture import EXPERIMENTS
-from vaetrain.reproduce.pages import Outcome, findings, write_lecture, write_takeaways
+from vaetrain.reproduce.pages import ReproductionResult, findings, write_lecture, write_takeaways
 from vaetrain.reproduce.plan import Plan
 from vaetrain.reproduce.takeaways import TAKEAWAYS
 from vaetrain.sweeps.jobs import Job, run_jobs
@@ -72,7 +72,7 @@ def outcome_of(plan, **changes):
         "failed": failed,
         "has_inception": False,
     }
-    return Outcome(**{**facts, **changes})
+    return ReproductionResult(**{**facts, **changes})
 
 
 def test_an_experiment_is_trained_scored_and_shown_and_only_once(root, tmp_path):

@@ -14,7 +14,8 @@ from together import script_succeeds
 
 from vaetrain.command_line import to_yaml
 from vaetrain.runs import rerun
-from vaetrain.runs.directory import RunDirectory, git_state, uncommitted_changes
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.provenance import git_state, uncommitted_changes
 
 
 @pytest.fixture

@@ -22,9 +22,11 @@ from vaetrain.data.config import DataConfig
 from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training.checkpoint import FORMAT_VERSION, Progress
+from vaetrain.training.checkpoint import FORMAT_VERSION
 from vaetrain.training.figures import RunFigures
-from vaetrain.training.logger import Meters, Tracker
+from vaetrain.training.logger import RunLogger
+from vaetrain.training.meters import Meters
+from vaetrain.training.progress import Progress
 
 
 def timeless(run_dir: Path) -> list[str]:
@@ -215,7 +217,7 @@ def test_the_order_of_places_to_start_from(train_tiny, capsys, monkeypatch, tmp_
     third = train_tiny("--seed", 1, run_dir="third", epochs=1)
     capsys.readouterr()
     patches = iter([b"first", b"second", b"third"])
-    monkeypatch.setattr("vaetrain.runs.directory.uncommitted_changes", lambda _: next(patches))
+    monkeypatch.setattr("vaetrain.runs.provenance.uncommitted_changes", lambda _: next(patches))
     own = train_tiny("--resume", other, "--init-from", third, run_dir="own", epochs=2)
     assert f"resuming from {other / 'checkpoints' / 'step-00000005'}" in capsys.readouterr().out
     train_tiny("--resume", other, "--init-from", third, run_dir="own", epochs=3)
@@ -269,7 +271,7 @@ def test_a_resumed_run_goes_on_at_its_trackers(tiny_shards, tmp_path):
     )
     for first, last in ((1, 4), (3, 5)):  # killed after step 4 and resumed from step 2
         alone = Accelerator(cpu=True, log_with=config.log.trackers, project_dir=run.path)
-        tracker = Tracker(
+        logger = RunLogger(
             alone,
             run,
             config,
@@ -281,7 +283,7 @@ def test_a_resumed_run_goes_on_at_its_trackers(tiny_shards, tmp_path):
             dataset_fingerprint="f",
         )
         for step in range(first, last + 1):
-            tracker.write("train", Progress(step=step, images_seen=step), {"train/loss": float(step)})
+            logger.write("train", Progress(step=step, images_seen=step), {"train/loss": float(step)})
         alone.end_training()
     wandb_id = json.loads(run.trackers_file.read_text())["wandb"]["id"]
     offline = sorted(run.path.glob("wandb/offline-run-*"))

@@ -8,7 +8,7 @@ from test_use import read_samples
 
 from vaetrain import sample as sample_module
 from vaetrain.sample import SampleConfig, sample
-from vaetrain.sampling.sample_set import Share
+from vaetrain.sampling.sample_set import RankShard
 
 
 class Killed(BaseException):
@@ -86,7 +86,7 @@ def test_the_beginning_of_another_set_is_not_continued(tiny_run, accelerator, tm
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_shares_make_up_the_whole(num_processes):
-    shares = [Share(rank, num_processes, 23, batch_size=4, images_per_shard=5) for rank in range(num_processes)]
+    shares = [RankShard(rank, num_processes, 23, batch_size=4, images_per_shard=5) for rank in range(num_processes)]
     assert sorted(index for share in shares for index in share.indices()) == list(range(23))
     assert shares[-1].indices()[:4] == list(range(4 * (num_processes - 1), 4 * num_processes))
 

@@ -8,9 +8,18 @@ import pytest
 import yaml
 from launching import succeed
 
-from vaetrain.scaling.evidence import Point, Run, critical_batches, points, predicted, runs_below, shortfall, worth
+from vaetrain.scaling.evidence import (
+    Run,
+    SeedGroup,
+    critical_batches,
+    images_worth,
+    points,
+    predicted,
+    runs_below,
+    score_gap,
+)
 
-LENGTHS = [Point(1000.0, (-200.0,)), Point(2000.0, (-150.0, -152.0)), Point(4000.0, (-120.0,))]
+LENGTHS = [SeedGroup(1000.0, (-200.0,)), SeedGroup(2000.0, (-150.0, -152.0)), SeedGroup(4000.0, (-120.0,))]
 
 
 def write_run(folder, *, lr=1e-3, batch=32, images=4000, seed=0, score=-120.0):
@@ -26,11 +35,11 @@ def write_run(folder, *, lr=1e-3, batch=32, images=4000, seed=0, score=-120.0):
 
 
 def test_images_are_worth_what_trainings_of_their_length_reached():
-    assert worth(LENGTHS, 1000) == pytest.approx(-200)
-    assert worth(LENGTHS, 2000) == pytest.approx(-151)
-    assert worth(LENGTHS, 2000 * 2**0.5) == pytest.approx((-151 - 120) / 2)
-    assert worth(LENGTHS, 500) == pytest.approx(-249)
-    assert worth(LENGTHS, 8000) == pytest.approx(-89)
+    assert images_worth(LENGTHS, 1000) == pytest.approx(-200)
+    assert images_worth(LENGTHS, 2000) == pytest.approx(-151)
+    assert images_worth(LENGTHS, 2000 * 2**0.5) == pytest.approx((-151 - 120) / 2)
+    assert images_worth(LENGTHS, 500) == pytest.approx(-249)
+    assert images_worth(LENGTHS, 8000) == pytest.approx(-89)
 
 
 def test_a_batch_is_worth_fewer_images_beyond_the_noise_scale():
@@ -38,8 +47,8 @@ def test_a_batch_is_worth_fewer_images_beyond_the_noise_scale():
     assert predicted(LENGTHS, 4000, 32, 32, 96.0) == pytest.approx(-120)
     assert predicted(LENGTHS, 5000, 32, 544, 96.0) == pytest.approx(-200)
     assert predicted(LENGTHS, 4000, 32, 544, 1e9) == pytest.approx(-120, abs=1e-3)
-    assert shortfall(-102.0, -100.0) == pytest.approx(0.02)
-    assert shortfall(3920.0, 4000.0) == pytest.approx(0.02)
+    assert score_gap(-102.0, -100.0) == pytest.approx(0.02)
+    assert score_gap(3920.0, 4000.0) == pytest.approx(0.02)
 
 
 def test_runs_are_read_and_seeds_averaged(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from rude_server import CONTENT, Server
 
 from vaetrain.data.config import DataConfig
-from vaetrain.data.format.shard_set import Shard
+from vaetrain.data.format.manifest import Shard
 from vaetrain.data.remote import cache as shard_cache
 from vaetrain.data.remote.cache import ShardCache
 from vaetrain.data.remote.remote import Persistence, RemoteFile, RemoteShards

@@ -12,7 +12,8 @@ import webdataset
 from PIL import Image
 
 from vaetrain.data.format.index import pack_index
-from vaetrain.data.format.shard_set import Encoding, Manifest, Shard, ShardSet, Split, Tool
+from vaetrain.data.format.manifest import Encoding, Manifest, Shard, Split, Tool
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.files import sha256_of_file
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vaetrain.data.format.shard_set import Crop, Encoding
+from vaetrain.data.format.manifest import Crop, Encoding
 from vaetrain.data.sources.idx import read_idx
 from vaetrain.data.sources.open_source import open_source
-from vaetrain.data.sources.preprocess import UNREADABLE, Recipe, decode_picture, with_channels
-from vaetrain.data.sources.source import Source
+from vaetrain.data.sources.preprocess import UNREADABLE, Preprocessing, decode_picture, with_channels
+from vaetrain.data.sources.source import ImageSource
 
 
 def write_image(file: Path, colour: tuple[int, int, int] = (200, 100, 50)) -> None:
@@ -23,7 +23,7 @@ def write_image(file: Path, colour: tuple[int, int, int] = (200, 100, 50)) -> No
     Image.new("RGB", (12, 10), colour).save(file)
 
 
-def layout(source: Source) -> list[tuple[str, str, str | None]]:
+def layout(source: ImageSource) -> list[tuple[str, str, str | None]]:
     listing = source.listing()
     return [(item.source, listing.classes[item.label], item.split) for item in listing.items]
 
@@ -238,11 +238,11 @@ def test_idx_counts_and_labels_must_agree(tmp_path: Path) -> None:
         open_source(str(tmp_path)).listing()
 
 
-def recipe(size: int, channels: int = 3, crop: Crop = "center") -> Recipe:
-    return Recipe(size, channels, Encoding("png", None, None, crop=crop))
+def recipe(size: int, channels: int = 3, crop: Crop = "center") -> Preprocessing:
+    return Preprocessing(size, channels, Encoding("png", None, None, crop=crop))
 
 
-def apply(picture: Image.Image, recipe: Recipe) -> np.ndarray:
+def apply(picture: Image.Image, recipe: Preprocessing) -> np.ndarray:
     return np.asarray(decode_picture(recipe.apply(picture)))
 
 
@@ -313,7 +313,7 @@ def test_nothing_but_pixels_is_kept(image_format: str) -> None:
     encoded = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(encoded, "JPEG", exif=exif, icc_profile=profile, comment=b"SECRET")
     encoding = Encoding(image_format, None if image_format == "png" else 95, None)
-    content = Recipe(8, 3, encoding).apply(decode_picture(encoded.getvalue()))
+    content = Preprocessing(8, 3, encoding).apply(decode_picture(encoded.getvalue()))
     assert b"SECRET" not in content
     assert decode_picture(content).info.keys().isdisjoint({"exif", "icc_profile", "comment"})
 
@@ -323,7 +323,7 @@ def test_jpeg_keeps_the_full_resolution_of_colour() -> None:
     colours = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     sizes = {}
     for quality in (50, 95):
-        encoded = Recipe(16, 3, Encoding(quality=quality)).apply(colours)
+        encoded = Preprocessing(16, 3, Encoding(quality=quality)).apply(colours)
         picture = Image.open(io.BytesIO(encoded))
         assert [layer[1:3] for layer in picture.layer] == [(1, 1)] * 3
         sizes[quality] = np.abs(np.asarray(picture).astype(int) - np.asarray(colours)).mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vaetrain.reproduce.scores import Mean, clearly_differs, order_correlation
-from vaetrain.reproduce.takeaways import TAKEAWAYS, Setting
+from vaetrain.reproduce.takeaways import TAKEAWAYS, Condition
 
 ELBO, PSNR, FID, GMM, RATE, SPEED = (
     "val/elbo_nats", "val/psnr_db", "eval/fid", "gmm/eval/fid", "val/rate_nats", "perf/images_per_s",
@@ -16,7 +16,7 @@ JUDGES = {takeaway.name: takeaway.judge for takeaway in TAKEAWAYS}
 def setting(value, noise=0.01, **scores):
     """Three seeds around the scores."""
     names = {"elbo": ELBO, "psnr": PSNR, "fid": FID, "gmm": GMM, "rate": RATE, "speed": SPEED}
-    return Setting(
+    return Condition(
         value, tuple({names[name]: score + sign * noise for name, score in scores.items()} for sign in (-1, 0, 1))
     )
 

@@ -12,11 +12,10 @@ from together import script_succeeds
 
 import vaetrain
 import vaetrain.train
-from vaetrain.distributed import processes
 from vaetrain.runs.checkpoint_names import list_checkpoints
-from vaetrain.training import precision
 from vaetrain.train import nan_unless_finite
-from vaetrain.training.checkpoint import Progress
+from vaetrain.training import precision
+from vaetrain.training.progress import Progress
 
 
 def records(run_dir, split):
@@ -79,8 +78,8 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(train_tiny, monkeypatch
             raise Killed
         return original(self, progress, *arguments, **keywords)
 
-    original = vaetrain.train.Tracker.log_training
-    monkeypatch.setattr(vaetrain.train.Tracker, "log_training", die_later)
+    original = vaetrain.train.RunLogger.log_training
+    monkeypatch.setattr(vaetrain.train.RunLogger, "log_training", die_later)
     with pytest.raises(Killed):
         train_tiny(run_dir="broken", epochs=4)
     monkeypatch.undo()

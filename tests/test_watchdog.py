@@ -14,7 +14,7 @@ from launching import TINY
 from torch.distributed import DistNetworkError, HashStore
 
 import vaetrain.distributed.stacks
-from vaetrain.distributed.watchdog import Place, Pulse, Report, Watchdog
+from vaetrain.distributed.watchdog import Heartbeat, Position, ProcessStatus, Watchdog
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ class Left(Exception):
     pass
 
 
-def alone(pulse, folder, **options):
-    return Watchdog(pulse, rank=0, num_processes=1, store=None, folder=folder, timeout_s=0.6, **options)
+def alone(heartbeat, folder, **options):
+    return Watchdog(heartbeat, rank=0, num_processes=1, store=None, folder=folder, timeout_s=0.6, **options)
 
 
 @pytest.fixture
@@ -110,10 +110,10 @@ def ends(monkeypatch):
 
 
 def test_one_process_alone_is_watched_too(ends, tmp_path, capsys):
-    pulse = Pulse()
-    with alone(pulse, tmp_path):
-        pulse.begin(17)
-        pulse.enter("waiting for data")
+    heartbeat = Heartbeat()
+    with alone(heartbeat, tmp_path):
+        heartbeat.begin(17)
+        heartbeat.enter("waiting for data")
         assert ends.wait(120)
     assert re.search(
         r"no progress for 0\.6 s.*step 17, waiting for data \(threading\.py:\d+\)", capsys.readouterr().err
@@ -126,9 +126,9 @@ def test_a_hang_ends_though_its_stacks_cannot_be_written(ends, tmp_path, capsys,
     monkeypatch.setattr(vaetrain.distributed.stacks.write_stacks, "__defaults__", (0.2,))
     file = tmp_path / "hang-rank-0.txt"
     file.mkdir() if answers == "with an error" else os.mkfifo(file)
-    pulse = Pulse()
-    with alone(pulse, tmp_path):
-        pulse.begin(17)
+    heartbeat = Heartbeat()
+    with alone(heartbeat, tmp_path):
+        heartbeat.begin(17)
         assert ends.wait(120)
     said = capsys.readouterr().err
     assert "error: no progress for 0.6 s" in said
@@ -136,9 +136,9 @@ def test_a_hang_ends_though_its_stacks_cannot_be_written(ends, tmp_path, capsys,
 
 
 def test_a_start_that_hangs_is_ended_and_named(ends, tmp_path, capsys):
-    pulse = Pulse()
-    pulse.enter("starting: opening the data")
-    with alone(pulse, tmp_path, start_timeout_s=1.2):
+    heartbeat = Heartbeat()
+    heartbeat.enter("starting: opening the data")
+    with alone(heartbeat, tmp_path, start_timeout_s=1.2):
         assert ends.wait(120)
     said = capsys.readouterr().err
     # The time of a step, 0.6 s, does not count yet.
@@ -159,12 +159,12 @@ class LostStore(HashStore):
 
 def test_a_process_that_has_lost_the_store_still_watches_itself(ends, tmp_path, capsys):
     """The host of rank 0 is gone: nobody tells, and what waits for it would wait for ever."""
-    store, pulse = LostStore(), Pulse()
-    elsewhere = Report(0, "another", "far-away", 1, 17, 3, "forward", "x.py:1", 1, 1, False)
+    store, heartbeat = LostStore(), Heartbeat()
+    elsewhere = ProcessStatus(0, "another", "far-away", 1, 17, 3, "forward", "x.py:1", 1, 1, False)
     store.set("vaetrain/report/0", json.dumps(asdict(elsewhere)))
-    with Watchdog(pulse, rank=1, num_processes=2, store=store, folder=tmp_path, timeout_s=0.6):
+    with Watchdog(heartbeat, rank=1, num_processes=2, store=store, folder=tmp_path, timeout_s=0.6):
         store.lost = True  # before the first step, which alone has so short a time
-        pulse.begin(17)
+        heartbeat.begin(17)
         assert ends.wait(120)
     warning, error, *_ = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: rank 1: the store on far-away, the host of rank 0")
@@ -175,22 +175,22 @@ def test_a_process_that_has_lost_the_store_still_watches_itself(ends, tmp_path, 
     "what", ["before the first step", "in a long validation", "in the first step of a compiled model"]
 )
 def test_what_takes_long_by_right_is_no_hang(ends, tmp_path, what):
-    pulse = Pulse()
-    with alone(pulse, tmp_path, first_step_s=100.0 if "compiled" in what else 0.0):
+    heartbeat = Heartbeat()
+    with alone(heartbeat, tmp_path, first_step_s=100.0 if "compiled" in what else 0.0):
         if what != "before the first step":
-            pulse.begin(0)
-            pulse.enter("validation")
-        for _ in pulse.each(range(12)) if "validation" in what else range(12):
+            heartbeat.begin(0)
+            heartbeat.enter("validation")
+        for _ in heartbeat.each(range(12)) if "validation" in what else range(12):
             time.sleep(0.1)
     assert not ends.is_set()
 
 
 def test_patience_with_a_compiled_model_is_for_its_first_step_alone(ends, tmp_path):
-    pulse = Pulse()
-    with alone(pulse, tmp_path, first_step_s=100.0):
-        pulse.begin(5)
+    heartbeat = Heartbeat()
+    with alone(heartbeat, tmp_path, first_step_s=100.0):
+        heartbeat.begin(5)
         time.sleep(0.3)
-        pulse.begin(6)
+        heartbeat.begin(6)
         assert ends.wait(120)
 
 
@@ -199,9 +199,9 @@ def test_a_run_that_was_suspended_is_not_ended_when_it_goes_on(tmp_path, monkeyp
     seconds = [0.0]
     monkeypatch.setattr("vaetrain.distributed.watchdog.time.monotonic", lambda: seconds[0])
     monkeypatch.setattr(Watchdog, "_leave", lambda *_, **__: (_ for _ in ()).throw(Left))
-    pulse = Pulse()
-    watchdog = Watchdog(pulse, rank=0, num_processes=1, store=None, folder=tmp_path, timeout_s=60.0)
-    pulse.begin(0)
+    heartbeat = Heartbeat()
+    watchdog = Watchdog(heartbeat, rank=0, num_processes=1, store=None, folder=tmp_path, timeout_s=60.0)
+    heartbeat.begin(0)
     for pause in (1, 100_000, 1):
         seconds[0] += pause
         watchdog._look()
@@ -217,13 +217,13 @@ def test_a_run_that_was_suspended_is_not_ended_when_it_goes_on(tmp_path, monkeyp
 
 
 def test_places_are_in_the_order_of_the_loop():
-    pulse = Pulse()
-    places = [pulse.place]
+    heartbeat = Heartbeat()
+    places = [heartbeat.place]
     for step in range(2):
-        pulse.begin(step)
-        places.append(pulse.place)
+        heartbeat.begin(step)
+        places.append(heartbeat.place)
         for phase in ("waiting for data", "forward", "backward"):
-            pulse.enter(phase)
-            places.append(pulse.place)
+            heartbeat.enter(phase)
+            places.append(heartbeat.place)
     assert places == sorted(places)
-    assert places[-1] == Place(1, 3, "backward")
+    assert places[-1] == Position(1, 3, "backward")

@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers import selection
-from vaetrain.data.readers import worker_progress as whereabouts
+from vaetrain.data.readers import worker_progress as progress
 from vaetrain.data.readers.loader_workers import WorkerPool
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.data.readers.worker_progress import Patience, Whereabouts, note_reading, rest
+from vaetrain.data.readers.worker_progress import ReaderProgress, StallDetector, mark_idle, note_reading
 
 CPU = torch.device("cpu")
 LAYOUT = BatchLayout(16, 8, 0, 1)
@@ -77,7 +77,7 @@ class DiesWithTheLocksOfDataLoader(Dataset):
 def test_what_a_killed_worker_had_locked_locks_nobody_out():
     workers = WorkerPool(1, CPU, lambda *_: "train-000000.tar", timeout_s=60.0)
     with pytest.raises(ValueError, match=r"was killed by SIGKILL"):
-        list(workers.once(DiesWithTheLocksOfDataLoader(), [[1], [2]]))
+        list(workers.train_iter(DiesWithTheLocksOfDataLoader(), [[1], [2]]))
 
 
 def test_a_worker_whose_storage_does_not_answer_is_given_up(stuck_shards):
@@ -104,7 +104,7 @@ def test_a_process_that_hangs_in_a_read_of_its_own_ends(stuck_shards, kind, monk
         with contextlib.suppress(OSError):
             os.close(os.open(folder / name, os.O_WRONLY | os.O_NONBLOCK))
 
-    monkeypatch.setattr(whereabouts.os, "_exit", end)
+    monkeypatch.setattr(progress.os, "_exit", end)
     # resident reads everything when it is opened.
     monkeypatch.setattr(ShardSet, "verify", lambda *_: None)
     name = hang()
@@ -145,21 +145,21 @@ def test_a_pass_begins_anew_before_its_workers_have_started(tiny_shards):
 
 
 def test_patience_ends_with_a_reader_that_makes_no_progress():
-    watched = Whereabouts(2)
+    watched = ReaderProgress(2)
     with watched.reader(1):
         note_reading(5, 5)
-        patience = Patience(watched, timeout_s=3.0, every_s=1.0)
+        detector = StallDetector(watched, timeout_s=3.0, every_s=1.0)
         for _ in range(2):
-            patience.look()
-        assert patience.stuck() == []
+            detector.look()
+        assert detector.stuck() == []
         note_reading(5, 5)  # the same image once more is progress, too
         for _ in range(3):
-            patience.look()
-            assert patience.stuck() == []
-        patience.look()
-        assert patience.stuck() == [1]
-        rest()
-        assert patience.stuck() == []
+            detector.look()
+            assert detector.stuck() == []
+        detector.look()
+        assert detector.stuck() == [1]
+        mark_idle()
+        assert detector.stuck() == []
         assert watched.images_of(1) == (5, 5)
     assert watched.images_of(0) is None
     assert watched.reader_of(os.getpid()) == 1
@@ -167,7 +167,7 @@ def test_patience_ends_with_a_reader_that_makes_no_progress():
 
 
 def test_notes_of_passes_that_take_turns_in_one_process_do_not_mix():
-    outer, inner = Whereabouts(1), Whereabouts(1)
+    outer, inner = ReaderProgress(1), ReaderProgress(1)
     with outer.reader(0):
         note_reading(1, 2)
         with inner.reader(0):

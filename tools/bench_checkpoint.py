@@ -50,10 +50,12 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training.checkpoint import Checkpoints, Progress
-from vaetrain.training.divergence import StepJudge
-from vaetrain.training.logger import Meters
-from vaetrain.training.optimizer import ExponentialMovingAverage, build_optimizer
+from vaetrain.training.checkpoint import Checkpoints
+from vaetrain.training.divergence import SpikeDetector
+from vaetrain.training.ema import ExponentialMovingAverage
+from vaetrain.training.meters import Meters
+from vaetrain.training.optimizer import build_optimizer
+from vaetrain.training.progress import Progress
 
 
 class Training:
@@ -77,7 +79,7 @@ class Training:
         self.checkpoints = Checkpoints(
             run, CheckpointConfig(keep_last=1), self.accelerator,
             model=self.vae, ema=self.ema.module, optimizer=self.optimizer, meters=Meters((), device),
-            judge=StepJudge(None, device),
+            judge=SpikeDetector(None, device),
         )  # fmt: skip
         self.progress = Progress()
 

@@ -80,7 +80,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.decode import JPEG_DECODER, decode_into
 from vaetrain.data.format.index import SplitIndex, pack_index
-from vaetrain.data.format.shard_set import INDEX_NAME, Manifest, ShardSet
+from vaetrain.data.format.manifest import INDEX_NAME, Manifest
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import Reader, open_reader
 from vaetrain.data.readers.selection import Selection

@@ -65,8 +65,8 @@ from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.distributed import processes
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
-from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian, frechet_distance
-from vaetrain.metrics.reference import RealImages
+from vaetrain.metrics.fidelity import FeatureGaussian, FeatureStatistics, frechet_distance
+from vaetrain.metrics.reference import RealFeatures
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_FEATURES = 2048
@@ -103,7 +103,7 @@ class Extraction:
     def __init__(self, config: BenchConfig, folder: Path, accelerator: Accelerator) -> None:
         self.cache = folder / "cache"
         fid = FidConfig(weights=folder / "inception.pth", batch_size=config.batch_size, cache_dir=self.cache)
-        self.real = RealImages(DataConfig(str(folder / "shards")), "train", fid)
+        self.real = RealFeatures(DataConfig(str(folder / "shards")), "train", fid)
         self.extractor = FeatureExtractor(fid, accelerator.device)
         self.accelerator = accelerator
         self.extractor(torch.zeros(2, 3, config.image_size, config.image_size, dtype=torch.uint8))
@@ -166,7 +166,7 @@ def matrix_roots() -> dict[str, float]:
     start = time.perf_counter()
     theirs = fid_statistics_to_metric(*inputs, verbose=False)[KEY_METRIC_FID]
     middle = time.perf_counter()
-    ours = frechet_distance(*map(Gaussian.of_statistics, both))
+    ours = frechet_distance(*map(FeatureGaussian.of_statistics, both))
     end = time.perf_counter()
     return {
         "torch_fidelity_s": middle - start,

@@ -47,7 +47,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vaetrain.picture_text import as_it_is, legible
-from vaetrain.scaling.evidence import Point, Run, critical_batches, points, predicted, runs_below, shortfall
+from vaetrain.scaling.evidence import Run, SeedGroup, critical_batches, points, predicted, runs_below, score_gap
 
 
 def main(arguments: CheckArguments) -> None:
@@ -74,7 +74,7 @@ def main(arguments: CheckArguments) -> None:
     )
     print("| batch | ELBO, nats | below the smallest batch | predicted |\n|---|---|---|---|")
     for point, score in zip(batches, expected, strict=True):
-        below, foretold = (shortfall(each, smallest.mean) for each in (point.mean, score))
+        below, foretold = (score_gap(each, smallest.mean) for each in (point.mean, score))
         print(f"| {point.x:,.0f} | {shown(point)} | {below:.1%} | {score:,.1f} ({foretold:.1%}) |")
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -106,7 +106,7 @@ def every(folders: Iterable[Path]) -> list[Run]:
     return [run for folder in folders for run in runs_below(folder)]
 
 
-def draw(axes: Axes, found: list[Point], label: str, marker: str = "o-") -> None:
+def draw(axes: Axes, found: list[SeedGroup], label: str, marker: str = "o-") -> None:
     """Means with their errors."""
     axes.errorbar(
         [point.x for point in found], [point.mean for point in found], [point.error or 0.0 for point in found],
@@ -114,7 +114,7 @@ def draw(axes: Axes, found: list[Point], label: str, marker: str = "o-") -> None
     )  # fmt: skip
 
 
-def shown(point: Point) -> str:
+def shown(point: SeedGroup) -> str:
     """Mean and its error."""
     return f"{point.mean:,.1f}" + ("" if point.error is None else f" ± {point.error:,.1f}")
 

@@ -62,7 +62,7 @@ if __name__ == "__main__":
 from vaetrain.machine import num_cores
 from vaetrain.reproduce.datasets import Sources
 from vaetrain.reproduce.lecture import EXPERIMENTS
-from vaetrain.reproduce.pages import Outcome, findings, write_lecture, write_takeaways
+from vaetrain.reproduce.pages import ReproductionResult, findings, write_lecture, write_takeaways
 from vaetrain.reproduce.plan import Plan
 from vaetrain.reproduce.takeaways import TAKEAWAYS
 from vaetrain.sweeps.jobs import run_jobs
@@ -100,7 +100,7 @@ def main(arguments: ReproduceArguments) -> int:
     out.mkdir(parents=True, exist_ok=True)
     failed = {job.name: job.reason for job in plan.jobs if job.state == "failed"}
     command = shlex.join(["python", "tools/reproduce.py", *sys.argv[1:]])
-    outcome = Outcome(out, arguments.scale, command, plan.missing, failed, arguments.fid_weights is not None)
+    outcome = ReproductionResult(out, arguments.scale, command, plan.missing, failed, arguments.fid_weights is not None)
     if arguments.what == "lecture":
         write_lecture(experiments, outcome)
     else:

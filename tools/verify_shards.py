@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from vaetrain.command_line import parse, user_errors
 from vaetrain.data.config import DataConfig, ReaderName
 from vaetrain.data.format.shard_set import ShardSet
-from vaetrain.data.readers.read_plan import Forecast
+from vaetrain.data.readers.read_plan import ReadPlan
 from vaetrain.data.remote.remote import RemoteShards
 
 
@@ -91,10 +91,10 @@ def data_config(config: VerifyConfig, num_workers: int) -> DataConfig:
     )  # fmt: skip
 
 
-def forecast(config: VerifyConfig, num_images: int, num_processes: int, num_workers: int) -> Forecast:
+def forecast(config: VerifyConfig, num_images: int, num_processes: int, num_workers: int) -> ReadPlan:
     """What training would read of a train split with so many images."""
     each = max(1, min(64, num_images) // max(1, num_processes))
-    return Forecast.of(
+    return ReadPlan.of(
         data_config(config, num_workers), num_processes=num_processes,
         global_batch_size=config.global_batch_size or each * max(1, num_processes),
         micro_batch_size=config.micro_batch_size,

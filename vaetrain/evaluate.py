@@ -26,7 +26,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from vaetrain.distributed import processes
-from vaetrain.evaluation.evaluator import Scoring, out_file
+from vaetrain.evaluation.evaluator import Evaluator, out_file
 from vaetrain.evaluation.scores_file import ScoresFile
 from vaetrain.progress_bar import ProgressBar
 from vaetrain.training import precision
@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     is None with a reason, and what fails or was asked for by name stands under `failed`. The file is written after each
     group. Raises ValueError when nothing at all can be measured.
     """
-    scoring, file = Scoring(config, accelerator), ScoresFile(out_file(config))
+    scoring, file = Evaluator(config, accelerator), ScoresFile(out_file(config))
     # FID first: it is what is most often impossible, and nothing has been waited for by then.
     groups: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         "priors": ("priors of the latents", scoring.compare_priors),
@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
 
 
 def describe(
-    scoring: Scoring, scores: dict[str, Any], made_by: dict[str, Any], unfinished: Sequence[str]
+    scoring: Evaluator, scores: dict[str, Any], made_by: dict[str, Any], unfinished: Sequence[str]
 ) -> dict[str, Any]:
     """The record: what was scored, the scores so far, what failed, and how all of it was made."""
     config, trained = scoring.config, scoring.trained

@@ -21,7 +21,8 @@ from vaetrain.command_line import plain
 from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.runs.directory import RunDirectory, provenance, write_json
+from vaetrain.runs.directory import RunDirectory, write_json
+from vaetrain.runs.provenance import provenance
 from vaetrain.strict_json import from_json
 from vaetrain.training import checkpoint as checkpoints
 

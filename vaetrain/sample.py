@@ -89,10 +89,11 @@ from vaetrain.export import TrainedModel, load_run
 from vaetrain.priors.fit import fitted_priors
 from vaetrain.priors.saved import SavedPrior
 from vaetrain.progress_bar import ProgressBar
-from vaetrain.runs.directory import RunDirectory, provenance
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.provenance import provenance
 from vaetrain.sampling.generate import generate
 from vaetrain.sampling.manifest import content_of, manifest_of
-from vaetrain.sampling.sample_set import Share, is_finished, refuse_other_content, write_manifest, write_request
+from vaetrain.sampling.sample_set import RankShard, is_finished, refuse_other_content, write_manifest, write_request
 
 
 def sample(config: SampleConfig, accelerator: Accelerator) -> None:
@@ -125,7 +126,7 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         write_request(config.out, request)
     accelerator.wait_for_everyone()
-    share = Share(
+    share = RankShard(
         accelerator.process_index,
         accelerator.num_processes,
         config.num_images,

@@ -32,16 +32,17 @@ from vaetrain.data.readers.reader import open_split
 from vaetrain.distributed import processes
 from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
-from vaetrain.runs.directory import provenance, write_json
-from vaetrain.scaling.advice import Advice, Facts, advise, largest_divisor, stops_helping, table, verdict
-from vaetrain.scaling.all_reduce import Network
+from vaetrain.runs.directory import write_json
+from vaetrain.runs.provenance import provenance
+from vaetrain.scaling.advice import Advice, Measurements, advise, largest_divisor, stops_helping, table, verdict
+from vaetrain.scaling.all_reduce import Interconnect
 from vaetrain.scaling.figure import save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
 from vaetrain.scaling.noise_trial import Noise, measure_noise, noise_micro_batch
 from vaetrain.scaling.probe import Probe, probe
 from vaetrain.training import precision
-from vaetrain.training.memory import explained_out_of_memory
+from vaetrain.training.memory import suggest_on_oom
 from vaetrain.training.noise_scale import NoiseScale
 from vaetrain.training.precision import in_use, resolved
 
@@ -86,7 +87,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
     network = network_of(config, accelerator)
     gradient_bytes = 4 * sum(parameter.numel() for parameter in VAE(config.model).parameters())
     assert fastest.knee is not None
-    facts = Facts(
+    facts = Measurements(
         step_s=fastest.step_s, knee=fastest.knee.micro_batch_size,
         all_reduce_s=lambda count: network.all_reduce_s(gradient_bytes, count),
         critical_batch=noise.adam.images if noise else None, base_batch=config.train.global_batch_size, optim=optim,
@@ -155,29 +156,29 @@ def fitting(config: ScaleConfig, largest_safe: int, num_processes: int) -> Scale
     return replace(config, train=replace(config.train, micro_batch_size=micro))
 
 
-def network_of(config: ScaleConfig, accelerator: Accelerator) -> Network:
+def network_of(config: ScaleConfig, accelerator: Accelerator) -> Interconnect:
     """Each number as the options give it, else as measured between these processes, else assumed. A collective."""
     given = config.advice
     bytes_per_s = None if given.gb_per_s is None else given.gb_per_s * 1e9
     latency_s = None if given.latency_us is None else given.latency_us / 1e6
     if bytes_per_s is not None and latency_s is not None:
-        return Network(bytes_per_s, latency_s, "as given")
+        return Interconnect(bytes_per_s, latency_s, "as given")
     if accelerator.num_processes > 1:
-        rest = Network.measure(accelerator)
+        rest = Interconnect.measure(accelerator)
     else:
         missing = [option for option, value in (("gb-per-s", bytes_per_s), ("latency-us", latency_s)) if value is None]
         source = f"ASSUMED; give {' and '.join(f'--advice.{option}' for option in missing)}"
-        rest = Network(ASSUMED_GB_PER_S * 1e9, ASSUMED_LATENCY_US / 1e6, source)
+        rest = Interconnect(ASSUMED_GB_PER_S * 1e9, ASSUMED_LATENCY_US / 1e6, source)
     if bytes_per_s is None and latency_s is None:
         return rest
     given_one, other = ("latency", "bandwidth") if bytes_per_s is None else ("bandwidth", "latency")
-    return Network(
+    return Interconnect(
         rest.bytes_per_s if bytes_per_s is None else bytes_per_s, rest.latency_s if latency_s is None else latency_s,
         f"{given_one} as given, {other} {rest.source}",
     )  # fmt: skip
 
 
-def recommended(advice: Advice, fastest: Probe, network: Network) -> str:
+def recommended(advice: Advice, fastest: Probe, network: Interconnect) -> str:
     """The config fragment: what differs from the config that was measured, for `--config C --config recommended.yaml`."""
     optim = {
         name: value
@@ -266,7 +267,7 @@ def main(config: ScaleConfig) -> None:
     with user_errors():
         accelerator = precision.start(config.train.precision)
         config = resolved(config, accelerator)
-        with explained_out_of_memory(config, accelerator), processes.finishing(accelerator):
+        with suggest_on_oom(config, accelerator), processes.finishing(accelerator):
             scale(config, accelerator)
 
 

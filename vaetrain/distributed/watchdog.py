@@ -1,6 +1,6 @@
 """A process that dies, raises or hangs ends all of them within bounded time, with one message that names it.
 
-Each process marks in its `Pulse` which step and phase it has reached. A thread of each, the `Watchdog`, tells the others
+Each process marks in its `Heartbeat` which step and phase it has reached. A thread of each, the `Watchdog`, tells the others
 every second (with over 64 processes more rarely) through the launcher's key-value store, no collective, so that it works
 when those are stuck, and looks at them:
 
@@ -57,7 +57,7 @@ END, SEEN = "vaetrain/end", "vaetrain/seen"
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class Position:
     """How far a process is; later is larger, the same on all processes that are equally far."""
 
     step: int
@@ -68,32 +68,32 @@ class Place:
     """What it does there, in words."""
 
 
-class Pulse:
+class Heartbeat:
     """What the training loop says about itself; every process enters the same phases in the same order."""
 
     def __init__(self) -> None:
-        self.place = Place(-1, 0, "starting")
-        self.beats = 0
+        self.place = Position(-1, 0, "starting")
+        self.progress_count = 0
 
     def begin(self, step: int) -> None:
         """A new turn of the loop, after `step` optimizer steps."""
-        self.place = Place(step, 0, "agreeing with the others to go on")
-        self.beats += 1
+        self.place = Position(step, 0, "agreeing with the others to go on")
+        self.progress_count += 1
 
     def enter(self, phase: str) -> None:
         """What comes next, such as "forward"; takes a microsecond."""
-        self.place = Place(self.place.step, self.place.stage + 1, phase)
-        self.beats += 1
+        self.place = Position(self.place.step, self.place.stage + 1, phase)
+        self.progress_count += 1
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """The items, each a sign of life: for a long phase whose length differs between processes."""
         for item in items:
-            self.beats += 1
+            self.progress_count += 1
             yield item
 
 
 @dataclass(frozen=True)
-class Report:
+class ProcessStatus:
     """What a process publishes about itself."""
 
     rank: int
@@ -106,9 +106,9 @@ class Report:
     phase: str
     where: str
     """Innermost Python frame of its main thread, as file:line."""
-    beats: int
+    progress_count: int
     """Grows when the loop makes progress."""
-    looks: int
+    heartbeat_count: int
     """Grows every second while the process's watchdog runs."""
     finished: bool
     """It has left the training in good order."""
@@ -129,7 +129,7 @@ class Watchdog:
 
     def __init__(
         self,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
         *,
         rank: int,
         num_processes: int,
@@ -139,7 +139,7 @@ class Watchdog:
         first_step_s: float = 0.0,
         start_timeout_s: float = 1800.0,
     ) -> None:
-        self.pulse = pulse
+        self.heartbeat = heartbeat
         self.rank = rank
         self.num_processes = num_processes
         self.store = store
@@ -151,7 +151,7 @@ class Watchdog:
         self._interval = SECONDS_BETWEEN_LOOKS * max(1.0, num_processes / PROCESSES_PER_SECOND)
         self._looks = 0
         self._first_step: int | None = None
-        self._reports: dict[int, Report] = {}
+        self._reports: dict[int, ProcessStatus] = {}
         self._heard: dict[int, float] = {}
         self._looked = time.monotonic()
         self._seconds = 0.0
@@ -217,7 +217,7 @@ class Watchdog:
                 "it was killed, by a signal or, if memory ran out, by the kernel (dmesg tells), or has said why above",
                 stacks=False,
             )
-        step = self.pulse.place.step
+        step = self.heartbeat.place.step
         patience = max(self.timeout_s, self.first_step_s if step == self._first_step else 0.0)
         if step < 0:
             patience = self.start_timeout_s
@@ -241,26 +241,26 @@ class Watchdog:
             keys = [f"vaetrain/report/{rank}" for rank in range(self.num_processes)]
             known = [key for key in keys if self.store.check([key])] if len(self._reports) < len(keys) else keys
             for text in self.store.multi_get(known):
-                report = Report(**json.loads(text))
+                report = ProcessStatus(**json.loads(text))
                 reports[report.rank] = report
         for rank, report in reports.items():
             before = self._reports.get(rank)
-            if before is None or report.looks != before.looks:
+            if before is None or report.heartbeat_count != before.heartbeat_count:
                 self._heard[rank] = self._seconds
-            if before is None or report.beats != before.beats:
+            if before is None or report.progress_count != before.progress_count:
                 self._progressed = self._seconds
         self._reports = reports
 
-    def _own_report(self) -> Report:
-        place = self.pulse.place
+    def _own_report(self) -> ProcessStatus:
+        place = self.heartbeat.place
         frame = sys._current_frames()[self._main_thread]
-        return Report(
+        return ProcessStatus(
             rank=self.rank, machine=machine(), host=socket.gethostname(), pid=os.getpid(), step=place.step,
             stage=place.stage, phase=place.phase, where=f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
-            beats=self.pulse.beats, looks=self._looks, finished=self._finished,
+            progress_count=self.heartbeat.progress_count, heartbeat_count=self._looks, finished=self._finished,
         )  # fmt: skip
 
-    def _dead(self) -> list[Report]:
+    def _dead(self) -> list[ProcessStatus]:
         """Processes of this machine that no longer exist and have not finished."""
         neighbours = [report for report in self._reports.values() if report.machine == machine()]
         gone = [report.rank for report in neighbours if not exists(report.pid)]
@@ -282,7 +282,7 @@ class Watchdog:
         more = f"; and {len(culprits) - 4} more" if len(culprits) > 4 else ""
         mute = ", not even answering (stopped, or its machine is lost)" if silent else ""
         lost = f"; {self._lost} before" if self._lost else ""
-        option = "--train.start-timeout-s" if self.pulse.place.step < 0 else "--train.timeout-s"
+        option = "--train.start-timeout-s" if self.heartbeat.place.step < 0 else "--train.timeout-s"
         return (
             f"no progress for {patience:g} s. Furthest behind{mute}: {named}{more}{lost}. "
             f"Stacks: {self.folder}/hang-rank-*.txt; {option} sets the time"

@@ -23,17 +23,18 @@ from vaetrain.export import TrainedModel, load_run
 from vaetrain.files import replace_file
 from vaetrain.metrics.extractor import FeatureExtractor, missing_weights
 from vaetrain.metrics.features import NumberedImages
-from vaetrain.metrics.generation import Reference, describe_extractor, reconstruct, reconstruction_fid
+from vaetrain.metrics.generation import FidReference, describe_extractor, reconstruct, reconstruction_fid
 from vaetrain.metrics.likelihood_scores import likelihood_scores
 from vaetrain.metrics.perceptual_distance import PerceptualDistance, how_to_get_weights, reconstruction_lpips
 from vaetrain.metrics.protocol import Protocol
-from vaetrain.metrics.reference import RealImages
+from vaetrain.metrics.reference import RealFeatures
 from vaetrain.metrics.validation import validate
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.config import PriorName
 from vaetrain.priors.fit import fitted_priors, prior_table, priors_for
 from vaetrain.priors.saved import SavedPrior, weights_sha256
-from vaetrain.runs.directory import RunDirectory, provenance
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.provenance import provenance
 from vaetrain.sampling.generate import gather_images, gather_samples, generate
 from vaetrain.sampling.manifest import content_of, manifest_of
 from vaetrain.sampling.reader import SampleReader
@@ -57,7 +58,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 """What a group of scores would have measured: None, with a reason, where it failed."""
 
 
-class Scoring:
+class Evaluator:
     """A trained model, the images it is held against, and each group of scores as a method; all of them collectives.
 
     `failures` says, for each group, prior and picture that could not be had, why.
@@ -182,9 +183,9 @@ class Scoring:
         return first
 
     @cached_property
-    def real(self) -> RealImages:
+    def real(self) -> RealFeatures:
         """The train split, as what samples are compared with."""
-        return RealImages(self.data, "train", self.config.fid)
+        return RealFeatures(self.data, "train", self.config.fid)
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -230,8 +231,8 @@ class Scoring:
         assert self._samples_to_score is not None
         images = self._samples_to_score
         table = self._prior_rows()
-        val = RealImages(self.data, "val", self.config.fid)
-        reference = Reference.open(real, val, protocol, self.config.fid, self.extractor, self.accelerator)
+        val = RealFeatures(self.data, "val", self.config.fid)
+        reference = FidReference.open(real, val, protocol, self.config.fid, self.extractor, self.accelerator)
         scores = reference.score(images[first], self.accelerator)
         for name, row in table.items():
             if name == first:
@@ -255,7 +256,7 @@ class Scoring:
         if self.extractor is None:
             return self._absent("rfid")
         images = reconstruct(self.trained.vae, self.val_reader, self.accelerator, config.batch_size)
-        real = RealImages(self.data, "val", config.fid)
+        real = RealFeatures(self.data, "val", config.fid)
         return reconstruction_fid(images, real, self.extractor, self.accelerator, config.fid.batch_size)
 
     def perceptual(self) -> dict[str, Any]:
@@ -300,7 +301,7 @@ class Scoring:
         all_are_known = config.fid.protocol in ("standard", "per-class")  # in the cache by now
         by_network = config.nearest_features == "extractor" or (config.nearest_features == "auto" and all_are_known)
         extractor = self.extractor if by_network else None
-        real = RealImages(self.data, "train", config.fid)
+        real = RealFeatures(self.data, "train", config.fid)
         known = None
         if extractor is not None and all_are_known:
             known = real.features(np.arange(real.num_images), extractor, accelerator).features

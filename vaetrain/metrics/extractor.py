@@ -33,7 +33,7 @@ INCEPTION = "inception-v3-compat"
 
 
 @dataclass(frozen=True)
-class Known:
+class PublishedWeights:
     """A network of torch-fidelity that a local file can give its weights to."""
 
     kind: type[FeatureExtractorBase]
@@ -50,17 +50,17 @@ class Known:
 
 
 KNOWN = {
-    INCEPTION: Known(
+    INCEPTION: PublishedWeights(
         # The pooled features FID is defined on (Heusel et al. 2017).
         FeatureExtractorInceptionV3, URL_INCEPTION_V3, Path(URL_INCEPTION_V3).stem.rsplit("-", 1)[1], "2048",
         logits="logits_unbiased",
     ),
-    "vgg16": Known(
+    "vgg16": PublishedWeights(
         FeatureExtractorVGG16, VGG16_Weights.IMAGENET1K_V1.url,
         Path(VGG16_Weights.IMAGENET1K_V1.url).stem.rsplit("-", 1)[1], "fc2_relu",
     ),
     **{
-        name: Known(FeatureExtractorCLIP, CLIP_URLS[name], CLIP_MODELS[name]["hash"], "clip", is_torchscript=True)
+        name: PublishedWeights(FeatureExtractorCLIP, CLIP_URLS[name], CLIP_MODELS[name]["hash"], "clip", is_torchscript=True)
         for name in CLIP_MODELS
     },
 }  # fmt: skip
@@ -168,7 +168,7 @@ def _build(config: FidConfig) -> tuple[str, FeatureExtractorBase]:
         ) from error
 
 
-def _check_published(path: Path, known: Known, name: str) -> str:
+def _check_published(path: Path, known: PublishedWeights, name: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"--fid.weights {path} is no file. {how_to_get_weights(name)}")
     with path.open("rb") as file:

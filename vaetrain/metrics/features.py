@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vaetrain.distributed import processes
 from vaetrain.metrics.extractor import FeatureExtractor
-from vaetrain.metrics.fidelity import FeatureStatistics, Gaussian
+from vaetrain.metrics.fidelity import FeatureGaussian, FeatureStatistics
 from vaetrain.progress_bar import ProgressBar
 
 NumberedImages = tuple[Sequence[int] | Tensor, UInt8[Tensor, "b c h w"]]
@@ -28,13 +28,13 @@ class FeatureSet:
     logits: Float32[Tensor, "n classes"] | None = None
     """Of the inception score, when the extractor is a classifier."""
 
-    def gaussian(self) -> Gaussian:
+    def gaussian(self) -> FeatureGaussian:
         """Mean and covariance: from the sums of all processes, or, where it is the better root, from the features."""
         num_images, num_features = self.features.shape
         return (
-            Gaussian.of_statistics(self.statistics)
+            FeatureGaussian.of_statistics(self.statistics)
             if num_images > num_features
-            else Gaussian.of_features(self.features)
+            else FeatureGaussian.of_features(self.features)
         )
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vaetrain.data.readers.order import epoch_order
-from vaetrain.metrics.fidelity import Gaussian, frechet_distance
+from vaetrain.metrics.fidelity import FeatureGaussian, frechet_distance
 
 MIN_TRAIN_SETS, MAX_TRAIN_SETS = 4, 5
 """Sets of training images that the validation images are held against: of fewer than four the deviation is hardly known, and
@@ -50,8 +50,8 @@ class GapSets:
     """The real images' side of the gap, the same for all samples."""
 
     num_real: int
-    val: Gaussian
-    train: tuple[Gaussian, ...]
+    val: FeatureGaussian
+    train: tuple[FeatureGaussian, ...]
 
     @classmethod
     def draw(cls, train: Float[Tensor, "m d"], val: Float[Tensor, "v d"], seed: int) -> GapSets:
@@ -61,14 +61,14 @@ class GapSets:
         """
         num_real = min(len(train) // MIN_TRAIN_SETS, len(val))
 
-        def sets(features: Float[Tensor, "n d"], most: int) -> tuple[Gaussian, ...]:
+        def sets(features: Float[Tensor, "n d"], most: int) -> tuple[FeatureGaussian, ...]:
             order = torch.from_numpy(epoch_order(len(features), seed, 0)).to(features.device)
             chunks = order[: len(order) // num_real * num_real].split(num_real)[:most]
-            return tuple(Gaussian.of_features(features[rows]) for rows in chunks)
+            return tuple(FeatureGaussian.of_features(features[rows]) for rows in chunks)
 
         return cls(num_real, sets(val, 1)[0], sets(train, MAX_TRAIN_SETS))
 
-    def gap(self, samples: Gaussian) -> FidGap:
+    def gap(self, samples: FeatureGaussian) -> FidGap:
         """Of these samples."""
         train = tuple(frechet_distance(samples, real) for real in self.train)
         return FidGap(self.num_real, frechet_distance(samples, self.val), train)

@@ -1,7 +1,7 @@
 """Fréchet distance between two sets of features, and how it depends on their number.
 
 Each process adds its images' features to a `FeatureStatistics`; the sums n, Σf and Σffᵀ add up over processes, and make
-the `Gaussian` whose distance to another one is the FID.
+the `FeatureGaussian` whose distance to another one is the FID.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class FeatureStatistics:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class FeatureGaussian:
     """Mean and covariance of a set of features, the covariance as a root of it: Σ = rootᵀ root."""
 
     count: int
@@ -77,7 +77,7 @@ class Gaussian:
     root: Float64[Tensor, "r d"]
 
     @classmethod
-    def of_statistics(cls, statistics: FeatureStatistics) -> Gaussian:
+    def of_statistics(cls, statistics: FeatureStatistics) -> FeatureGaussian:
         """From sums. The root is a Cholesky factor, or of eigenvectors where some feature never varies."""
         covariance = statistics.covariance()
         # 0.25 s at 2048 features against the eigenvectors' 4.2 s (one core), and any root will do.
@@ -90,7 +90,7 @@ class Gaussian:
         return cls(statistics.count, statistics.mean(), root)
 
     @classmethod
-    def of_features(cls, features: Float[Tensor, "n d"]) -> Gaussian:
+    def of_features(cls, features: Float[Tensor, "n d"]) -> FeatureGaussian:
         """From the features themselves, which are a root when there are no more of them than dimensions.
 
         Raises ValueError for fewer than two images.
@@ -104,7 +104,7 @@ class Gaussian:
         return cls(num_images, f.mean(0), (f - f.mean(0)) / (num_images - 1) ** 0.5)
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+def frechet_distance(a: FeatureGaussian, b: FeatureGaussian) -> float:
     """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½), in squared feature units (Heusel et al. 2017, Eq. 6). Symmetric.
 
     With Σ = RᵀR, the eigenvalues of Σ₁Σ₂ are those of the symmetric CCᵀ, C = R₁R₂ᵀ: twice as fast as torch-fidelity's
@@ -140,31 +140,33 @@ NUM_COUNTS = 15
 """Points of the line, as many as Chong & Forsyth's."""
 
 
-def fid_against_count(generated: Float[Tensor, "n d"], reference: Float[Tensor, "n d"] | Gaussian) -> FidAgainstCount:
+def fid_against_count(
+    generated: Float[Tensor, "n d"], reference: Float[Tensor, "n d"] | FeatureGaussian
+) -> FidAgainstCount:
     """FID at up to 15 numbers of images, evenly spaced from half of the generated ones to all of them.
 
     A reference of features, equally many, is cut to the same number, so that the line extrapolates it too: right when it is
-    itself a sample. A `Gaussian` stays whole. The last point is the FID of all images. Smaller numbers than half would bend
+    itself a sample. A `FeatureGaussian` stays whole. The last point is the FID of all images. Smaller numbers than half would bend
     the line: FID is not yet linear in 1/n where there are fewer images than features. Each set holds the next smaller one.
     """
     num_images = len(generated)
     counts = sorted({round(count) for count in np.linspace(num_images / 2, num_images, NUM_COUNTS)})
     order = torch.from_numpy(epoch_order(num_images, 0, 0)).to(generated.device)
     cuts = _growing(generated[order], counts)
-    if isinstance(reference, Gaussian):
+    if isinstance(reference, FeatureGaussian):
         fids = [frechet_distance(cut, reference) for cut in cuts]
     else:
         assert len(reference) == num_images
         fids = [frechet_distance(*pair) for pair in zip(cuts, _growing(reference[order], counts), strict=True)]
-    return FidAgainstCount(tuple(counts), tuple(fids), not isinstance(reference, Gaussian))
+    return FidAgainstCount(tuple(counts), tuple(fids), not isinstance(reference, FeatureGaussian))
 
 
-def _growing(features: Float[Tensor, "n d"], counts: Sequence[int]) -> Iterator[Gaussian]:
+def _growing(features: Float[Tensor, "n d"], counts: Sequence[int]) -> Iterator[FeatureGaussian]:
     """The Gaussians of the first counts[0], counts[1], … images."""
     statistics = FeatureStatistics.empty(features.shape[1], features.device)
     for count in counts:
         if count <= features.shape[1]:
-            yield Gaussian.of_features(features[:count])
+            yield FeatureGaussian.of_features(features[:count])
         else:
             statistics.update(features[statistics.count : count])
-            yield Gaussian.of_statistics(statistics)
+            yield FeatureGaussian.of_statistics(statistics)

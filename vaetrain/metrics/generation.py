@@ -24,10 +24,10 @@ from vaetrain.metrics.config import MIN_NUM_IMAGES, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, NumberedImages, extract
 from vaetrain.metrics.fid_gap import GapSets
-from vaetrain.metrics.fidelity import FidAgainstCount, Gaussian, fid_against_count, frechet_distance
+from vaetrain.metrics.fidelity import FeatureGaussian, FidAgainstCount, fid_against_count, frechet_distance
 from vaetrain.metrics.kid import kid
 from vaetrain.metrics.protocol import Protocol
-from vaetrain.metrics.reference import RealImages
+from vaetrain.metrics.reference import RealFeatures
 from vaetrain.metrics.subset import choose_images
 from vaetrain.model.autoencoder import VAE
 
@@ -44,7 +44,7 @@ class ClassReference:
     """The real images of one class."""
 
     num_images: int
-    whole: Gaussian | None
+    whole: FeatureGaussian | None
     """None for fewer than `MIN_CLASS` images."""
     floor: float | None
     """Distance between two disjoint random halves."""
@@ -55,21 +55,21 @@ class ClassReference:
         half = len(features) // 2
         if len(features) < MIN_CLASS:
             return cls(len(features), None, None)
-        first, second = (Gaussian.of_features(part) for part in (features[:half], features[half : 2 * half]))
-        return cls(len(features), Gaussian.of_features(features), frechet_distance(first, second))
+        first, second = (FeatureGaussian.of_features(part) for part in (features[:half], features[half : 2 * half]))
+        return cls(len(features), FeatureGaussian.of_features(features), frechet_distance(first, second))
 
 
 @dataclass(frozen=True)
-class Reference:
+class FidReference:
     """The real images that generated ones are compared with, and all that is computed from these alone, once for all priors."""
 
     protocol: Protocol
-    real: RealImages
+    real: RealFeatures
     features: Float32[Tensor, "n d"]
-    whole: Gaussian | None
+    whole: FeatureGaussian | None
     """Mean and covariance of all of them, where the line of FIDs holds them whole."""
     floor: float
-    as_floor: Gaussian | None
+    as_floor: FeatureGaussian | None
     """Of as many as either side of the floor has, where these are fewer than are compared."""
     gap: GapSets | None
     """None where too few images were held out."""
@@ -84,13 +84,13 @@ class Reference:
     @classmethod
     def open(
         cls,
-        real: RealImages,
-        val: RealImages,
+        real: RealFeatures,
+        val: RealFeatures,
         protocol: Protocol,
         config: FidConfig,
         extractor: FeatureExtractor,
         accelerator: Accelerator,
-    ) -> Reference:
+    ) -> FidReference:
         """The real images that `protocol` asks for, and at most as many of `val`, drawn by the config's seed. A collective.
 
         Extracts what the cache does not hold.
@@ -111,7 +111,7 @@ class Reference:
             return train[torch.from_numpy(row[positions]).to(train.device)]
 
         start = time.perf_counter()
-        first, second = (Gaussian.of_features(at(positions)) for positions in protocol.halves())
+        first, second = (FeatureGaussian.of_features(at(positions)) for positions in protocol.halves())
         classes: dict[str, ClassReference] = {}
         if protocol.name == "per-class":
             order = protocol.order()  # random, so that halves of a class are random too
@@ -176,7 +176,7 @@ class Reference:
         scores: dict[str, Any] = {"eval/fid": line.fids[-1], "eval/fid_floor": self.floor}
         details: dict[str, Any] = {"fid_against_count": describe_line(line)}
         if self.as_floor is not None:
-            as_many = Gaussian.of_features(generated.features[: self.protocol.num_floor])
+            as_many = FeatureGaussian.of_features(generated.features[: self.protocol.num_floor])
             scores["eval/fid_at_num_floor"] = frechet_distance(as_many, self.as_floor)
         scores["eval/fid_infinity"] = line.at_infinity
         if self.gap is None:
@@ -235,7 +235,7 @@ def inception_score(logits: Float32[Tensor, "n classes"] | None) -> tuple[dict[s
 
 def reconstruction_fid(
     reconstructions: Iterable[NumberedImages],
-    real: RealImages,
+    real: RealFeatures,
     extractor: FeatureExtractor,
     accelerator: Accelerator,
     batch_size: int,

@@ -22,7 +22,7 @@ from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 
 from vaetrain.data.config import DataConfig
-from vaetrain.data.format.shard_set import Manifest
+from vaetrain.data.format.manifest import Manifest
 from vaetrain.data.readers.subset import ChosenImages
 from vaetrain.distributed import processes
 from vaetrain.metrics.config import FidConfig
@@ -35,7 +35,7 @@ PREPROCESSING = "uint8, gray repeated to 3 channels, resized by the extractor; c
 """What happens to an image before the network sees it; a change makes every cache file another one."""
 
 
-class RealImages:
+class RealFeatures:
     """A split of real images, and their features."""
 
     def __init__(self, data: DataConfig, split: Literal["train", "val"], fid: FidConfig) -> None:

@@ -17,7 +17,7 @@ from vaetrain.reproduce.exhibits import Table
 from vaetrain.reproduce.lecture import Experiment
 from vaetrain.reproduce.provenance_table import provenance_table
 from vaetrain.reproduce.scores import Scores, scores_of
-from vaetrain.reproduce.takeaways import Judgement, Setting, Takeaway, shown
+from vaetrain.reproduce.takeaways import Condition, Takeaway, Verdict, shown
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.sweeps.results import SEED
 from vaetrain.sweeps.runner import TrialRun
@@ -35,7 +35,7 @@ SCORES = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReproductionResult:
     """What a page is about, beside its sections."""
 
     out: Path
@@ -47,7 +47,7 @@ class Outcome:
     has_inception: bool
 
 
-def write_lecture(experiments: Sequence[tuple[Experiment, Path | None]], outcome: Outcome) -> None:
+def write_lecture(experiments: Sequence[tuple[Experiment, Path | None]], outcome: ReproductionResult) -> None:
     """OUT/lecture.html, lecture.md and lecture.json."""
     sections, rows, found = [], [], {}
     for experiment, run in experiments:
@@ -82,7 +82,8 @@ def write_lecture(experiments: Sequence[tuple[Experiment, Path | None]], outcome
 
 
 def write_takeaways(
-    judged: Sequence[tuple[Takeaway, Mapping[str, Sequence[TrialRun]] | None, Judgement | str]], outcome: Outcome
+    judged: Sequence[tuple[Takeaway, Mapping[str, Sequence[TrialRun]] | None, Verdict | str]],
+    outcome: ReproductionResult,
 ) -> None:
     """OUT/takeaways.html, takeaways.md and takeaways.json. A judgement that is a text says why there is none."""
     sections, documents, rows, found, runs = [], [], [], {}, []
@@ -119,9 +120,9 @@ def write_takeaways(
     )  # fmt: skip
 
 
-def findings(trials: Mapping[str, Sequence[TrialRun]]) -> dict[str, list[Setting]]:
+def findings(trials: Mapping[str, Sequence[TrialRun]]) -> dict[str, list[Condition]]:
     """The scores of finished trials, by sweep and value of what it varies, seeds together; raises ValueError when one failed."""
-    found: dict[str, list[Setting]] = {}
+    found: dict[str, list[Condition]] = {}
     for sweep, runs in trials.items():
         by_value: dict[str, tuple[Any, list[Scores]]] = {}
         for run in runs:
@@ -129,7 +130,7 @@ def findings(trials: Mapping[str, Sequence[TrialRun]]) -> dict[str, list[Setting
                 raise ValueError(f"{run.job.name} {run.job.state}{f': {run.job.reason}' if run.job.reason else ''}")
             [value] = [value for name, value in run.parameters.items() if name != SEED]
             by_value.setdefault(str(value), (value, []))[1].append(scores_of(run.folder))
-        found[sweep] = [Setting(value, tuple(scores)) for value, scores in by_value.values()]
+        found[sweep] = [Condition(value, tuple(scores)) for value, scores in by_value.values()]
     return found
 
 
@@ -151,19 +152,19 @@ def _what_it_saw(run: RunDirectory) -> str:
     )
 
 
-def _about(outcome: Outcome) -> str:
+def _about(outcome: ReproductionResult) -> str:
     parts = [paragraph(ABOUT_FID if outcome.has_inception else ABOUT_DISTANCE)]
     parts.append(paragraph("Numbers with ± are means over seeds with the standard error of the mean."))
     parts += [absent(f"{name} failed: {reason}") for name, reason in outcome.failed.items()]
     return "".join(parts)
 
 
-def _subtitle(outcome: Outcome) -> str:
+def _subtitle(outcome: ReproductionResult) -> str:
     sizes = {"small": "small scale: two CPU cores, minutes", "full": "full scale: the lecture's sizes and epochs"}
     return f"vaetrain, {sizes[outcome.scale]}"
 
 
-def _provenance(runs: Sequence[Path], outcome: Outcome) -> Section:
+def _provenance(runs: Sequence[Path], outcome: ReproductionResult) -> Section:
     rows = provenance_table(runs, outcome.out)
     body = code(outcome.command) + table(rows.header, rows.rows, caption=rows.caption, fold=True)
     return Section("Provenance", body)
@@ -181,7 +182,7 @@ def _samples(trials: Mapping[str, Sequence[TrialRun]]) -> str:
     return side_by_side(pictures)
 
 
-def _links(folder: Path, names: Iterable[str], outcome: Outcome) -> str:
+def _links(folder: Path, names: Iterable[str], outcome: ReproductionResult) -> str:
     beside = folder.relative_to(outcome.out).as_posix()
     return links([(f"{beside}/{name}", name) for name in names])
 
@@ -220,7 +221,13 @@ def _curves(run: Path) -> list[str]:
 
 
 def _write(
-    name: str, title: str, subtitle: str, sections: Sequence[Section], markdown: str, found: Any, outcome: Outcome
+    name: str,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    markdown: str,
+    found: Any,
+    outcome: ReproductionResult,
 ) -> None:
     replace_file(outcome.out / f"{name}.html", page(title, subtitle, sections).encode())
     replace_file(outcome.out / f"{name}.md", f"{markdown}\n".encode())

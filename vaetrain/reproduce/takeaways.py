@@ -28,7 +28,7 @@ SAME = 0.02
 
 
 @dataclass(frozen=True)
-class Setting:
+class Condition:
     """The trials of a sweep that differ in their seed alone."""
 
     value: Any
@@ -41,12 +41,12 @@ class Setting:
         return Mean.of(values) if values and len(values) == len(self.scores) else None
 
 
-Findings = Mapping[str, Sequence[Setting]]
+Findings = Mapping[str, Sequence[Condition]]
 """The settings of each sweep, by its name."""
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Verdict:
     """What came out."""
 
     kind: Literal["holds", "partly", "fails"]
@@ -66,7 +66,7 @@ class Takeaway:
     """Files below configs/takeaways (small: below its folder small)."""
     data: tuple[str, ...]
     """Shard sets at the small scale; the full scale's are in its configs."""
-    judge: Callable[[Findings], Judgement]
+    judge: Callable[[Findings], Verdict]
     priors: tuple[str, ...] = ()
     """Whose samples are scored; none: only what validation measures."""
 
@@ -75,7 +75,7 @@ class Takeaway:
         return CONFIGS / "small" / f"{sweep}.yaml" if scale == "small" else CONFIGS / f"{sweep}.yaml"
 
 
-def table_of(settings: Sequence[Setting], label: str, scores: Sequence[str], caption: str = "") -> Table:
+def table_of(settings: Sequence[Condition], label: str, scores: Sequence[str], caption: str = "") -> Table:
     """A row a setting, mean ± standard error over seeds."""
     rows = []
     for setting in settings:
@@ -86,7 +86,7 @@ def table_of(settings: Sequence[Setting], label: str, scores: Sequence[str], cap
     return Table((label, *(NAMES[name] for name in scores), "seeds"), tuple(rows), caption)
 
 
-def curve(label: str, settings: Sequence[Setting], score: str) -> Series:
+def curve(label: str, settings: Sequence[Condition], score: str) -> Series:
     """A score over the settings' values, with its errors."""
     found = [(float(setting.value), mean) for setting in settings if (mean := setting.mean(score)) is not None]
     return Series(label, tuple((x, mean.value) for x, mean in found), tuple(mean.error or 0.0 for _, mean in found))
@@ -99,7 +99,7 @@ def shown(value: Any) -> str:
     return Path(value).stem if str(value).endswith(".yaml") else str(value)
 
 
-def values_of(settings: Sequence[Setting], score: str) -> list[tuple[Setting, Mean]]:
+def values_of(settings: Sequence[Condition], score: str) -> list[tuple[Condition, Mean]]:
     """The settings that have a score; raises ValueError when there are fewer than two to compare."""
     found = [(setting, mean) for setting in settings if (mean := setting.mean(score)) is not None]
     if len(found) < 2:
@@ -108,8 +108,8 @@ def values_of(settings: Sequence[Setting], score: str) -> list[tuple[Setting, Me
 
 
 def plateau(
-    settings: Sequence[Setting], score: str
-) -> tuple[tuple[Setting, Mean], list[Setting], tuple[Setting, Mean]]:
+    settings: Sequence[Condition], score: str
+) -> tuple[tuple[Condition, Mean], list[Condition], tuple[Condition, Mean]]:
     """The best setting, those within SAME of it, and the worst, by a score of which more is better."""
     found = values_of(settings, score)
     best, worst = max(found, key=lambda each: each[1].value), min(found, key=lambda each: each[1].value)
@@ -117,14 +117,14 @@ def plateau(
     return best, near, worst
 
 
-def learning_rate(findings: Findings) -> Judgement:
+def learning_rate(findings: Findings) -> Verdict:
     """Decisive if the range costs clearly more than SAME."""
     settings = findings["learning_rate"]
     (best, top), near, (worst, bottom) = plateau(settings, ELBO)
     loss = (top.value - bottom.value) / abs(top.value)
     decisive = loss > SAME and clearly_differs(top, bottom)
     lowest, highest = near[0].value, near[-1].value
-    return Judgement(
+    return Verdict(
         "holds" if decisive else "fails",
         f"From the best rate ({best.value:g}, {top} nats) to the worst ({worst.value:g}, {bottom} nats) the ELBO falls by "
         f"{loss:.1%}. "
@@ -140,10 +140,10 @@ def learning_rate(findings: Findings) -> Judgement:
     )  # fmt: skip
 
 
-def batch_size(findings: Findings) -> Judgement:
+def batch_size(findings: Findings) -> Verdict:
     """Decisive with everything else kept; and how far the square-root rule carries."""
     kept = findings["batch_size"]
-    ruled = [Setting(float(Path(str(each.value)).stem), each.scores) for each in findings["batch_size_rule"]]
+    ruled = [Condition(float(Path(str(each.value)).stem), each.scores) for each in findings["batch_size_rule"]]
     (_, top), _, (_, bottom) = plateau(kept, ELBO)
     loss_kept = (top.value - bottom.value) / abs(top.value)
     (_, top_ruled), near, (_, bottom_ruled) = plateau(ruled, ELBO)
@@ -159,7 +159,7 @@ def batch_size(findings: Findings) -> Judgement:
         "partly": "It holds where the optimizer does not follow the batch",
         "fails": "Over this range it does not",
     }[kind]
-    return Judgement(
+    return Verdict(
         kind,
         f"{words}. For the same images, settings kept, the ELBO differs by {loss_kept:.1%} between the best and the worst batch; "
         f"with the "
@@ -178,7 +178,7 @@ def batch_size(findings: Findings) -> Judgement:
     )  # fmt: skip
 
 
-def kl_weight(findings: Findings) -> Judgement:
+def kl_weight(findings: Findings) -> Verdict:
     """More weight, better generation, worse reconstruction? By rank correlation, and by where the distance is lowest."""
     exhibits: list[Exhibit] = []
     sentences, verdicts = [], []
@@ -224,10 +224,10 @@ def kl_weight(findings: Findings) -> Judgement:
             table_of(settings, f"{what}: KL weight", (RATE, PSNR, ELBO, DISTANCE, GMM_DISTANCE)),
         ]
     kind: Literal["holds", "partly", "fails"] = "holds" if all(verdicts) else "partly" if any(verdicts) else "fails"
-    return Judgement(kind, f"{'. '.join(sentences)}.", tuple(exhibits))  # fmt: skip
+    return Verdict(kind, f"{'. '.join(sentences)}.", tuple(exhibits))  # fmt: skip
 
 
-def epochs(findings: Findings) -> Judgement:
+def epochs(findings: Findings) -> Verdict:
     """Does each doubling of the length still help clearly?"""
     found = values_of(findings["epochs"], ELBO)
     gains = []
@@ -240,7 +240,7 @@ def epochs(findings: Findings) -> Judgement:
     steps = ", ".join(
         f"to {value} epochs {gain:+.2f} nats{'' if clear else ' (not clear)'}" for value, gain, clear in gains
     )
-    return Judgement(
+    return Verdict(
         kind,
         f"Each doubling: {steps}. The first is worth {gains[0][1] / max(gains[-1][1], 1e-9):.3g} times the last.",
         (
@@ -253,12 +253,12 @@ def epochs(findings: Findings) -> Judgement:
     )  # fmt: skip
 
 
-def architecture(findings: Findings) -> Judgement:
+def architecture(findings: Findings) -> Verdict:
     """Convolutions against none, and the size of the latent."""
     (_, dense), (_, conv) = values_of(findings["architecture"], ELBO)[:2]
     decisive = clearly_differs(dense, conv)
     (best, top), _, (worst, bottom) = plateau(findings["latent_size"], ELBO)
-    return Judgement(
+    return Verdict(
         "holds" if decisive and conv.value > dense.value else "fails",
         f"With convolutions the ELBO is {conv} nats, without {dense}: {conv.value - dense.value:+.2f}. Among latent sizes of the "
         "dense model "
@@ -274,7 +274,7 @@ def architecture(findings: Findings) -> Judgement:
     )  # fmt: skip
 
 
-def ae_against_vae(findings: Findings) -> Judgement:
+def ae_against_vae(findings: Findings) -> Verdict:
     """Reconstruction for the autoencoder, generation from N(0, I) for the VAE."""
     by_kind = {str(setting.value): setting for setting in findings["ae_against_vae"]}
     ae, vae = by_kind["False"], by_kind["True"]
@@ -287,21 +287,21 @@ def ae_against_vae(findings: Findings) -> Judgement:
     kind: Literal["holds", "partly", "fails"] = "fails"
     if reconstructs or generates:
         kind = "holds" if reconstructs and generates and still else "partly"
-    return Judgement(
+    return Verdict(
         kind,
         f"Reconstruction: autoencoder {ae_quality} dB, VAE {vae_quality} dB. Samples from N(0, I): distance {ae_distance} against "
         f"{vae_distance}. From a mixture fitted to the codes: {ae_fitted} against {vae_fitted}"
         f"{'' if still else '; there the VAE is not clearly better: the second half of the claim is one about N(0, I)'}.",
         (
             table_of(
-                [Setting("autoencoder", ae.scores), Setting("VAE", vae.scores)], "MNIST, dense",
+                [Condition("autoencoder", ae.scores), Condition("VAE", vae.scores)], "MNIST, dense",
                 (PSNR, DISTANCE, GMM_DISTANCE),
             ),
         ),
     )  # fmt: skip
 
 
-def recipe(findings: Findings) -> Judgement:
+def recipe(findings: Findings) -> Verdict:
     """Ours against the lecture-like baselines, sampling as each recipe does: ours from the fitted mixture, theirs from N(0, I)."""
     exhibits: list[Exhibit] = []
     sentences, verdicts = [], []
@@ -330,10 +330,10 @@ def recipe(findings: Findings) -> Judgement:
             )
         )  # fmt: skip
     kind: Literal["holds", "partly", "fails"] = "holds" if all(verdicts) else "partly" if any(verdicts) else "fails"
-    return Judgement(kind, f"{'. '.join(sentences)}.", tuple(exhibits))
+    return Verdict(kind, f"{'. '.join(sentences)}.", tuple(exhibits))
 
 
-def _needed(setting: Setting, score: str) -> Mean:
+def _needed(setting: Condition, score: str) -> Mean:
     mean = setting.mean(score)
     if mean is None:
         raise ValueError(f"{shown(setting.value)} has no {score}")

@@ -17,7 +17,8 @@ from vaetrain.command_line import to_yaml
 from vaetrain.config import Config
 from vaetrain.machine import cpu_model
 from vaetrain.runs.comparison import Agreement
-from vaetrain.runs.directory import RECORDED_PACKAGES, RunDirectory, git_state, package_version
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.provenance import RECORDED_PACKAGES, git_state, package_version
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaetrain.data.format.shard_set import Shard
+from vaetrain.data.format.manifest import Shard
 from vaetrain.files import sha256_of_file
 from vaetrain.runs.directory import write_json
 from vaetrain.sampling.manifest import differences
@@ -23,7 +23,7 @@ REQUEST_NAME = "request.json"
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """The images of a sample set that one process makes, in the order in which it makes them."""
 
     rank: int

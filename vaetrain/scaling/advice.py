@@ -17,7 +17,7 @@ MIN_STEPS = 100
 
 
 @dataclass(frozen=True)
-class Facts:
+class Measurements:
     """What the advice stands on."""
 
     step_s: Callable[[int], float]
@@ -60,7 +60,7 @@ class Advice:
     """What keeps it from being faster."""
 
 
-def advise(facts: Facts, for_num_processes: Iterable[int]) -> list[Advice]:
+def advise(facts: Measurements, for_num_processes: Iterable[int]) -> list[Advice]:
     """The fastest batch for each number of processes, from the base batch upwards by factors of two, and what it costs.
 
     A larger batch makes steps rarer, and with them communication, but needs more images: E = E_min (1 + B / B_crit)
@@ -98,7 +98,7 @@ def verdict(advice: Iterable[Advice]) -> str:
     return f"adding processes stops helping {where}: {'; '.join(why)}"
 
 
-def images_needed(facts: Facts, batch: int) -> int:
+def images_needed(facts: Measurements, batch: int) -> int:
     """Images at this batch for what the base batch reaches; equally many while nothing is known of the noise."""
     if facts.critical_batch is None:
         return facts.total_images
@@ -107,7 +107,7 @@ def images_needed(facts: Facts, batch: int) -> int:
     )
 
 
-def _fastest(facts: Facts, num_processes: int) -> Advice:
+def _fastest(facts: Measurements, num_processes: int) -> Advice:
     assert num_processes <= facts.dataset_images
     smallest = _smallest_batch(facts, num_processes)
     largest = max(smallest, min(facts.dataset_images, facts.total_images // MIN_STEPS))
@@ -122,7 +122,7 @@ def _fastest(facts: Facts, num_processes: int) -> Advice:
     return next(advice for advice in candidates if advice.hours <= 1.02 * fastest)
 
 
-def _smallest_batch(facts: Facts, num_processes: int) -> int:
+def _smallest_batch(facts: Measurements, num_processes: int) -> int:
     """The first at or above the base batch that shares out evenly, in micro-batches not below half the knee if possible."""
     per_process = math.ceil(facts.base_batch / num_processes)
     if 2 * largest_divisor(per_process, facts.knee) < min(facts.knee, per_process):
@@ -137,7 +137,7 @@ def largest_divisor(number: int, at_most: int) -> int:
     return next(size for size in range(min(number, at_most), 0, -1) if number % size == 0)
 
 
-def _at(facts: Facts, num_processes: int, batch: int, *, beyond_rule: bool = False) -> Advice | None:
+def _at(facts: Measurements, num_processes: int, batch: int, *, beyond_rule: bool = False) -> Advice | None:
     """The plan at one global batch; None where the optimizer's rule does not reach."""
     ratio = batch / facts.base_batch
     if facts.rule == "sqrt" and ratio > largest_ratio(facts.optim) and not beyond_rule:

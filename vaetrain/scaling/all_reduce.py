@@ -17,7 +17,7 @@ SMALL_BYTES, LARGE_BYTES = 1024, 32 << 20
 
 
 @dataclass(frozen=True)
-class Network:
+class Interconnect:
     """The connection between processes, as an all-reduce sees it."""
 
     bytes_per_s: float
@@ -33,7 +33,7 @@ class Network:
         return messages * (num_bytes / num_processes / self.bytes_per_s + self.latency_s)
 
     @classmethod
-    def measure(cls, accelerator: Accelerator) -> Network:
+    def measure(cls, accelerator: Accelerator) -> Interconnect:
         """Time a small and a large all-reduce between the running processes, of which there are several. A collective."""
         small, large = (_median_s(accelerator, num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
         n = accelerator.num_processes

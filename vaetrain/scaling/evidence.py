@@ -24,7 +24,7 @@ SCORE = "val/elbo_nats"
 
 
 @dataclass(frozen=True)
-class Point:
+class SeedGroup:
     """Trainings that differ in their seed alone."""
 
     x: float
@@ -101,15 +101,15 @@ def critical_batches(folder: Path) -> tuple[NoiseScale, NoiseScale]:
     return of("adam_small_grad_sq", "adam_grad_sq"), of("small_grad_sq", "grad_sq")
 
 
-def points(runs: Sequence[Run], x: Callable[[Run], float | int]) -> list[Point]:
+def points(runs: Sequence[Run], x: Callable[[Run], float | int]) -> list[SeedGroup]:
     """Runs by what they vary, ascending."""
     groups: dict[float, list[float]] = {}
     for run in runs:
         groups.setdefault(float(x(run)), []).append(run.score)
-    return [Point(at, tuple(scores)) for at, scores in sorted(groups.items())]
+    return [SeedGroup(at, tuple(scores)) for at, scores in sorted(groups.items())]
 
 
-def worth(lengths: Sequence[Point], images: float | int) -> float:
+def images_worth(lengths: Sequence[SeedGroup], images: float | int) -> float:
     """The score after so many images at the small batch, from trainings of several lengths: linear in log(images).
 
     Beyond the first and the last length the nearest two go on.
@@ -122,12 +122,12 @@ def worth(lengths: Sequence[Point], images: float | int) -> float:
 
 
 def predicted(
-    lengths: Sequence[Point], images: float | int, small_batch: float | int, batch: float | int, critical: float
+    lengths: Sequence[SeedGroup], images: float | int, small_batch: float | int, batch: float | int, critical: float
 ) -> float:
     """The score at `batch` after `images`: that of the `small_batch` of `lengths` after the images that these are worth to it."""
-    return worth(lengths, images * (1 + small_batch / critical) / (1 + batch / critical))
+    return images_worth(lengths, images * (1 + small_batch / critical) / (1 + batch / critical))
 
 
-def shortfall(score: float, best: float) -> float:
+def score_gap(score: float, best: float) -> float:
     """How far a score lies below the best, as a share of the best's size."""
     return (best - score) / abs(best)

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from vaetrain.config import Config
 from vaetrain.data.readers.reader import Reader
 from vaetrain.scaling.config import LrRangeConfig
-from vaetrain.scaling.trial import trial
+from vaetrain.scaling.short_training import short_training
 
 MOST_OF_THE_FALL = 0.98
 """Share of the smoothed loss's whole fall at which the rate is taken."""
@@ -156,7 +156,7 @@ def lr_range(config: Config, options: LrRangeConfig, accelerator: Accelerator, r
     for number in range(options.num_seeds):
         seed = config.seed + number
         losses: list[float] = []
-        with trial(replace(config, seed=seed), accelerator, reader) as training:
+        with short_training(replace(config, seed=seed), accelerator, reader) as training:
             for lr in rates:
                 loss = training.step(lr).loss
                 if not math.isfinite(loss) or has_diverged([*losses, loss], half_life_steps(rates)):

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from vaetrain.config import Config
 from vaetrain.data.readers.reader import Reader
 from vaetrain.scaling.lr_range import LrRange
-from vaetrain.scaling.trial import trial
+from vaetrain.scaling.short_training import short_training
 
 LOW_FALL = 0.9
 """The lowest candidate is where the range test's loss has done this share of its fall."""
@@ -135,7 +135,7 @@ def train_at(lr: float, config: Config, num_steps: int, accelerator: Accelerator
     """One short training, from scratch; a collective."""
     warmup_steps = min(config.optim.warmup_images / config.train.global_batch_size, WARMUP * num_steps)
     losses: list[float] = []
-    with trial(config, accelerator, reader) as training:
+    with short_training(config, accelerator, reader) as training:
         for step in range(num_steps):
             warmed = min(1.0, (step + 1) / max(1.0, warmup_steps))
             cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup_steps) / (num_steps - warmup_steps)))

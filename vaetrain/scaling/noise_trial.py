@@ -12,7 +12,7 @@ from vaetrain.data.readers.reader import Reader
 from vaetrain.scaling.advice import largest_divisor
 from vaetrain.scaling.config import ScaleConfig
 from vaetrain.scaling.figure import Stretch
-from vaetrain.scaling.trial import Step, trial
+from vaetrain.scaling.short_training import Step, short_training
 from vaetrain.training.noise_scale import NoiseScale, by_progress
 
 NUM_STRETCHES = 10
@@ -51,7 +51,7 @@ def measure_noise(config: ScaleConfig, largest_safe: int, accelerator: Accelerat
     micro = noise_micro_batch(config, accelerator.num_processes, largest_safe)
     train = replace(config.train, micro_batch_size=micro)
     steps: list[Step] = []
-    with trial(replace(config, train=train), accelerator, reader, watch_noise=True) as training:
+    with short_training(replace(config, train=train), accelerator, reader, watch_noise=True) as training:
         assert training.small is not None
         small_batch = training.small.batch_size
         for number in range(options.num_steps):

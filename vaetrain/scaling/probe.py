@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from vaetrain.config import Config
 from vaetrain.distributed.processes import max_over_processes
 from vaetrain.scaling.config import ProbeConfig
-from vaetrain.training.logger import forget_peak_rss, peak_rss_gib
 from vaetrain.training.memory import GIB, is_out_of_memory, release_memory, train_on_dummies
 from vaetrain.training.precision import resolved
+from vaetrain.training.throughput import forget_peak_rss, peak_rss_gib
 
 KNEE = 0.95
 """Share of the best throughput from which a size counts as fast enough."""

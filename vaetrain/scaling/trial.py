@@ -19,7 +19,7 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.config import beta_at
 from vaetrain.objective.elbo import negative_elbo
-from vaetrain.training.noise_scale import SmallGradient
+from vaetrain.training.noise_scale import GradientNoiseProbe
 from vaetrain.training.optimizer import build_optimizer
 
 
@@ -38,7 +38,7 @@ class Step(NamedTuple):
     """The small batch's, so weighted."""
 
 
-class Trial:
+class ShortTraining:
     """A model from scratch, trained step by step with learning rates that the caller chooses."""
 
     def __init__(self, config: Config, accelerator: Accelerator, reader: Reader, *, watch_noise: bool = False) -> None:
@@ -54,7 +54,7 @@ class Trial:
         self.model, self.optimizer = accelerator.prepare(self.vae, optimizer)
         self.small = None
         if watch_noise:
-            self.small = SmallGradient(self.model, optimizer, self.layout, accelerator.num_processes)
+            self.small = GradientNoiseProbe(self.model, optimizer, self.layout, accelerator.num_processes)
         self.images_seen = 0
         self._batches = reader.train_batches(config.seed, 0, self.layout)
 
@@ -80,7 +80,7 @@ class Trial:
             if self.small:
                 self.small.after_micro_batch(number)
             total += loss.detach()
-        norms = self.small.take() if self.small else None
+        norms = self.small.pop() if self.small else None
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -95,9 +95,11 @@ class Trial:
 
 
 @contextlib.contextmanager
-def trial(config: Config, accelerator: Accelerator, reader: Reader, *, watch_noise: bool = False) -> Iterator[Trial]:
+def short_training(
+    config: Config, accelerator: Accelerator, reader: Reader, *, watch_noise: bool = False
+) -> Iterator[ShortTraining]:
     """A Trial whose model Accelerate forgets at the end."""
     try:
-        yield Trial(config, accelerator, reader, watch_noise=watch_noise)
+        yield ShortTraining(config, accelerator, reader, watch_noise=watch_noise)
     finally:
         accelerator.free_memory()

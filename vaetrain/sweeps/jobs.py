@@ -25,7 +25,7 @@ TIME_TO_STOP_S = 120
 
 MAX_WORDS = 200
 """Characters of the reason why a job failed; its log has the rest."""
-TOLD = re.compile(
+ERROR_LINE = re.compile(
     r"^(error: .*)$"  # ours (command_line.py)
     r"|^╭─ .*╮\n((?:│.*\n)+?)│ ─+ *│$"  # tyro's: a frame, its first paragraph
     r"|^ \w.*\n -{5,} *\n((?: .*\n)+?) +-{5,} *$",  # the same where the log is not UTF-8
@@ -165,13 +165,13 @@ def _note_end(job: Job, code: int, *, was_told: bool) -> None:
     print(f"{job.state:9s} {job.name}{f': {job.reason}' if job.reason else ''}", flush=True)
 
 
-def last_words(log: str) -> str:
+def error_summary(log: str) -> str:
     """What a log says went wrong, on one line of at most `MAX_WORDS` characters.
 
     The last `error: …` or message of the option parser; else the last exception, else the last line. What a launcher
     (accelerate, torchrun) adds about its child says only that it failed, unless a signal ended it.
     """
-    told = [found[1] or found[2] or found[3] for found in TOLD.finditer(log)]
+    told = [found[1] or found[2] or found[3] for found in ERROR_LINE.finditer(log)]
     own = LAUNCHER_TRACEBACK.sub("", log)
     exceptions = EXCEPTION.findall(own)
     lines = [line for line in own.splitlines() if line.strip() and not LAUNCHER_LINE.match(line)]

@@ -14,8 +14,10 @@ from torch import Tensor
 from vaetrain.config import TrainConfig
 from vaetrain.distributed.processes import decided_by_main
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training.checkpoint import Checkpoints, Progress, newest_good, warn_of_damage
-from vaetrain.training.logger import Interval, Tracker
+from vaetrain.training.checkpoint import Checkpoints, newest_good, warn_of_damage
+from vaetrain.training.logger import RunLogger
+from vaetrain.training.meters import LogWindow
+from vaetrain.training.progress import Progress
 
 STEPS_BEFORE_JUDGING = 50
 """Steps taken before the gradient norm is compared: in the first ones it falls by orders of magnitude."""
@@ -24,7 +26,7 @@ STEPS_REMEMBERED = 100
 """The mean of the gradient norm is over about so many steps."""
 
 
-class StepJudge:
+class SpikeDetector:
     """Which steps are skipped: those whose gradient is not finite, or far larger than of late; never waits for the device.
 
     Given the reduced gradient, all processes decide alike.
@@ -40,13 +42,13 @@ class StepJudge:
         log_norm = grad_norm.detach().double().clamp_min(1e-30).log()
         finite = torch.isfinite(log_norm)
         excess = log_norm - self.mean_log_norm
-        exploded = finite & (excess > math.log(self.skip_above)) & (self.num_taken >= STEPS_BEFORE_JUDGING)
-        taken = finite & ~exploded
+        spiked = finite & (excess > math.log(self.skip_above)) & (self.num_taken >= STEPS_BEFORE_JUDGING)
+        taken = finite & ~spiked
         # An arithmetic mean of the logarithms of the first steps, an exponential one later.
         self.num_taken = self.num_taken + taken
         share = (1 / self.num_taken).clamp_min(1 / STEPS_REMEMBERED)
         self.mean_log_norm = self.mean_log_norm + torch.where(taken, share * excess, 0.0)
-        return (~taken).float(), exploded.float()
+        return (~taken).float(), spiked.float()
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; `judge` makes new tensors and never writes to these."""
@@ -72,13 +74,13 @@ def skip_where(
         torch.maximum(found, skipped, out=found)
 
 
-def note_steps(progress: Progress, interval: Interval, max_nonfinite_steps: int) -> bool:
+def note_steps(progress: Progress, window: LogWindow, max_nonfinite_steps: int) -> bool:
     """Count an interval's skipped steps; whether so many were in a row that training must go back."""
-    progress.skipped_steps += interval.skipped_steps
-    progress.exploded_steps += interval.exploded_steps
-    diverged = interval.longest_streak >= max_nonfinite_steps
+    progress.skipped_steps += window.skipped_steps
+    progress.exploded_steps += window.exploded_steps
+    diverged = window.longest_streak >= max_nonfinite_steps
     if not diverged:  # else what lies before those steps stays the point to go back to
-        progress.sound_step = progress.step - interval.running_streak
+        progress.sound_step = progress.step - window.skip_streak
     return diverged
 
 
@@ -86,10 +88,10 @@ def roll_back(
     config: TrainConfig,
     run: RunDirectory,
     checkpoints: Checkpoints,
-    tracker: Tracker,
+    logger: RunLogger,
     accelerator: Accelerator,
     progress: Progress,
-    interval: Interval,
+    window: LogWindow,
 ) -> Progress:
     """Go back to the newest good checkpoint from before the skipped steps, and on with a lower learning rate. A collective.
 
@@ -97,9 +99,9 @@ def roll_back(
     `rollback_lr_factor` is None; metrics.jsonl says so too.
     """
     try:
-        checkpoint = checkpoint_to_go_back_to(config, run, accelerator, progress, interval)
+        checkpoint = checkpoint_to_go_back_to(config, run, accelerator, progress, window)
     except FloatingPointError as error:
-        tracker.log_divergence(progress, str(error))
+        logger.log_divergence(progress, str(error))
         raise
     checkpoints.finish()
     restored = checkpoints.load(checkpoint)
@@ -111,15 +113,15 @@ def roll_back(
     checkpoints.save(restored)
     checkpoints.finish()
     accelerator.wait_for_everyone()
-    tracker.log_rollback(progress.step, restored, reason_to_go_back(config, progress, interval))
+    logger.log_rollback(progress.step, restored, reason_to_go_back(config, progress, window))
     return restored
 
 
 def checkpoint_to_go_back_to(
-    config: TrainConfig, run: RunDirectory, accelerator: Accelerator, progress: Progress, interval: Interval
+    config: TrainConfig, run: RunDirectory, accelerator: Accelerator, progress: Progress, window: LogWindow
 ) -> Path:
     """The newest good checkpoint from before the skipped steps; FloatingPointError, on every process, where none will do."""
-    reason = reason_to_go_back(config, progress, interval)
+    reason = reason_to_go_back(config, progress, window)
     if config.rollback_lr_factor is None or progress.rollbacks > 0:
         again = f", after going back once to learning rates × {progress.lr_factor:g}" if progress.rollbacks else ""
         raise FloatingPointError(f"{reason}{again}; {what_to_do(run)}")
@@ -134,7 +136,7 @@ def checkpoint_to_go_back_to(
     return decided_by_main(accelerator, find_checkpoint)
 
 
-def reason_to_go_back(config: TrainConfig, progress: Progress, interval: Interval) -> str:
+def reason_to_go_back(config: TrainConfig, progress: Progress, window: LogWindow) -> str:
     """What happened, for records and messages."""
     return (
         f"{interval.longest_streak} steps in a row up to step {progress.step} had a loss or gradient that is not finite, or "

@@ -22,8 +22,8 @@ from torchvision.utils import make_grid, save_image
 from vaetrain.data.readers.reader import Reader
 from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training.checkpoint import Progress
-from vaetrain.training.logger import Tracker
+from vaetrain.training.logger import RunLogger
+from vaetrain.training.progress import Progress
 
 SECONDS_BETWEEN_DRAWINGS = 60
 """Drawing costs some two seconds; short epochs need not pay it every time. The end of training always draws."""
@@ -41,7 +41,7 @@ class RunFigures:
         self.num_pictures = num_pictures
         self.drawn_at = -math.inf
 
-    def draw(self, tracker: Tracker, progress: Progress, *, at_end: bool) -> None:
+    def draw(self, logger: RunLogger, progress: Progress, *, at_end: bool) -> None:
         """Draw everything anew and hand it to the trackers, unless it was done a moment ago and more is to come."""
         if not at_end and time.monotonic() - self.drawn_at < SECONDS_BETWEEN_DRAWINGS:
             return
@@ -55,7 +55,7 @@ class RunFigures:
         save_curves(self.run.metrics(), folder)
         for name in ("reconstructions", "samples", "interpolations", "losses", "kl"):
             if (folder / f"{name}.png").exists():  # a single image has no interpolations
-                tracker.log_picture(name, folder / f"{name}.png", progress.step)
+                logger.log_picture(name, folder / f"{name}.png", progress.step)
 
 
 def save_grid(images: Float[Tensor, "b c h w"], file: Path, columns: int) -> None:

@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitResult:
     """What trying some micro-batch sizes showed."""
 
     largest: int | None
@@ -40,21 +40,21 @@ class Fit:
     """The smallest that was tried and does not fit."""
 
 
-def largest_that_fits(config: Config, accelerator: Accelerator, sizes: list[int]) -> Fit:
+def largest_that_fits(config: Config, accelerator: Accelerator, sizes: list[int]) -> FitResult:
     """The largest of `sizes` with which two steps of training fit into what memory is free now; found by bisection.
 
     No collective: every process may try for itself, or one alone.
     """
     sizes = sorted(sizes)
-    fit = Fit(None, None, None)
+    fit = FitResult(None, None, None)
     below, above = -1, len(sizes)  # positions known to fit and not to
     while above - below > 1:
         middle = (below + above) // 2
         peak_gib = peak_memory(config, accelerator, sizes[middle])
         if peak_gib is None:
-            above, fit = middle, Fit(fit.largest, fit.peak_gib, sizes[middle])
+            above, fit = middle, FitResult(fit.largest, fit.peak_gib, sizes[middle])
         else:
-            below, fit = middle, Fit(sizes[middle], peak_gib or None, fit.too_large)
+            below, fit = middle, FitResult(sizes[middle], peak_gib or None, fit.too_large)
     return fit
 
 
@@ -151,7 +151,7 @@ def release_memory(accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def explained_out_of_memory(config: Config, accelerator: Accelerator) -> Iterator[None]:
+def suggest_on_oom(config: Config, accelerator: Accelerator) -> Iterator[None]:
     """Turn running out of memory inside into a ValueError that says which `--train.micro-batch-size` would fit."""
     try:
         yield

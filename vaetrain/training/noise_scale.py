@@ -130,7 +130,7 @@ class GradientNorms(NamedTuple):
     """Of the whole global batch, weighted by D."""
 
 
-class SmallGradient:
+class GradientNoiseProbe:
     """Watches training for the squared norm of the gradient over a part of each global batch.
 
     With several processes it is each one's own gradient, read off while DDP reduces it; with one, that of the first
@@ -163,7 +163,7 @@ class SmallGradient:
             self._sq = self._squares(*self._gradients()) * self._accumulated**2
 
     @torch.no_grad()
-    def take(self) -> GradientNorms:
+    def pop(self) -> GradientNorms:
         """This step's norms; then ready for the next step. To be called after the last backward pass, before clipping."""
         taken, self._sq = self._sq, torch.zeros_like(self._sq)
         return GradientNorms(taken[0], taken[1], self._squares(*self._gradients())[1])

@@ -13,14 +13,14 @@ from torch import nn
 
 from vaetrain.command_line import parse
 from vaetrain.config import Config, PrecisionName
-from vaetrain.data.readers.read_order import Reading
+from vaetrain.data.readers.read_order import ReadOrder
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.checkpoint import best, check, find, load_into, newest_good, warn_of_damage
 
 
 def resume_point(
-    run: RunDirectory, config: Config, dataset: Mapping[str, Any], reading: Reading, images_per_epoch: int
+    run: RunDirectory, config: Config, dataset: Mapping[str, Any], reading: ReadOrder, images_per_epoch: int
 ) -> Path | None:
     """The checkpoint a run goes on from, None where there is none: its own newest good one, then that of `--resume PATH`.
 
@@ -79,12 +79,12 @@ def recorded_precision(config: Config) -> PrecisionName | None:
     return None
 
 
-def check_reading(checkpoint: Path, reading: Reading, images_per_epoch: int) -> None:
+def check_reading(checkpoint: Path, reading: ReadOrder, images_per_epoch: int) -> None:
     """Refuse, with ValueError, to go on in the middle of an epoch in another order: it would repeat images and leave others out."""
     state = json.loads((checkpoint / "state.json").read_text())
     saved = state.get("reading")  # None: written before it was recorded
     within_epoch = state["progress"]["images_seen"] % images_per_epoch
-    if saved is None or not within_epoch or reading.continues(before := Reading(**saved)):
+    if saved is None or not within_epoch or reading.is_resumable_from(before := ReadOrder(**saved)):
         return
     raise ValueError(
         f"{checkpoint} lies {within_epoch:,} images into an epoch that was read with {before}; with {reading} the rest of it "

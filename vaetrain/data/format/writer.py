@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from vaetrain.data.format.index import SplitIndex
-from vaetrain.data.format.shard_set import TAR_BLOCK, Shard
+from vaetrain.data.format.manifest import TAR_BLOCK, Shard
 
 # tar pads a file to whole records of 20 blocks; other readers accept less, but GNU tar warns of "a lone zero block".
 TAR_RECORD = 20 * TAR_BLOCK

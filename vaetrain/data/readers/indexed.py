@@ -11,18 +11,18 @@ from torch.utils.data import Dataset
 
 from vaetrain.data.format.decode import JPEG_DECODER
 from vaetrain.data.readers.batch import Batch, load_batch
-from vaetrain.data.readers.loader_workers import Outcome, WorkerPool
+from vaetrain.data.readers.loader_workers import BatchOrError, WorkerPool
 from vaetrain.data.readers.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.readers.selection import Selection
 
 
-class _Images(Dataset[Outcome]):
+class _Images(Dataset[BatchOrError]):
     """A selection as DataLoader reads it: a whole batch at a time, straight into one buffer."""
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
 
-    def __getitems__(self, positions: Int64[np.ndarray, " b"]) -> Outcome:
+    def __getitems__(self, positions: Int64[np.ndarray, " b"]) -> BatchOrError:
         try:
             return load_batch(self.selection, positions)
         except ValueError as error:
@@ -47,11 +47,11 @@ class IndexedReader:
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
         """Endless micro-batches of this process from the global position `images_seen` on."""
-        return self._workers.once(self._images, train_indices(self.num_images, seed, images_seen, layout))
+        return self._workers.train_iter(self._images, train_indices(self.num_images, seed, images_seen, layout))
 
     def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
         """This process's share of one pass over the split, every image exactly once over all processes."""
-        return self._workers.repeated(
+        return self._workers.eval_iter(
             (batch_size, rank, num_processes),
             lambda: self._images,
             lambda: list(eval_indices(self.num_images, batch_size, rank, num_processes)),
@@ -59,7 +59,9 @@ class IndexedReader:
 
     def first(self, num_images: int) -> Batch:
         """The first images of the split, or all when it has fewer."""
-        return self._workers.here(lambda: load_batch(self._selection, np.arange(min(num_images, self.num_images))))
+        return self._workers.read_inline(
+            lambda: load_batch(self._selection, np.arange(min(num_images, self.num_images)))
+        )
 
     def close(self) -> None:
         """End the worker processes."""

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER
 from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.shared_memory import SharedMemory
-from vaetrain.data.readers.worker_progress import Where, Whereabouts, end_process, rest, stuck_message, watched
+from vaetrain.data.readers.worker_progress import ReaderProgress, Where, end_process, mark_idle, stuck_message, watched
 from vaetrain.machine import num_cores
 
 # One worker decodes about 7,000 images of 128 pixels a second; more than eight have not been needed by one device.
@@ -30,7 +30,7 @@ MAX_WORKERS = 8
 LOOK_EVERY_S = 5.0
 
 T = TypeVar("T")
-Outcome = Batch | ValueError
+BatchOrError = Batch | ValueError
 """What a worker hands over: a batch, or why there is none. An error raised in a worker would reach the user with the
 worker's traceback in its message."""
 
@@ -55,25 +55,27 @@ class WorkerPool:
         self._device = device
         self._where = where
         self._timeout_s = timeout_s
-        self._repeated: dict[Hashable, _Crew] = {}
+        self._repeated: dict[Hashable, _LoaderWorkers] = {}
         self._passes: WeakSet[Generator[Batch, None, None]] = WeakSet()
 
-    def once(self, dataset: Dataset[Outcome], indices: Iterable[Any] | None = None) -> Iterator[Batch]:
+    def train_iter(self, dataset: Dataset[BatchOrError], indices: Iterable[Any] | None = None) -> Iterator[Batch]:
         """Start reading a dataset. A mapping one reads `indices` with `__getitems__`; an iterable one has none."""
-        return self._start(self._crew(dataset, indices, persistent=False))
+        return self._start(self._workers_of(dataset, indices, persistent=False))
 
-    def repeated(
-        self, key: Hashable, dataset: Callable[[], Dataset[Outcome]], indices: Callable[[], Iterable[Any] | None]
+    def eval_iter(
+        self, key: Hashable, dataset: Callable[[], Dataset[BatchOrError]], indices: Callable[[], Iterable[Any] | None]
     ) -> Iterator[Batch]:
         """The same for a pass that comes again under the same `key`: its workers stay alive between passes."""
         # Workers in the middle of a pass that was given up are not asked for another.
-        crew = self._repeated.pop(key, None) or self._crew(dataset(), indices(), persistent=self.num_workers > 0)
-        return self._start(crew, at_end=lambda: self._repeated.update({key: crew}))
+        workers = self._repeated.pop(key, None) or self._workers_of(
+            dataset(), indices(), persistent=self.num_workers > 0
+        )
+        return self._start(workers, at_end=lambda: self._repeated.update({key: workers}))
 
-    def here(self, read: Callable[[], Batch]) -> Batch:
+    def read_inline(self, read: Callable[[], Batch]) -> Batch:
         """Read a batch in this process, watched."""
-        whereabouts = Whereabouts(1)
-        with watched(whereabouts, self._timeout_s, self._ending(whereabouts)), whereabouts.reader(0):
+        progress = ReaderProgress(1)
+        with watched(progress, self._timeout_s, self._ending(progress)), progress.reader(0):
             return read()
 
     def close(self) -> None:
@@ -82,78 +84,80 @@ class WorkerPool:
             running.close()
         self._repeated.clear()
 
-    def _start(self, crew: _Crew, at_end: Callable[[], None] = lambda: None) -> Iterator[Batch]:
+    def _start(self, workers: _LoaderWorkers, at_end: Callable[[], None] = lambda: None) -> Iterator[Batch]:
         # Workers start now rather than at the first batch, so that they read while the model is built.
-        outcomes = self._unless_dead(crew, crew.outcomes)
-        if isinstance(outcomes, ValueError):
-            raise outcomes
+        batches = self._unless_dead(workers, workers.batches)
+        if isinstance(batches, ValueError):
+            raise batches
         read = self._read_here if self.num_workers == 0 else self._receive
-        batches = _raising(read(outcomes, crew), at_end)
+        batches = _raising(read(batches, workers), at_end)
         self._passes.add(batches)
         return batches
 
-    def _read_here(self, outcomes: Iterator[Outcome], crew: _Crew) -> Iterator[Outcome]:
-        with watched(crew.whereabouts, self._timeout_s, self._ending(crew.whereabouts)):
+    def _read_here(self, batches: Iterator[BatchOrError], workers: _LoaderWorkers) -> Iterator[BatchOrError]:
+        with watched(workers.progress, self._timeout_s, self._ending(workers.progress)):
             while True:
-                with crew.whereabouts.reader(0):
-                    outcome = next(outcomes, None)
-                if outcome is None:
+                with workers.progress.reader(0):
+                    batch = next(batches, None)
+                if batch is None:
                     return
-                yield outcome
+                yield batch
 
-    def _receive(self, outcomes: Iterator[Outcome], crew: _Crew) -> Iterator[Outcome]:
+    def _receive(self, batches: Iterator[BatchOrError], workers: _LoaderWorkers) -> Iterator[BatchOrError]:
         # The watching thread must not be what keeps the crew, and with it the worker processes.
-        whereabouts, stuck_readers, end = crew.whereabouts, crew.stuck_readers, self._ending(crew.whereabouts)
+        progress, stuck_readers, end = workers.progress, workers.stuck_readers, self._ending(workers.progress)
 
         def give_up(reader: int) -> None:
             stuck_readers.append(reader)
-            if not _kill(whereabouts.pid_of(reader)):
+            if not _kill(progress.pid_of(reader)):
                 end(reader)
 
-        def receive() -> Outcome | None:
-            return next(outcomes, None)
+        def receive() -> BatchOrError | None:
+            return next(batches, None)
 
-        with watched(whereabouts, self._timeout_s, give_up):
+        with watched(progress, self._timeout_s, give_up):
             while True:
                 # Batches of other workers may last for a while yet; to ask after the workers takes longer than a batch.
-                failure = self._death(crew) if time.monotonic() >= crew.next_look else None
-                outcome: Outcome | None = failure or self._unless_dead(crew, receive)
-                if outcome is None:
+                failure = self._death(workers) if time.monotonic() >= workers.next_look else None
+                batch: BatchOrError | None = failure or self._unless_dead(workers, receive)
+                if batch is None:
                     return
-                yield outcome
+                yield batch
 
-    def _ending(self, whereabouts: Whereabouts) -> Callable[[int], None]:
+    def _ending(self, progress: ReaderProgress) -> Callable[[int], None]:
         """What ends this process over a reader that hangs."""
         where, timeout_s = self._where, self._timeout_s
-        return lambda reader: end_process(stuck_message(whereabouts, reader, where, timeout_s))
+        return lambda reader: end_process(stuck_message(progress, reader, where, timeout_s))
 
-    def _unless_dead(self, crew: _Crew, step: Callable[[], T]) -> T | ValueError:
+    def _unless_dead(self, workers: _LoaderWorkers, step: Callable[[], T]) -> T | ValueError:
         """What DataLoader answers, or why a worker is dead."""
         try:
             return step()
         except (RuntimeError, OSError, EOFError):
             # DataLoader's word for a death, and what happens when a batch is fetched from a worker that died meanwhile.
-            if failure := self._death(crew, wait_s=1.0):
+            if failure := self._death(workers, wait_s=1.0):
                 return failure
             raise
 
-    def _death(self, crew: _Crew, wait_s: float = 0.0) -> ValueError | None:
+    def _death(self, workers: _LoaderWorkers, wait_s: float = 0.0) -> ValueError | None:
         """Why a worker is dead that should not be; None when there is no such worker."""
-        if crew.stuck_readers:
-            return ValueError(stuck_message(crew.whereabouts, crew.stuck_readers[0], self._where, self._timeout_s))
-        dead = crew.dead(wait_s)
+        if workers.stuck_readers:
+            return ValueError(stuck_message(workers.progress, workers.stuck_readers[0], self._where, self._timeout_s))
+        dead = workers.dead(wait_s)
         if dead is None:
             return None
         assert dead.pid is not None
-        reader = crew.whereabouts.reader_of(dead.pid)
+        reader = workers.progress.reader_of(dead.pid)
         return ValueError(
             f"a decoding worker (process {dead.pid}) {_how_it_ended(dead.exitcode)}; it was at "
             f"{crew.whereabouts.describe(reader, self._where)}. {_remedy(dead.exitcode, self.num_workers)}"
         )
 
-    def _crew(self, dataset: Dataset[Outcome], indices: Iterable[Any] | None, persistent: bool) -> _Crew:
-        whereabouts = Whereabouts(max(1, self.num_workers))
-        loader: DataLoader[Outcome] = DataLoader(
+    def _workers_of(
+        self, dataset: Dataset[BatchOrError], indices: Iterable[Any] | None, persistent: bool
+    ) -> _LoaderWorkers:
+        progress = ReaderProgress(max(1, self.num_workers))
+        loader: DataLoader[BatchOrError] = DataLoader(
             dataset,
             batch_size=None if indices is None else 1,
             batch_sampler=indices,
@@ -162,30 +166,30 @@ class WorkerPool:
             prefetch_factor=PREFETCH_BATCHES_PER_WORKER if self.num_workers else None,
             persistent_workers=persistent,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=partial(_begin, whereabouts),
+            worker_init_fn=partial(_begin, progress),
             multiprocessing_context=_worker_context() if self.num_workers else None,
             # Otherwise each pass draws a seed from the global generator, and noise would depend on how data is read.
             generator=torch.Generator(),
         )
-        return _Crew(loader, whereabouts)
+        return _LoaderWorkers(loader, progress)
 
 
-class _Crew:
+class _LoaderWorkers:
     """The workers of one DataLoader, and where they are."""
 
-    def __init__(self, loader: DataLoader[Outcome], whereabouts: Whereabouts) -> None:
-        self.whereabouts = whereabouts
+    def __init__(self, loader: DataLoader[BatchOrError], progress: ReaderProgress) -> None:
+        self.progress = progress
         self._loader = loader
         self.next_look = 0.0
         self.stuck_readers: list[int] = []
         self._processes: list[BaseProcess] = []
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def batches(self) -> Iterator[BatchOrError]:
         """Start the workers, or a further pass of those that wait for one."""
         others = set(multiprocessing.active_children())
-        outcomes = iter(self._loader)
+        batches = iter(self._loader)
         self._processes += [process for process in multiprocessing.active_children() if process not in others]
-        return outcomes
+        return batches
 
     def dead(self, wait_s: float) -> BaseProcess | None:
         """A worker that ended otherwise than in order, looked for again until `wait_s` have passed."""
@@ -225,32 +229,32 @@ def _remedy(exitcode: int | None, num_workers: int) -> str:
     return "Run tools/verify_shards.py --full on the shard set"
 
 
-def _raising(outcomes: Iterator[Outcome], at_end: Callable[[], None]) -> Generator[Batch, None, None]:
-    for outcome in outcomes:
-        if not isinstance(outcome, ValueError):
-            yield outcome
+def _raising(batches: Iterator[BatchOrError], at_end: Callable[[], None]) -> Generator[Batch, None, None]:
+    for batch in batches:
+        if not isinstance(batch, ValueError):
+            yield batch
             continue
         try:
-            raise outcome
+            raise batch
         finally:
             # The error keeps this frame, and the frame must keep neither the error nor the iterator: found by the cycle
             # collector, DataLoader's iterator waits ten seconds for workers it can no longer tell to end.
-            del outcome, outcomes, at_end
+            del batch, batches, at_end
     at_end()
 
 
-def _begin(whereabouts: Whereabouts, worker: int) -> None:
+def _begin(progress: ReaderProgress, worker: int) -> None:
     # Launchers and Slurm send SIGTERM and SIGUSR1 to all processes of a training. It needs its workers until all ranks
     # have stopped at the same step; what ends them is the pass being closed, or a minute.
     for signal_number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signal_number, lambda *_: signal.alarm(60))
-    whereabouts.begin(worker)
+    progress.begin(worker)
 
 
 def _at_rest(batch: Any) -> Any:
     # What DataLoader calls on each batch where it was made. A dataset here returns whole batches; the default would stack
     # them once more.
-    rest()
+    mark_idle()
     return batch
 
 

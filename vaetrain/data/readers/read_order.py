@@ -13,7 +13,7 @@ from vaetrain.data.readers.stream import StreamReader
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOrder:
     """Who reads which images in what order; kept in every checkpoint's state.json."""
 
     reader: str
@@ -24,13 +24,13 @@ class Reading:
     micro_batch_size: int
 
     @classmethod
-    def of(cls, reader: Reader, layout: BatchLayout) -> Reading:
+    def of(cls, reader: Reader, layout: BatchLayout) -> ReadOrder:
         """That of a training which reads with `reader`."""
         if not isinstance(reader, StreamReader):
             return cls("any", layout.num_processes, 1, layout.micro_batch_size)
         return cls("stream", layout.num_processes, max(1, reader.num_workers), layout.micro_batch_size)
 
-    def continues(self, before: Reading) -> bool:
+    def is_resumable_from(self, before: ReadOrder) -> bool:
         """Whether the images that `before` has not read of an epoch are those that this reads from the same position on."""
         return self == before or self.reader == before.reader == "any"
 

@@ -58,7 +58,7 @@ class SplitForecast:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class ReadPlan:
     """How a run reads its data: the training split, epoch by epoch, and the validation split, pass by pass."""
 
     num_processes: int
@@ -97,7 +97,7 @@ class Forecast:
         global_batch_size: int,
         micro_batch_size: int | None,
         seed: int = 0,
-    ) -> Forecast:
+    ) -> ReadPlan:
         """Read the manifests and indices of the shard sets, local or behind URLs; `config.num_workers` must be set.
 
         Raises what a run would: FileNotFoundError without a shard set, ValueError for sizes that do not divide, for a

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from vaetrain.data.config import DataConfig
-from vaetrain.data.format.shard_set import Manifest, ShardSet
+from vaetrain.data.format.manifest import Manifest
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.choose import choose_reader
 from vaetrain.data.readers.indexed import IndexedReader

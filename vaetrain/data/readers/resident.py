@@ -13,8 +13,8 @@ from jaxtyping import Int64, UInt8
 from vaetrain.data.readers.batch import Batch, decode_image
 from vaetrain.data.readers.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.readers.shared_array import Gather, NodeShare
-from vaetrain.data.readers.worker_progress import Whereabouts, end_process, rest, stuck_message, watched
+from vaetrain.data.readers.shared_array import Gather, SharedArray
+from vaetrain.data.readers.worker_progress import ReaderProgress, end_process, mark_idle, stuck_message, watched
 from vaetrain.machine import available_memory
 
 # Of the device memory free before the model is built; the rest is for weights and activations.
@@ -52,9 +52,9 @@ class ResidentReader:
                 f"{selection.source}: the {selection.split} split takes {selection.decoded_bytes / 2**30:.2f} GiB decoded and "
                 f"{available / 2**30:.2f} GiB of memory are available; use --data.reader indexed"
             )
-        share = NodeShare.agree(selection.decoded_bytes, rank, gather)
+        share = SharedArray.agree(selection.decoded_bytes, rank, gather)
         decoded = share.memory_array((selection.num_images, *selection.image_shape))
-        with share.together():
+        with share.fill_collectively():
             _decode_part(selection, decoded, share.part, share.num_parts, num_threads, timeout_s)
         pixels = torch.from_numpy(decoded)
         where = share.description
@@ -105,21 +105,21 @@ def _decode_part(
     timeout_s: float,
 ) -> None:
     """Decode every num_parts-th stretch of images into its place."""
-    whereabouts, numbers = Whereabouts(num_threads), count()
+    progress, numbers = ReaderProgress(num_threads), count()
 
     def decode_from(start: int) -> None:
         for position in range(start, min(start + IMAGES_PER_TASK, selection.num_images)):
             decode_image(selection, selection.read(position), position, out=out[position])
-        rest()
+        mark_idle()
 
     def end(reader: int) -> None:
-        end_process(stuck_message(whereabouts, reader, selection.where, timeout_s))
+        end_process(stuck_message(progress, reader, selection.where, timeout_s))
 
     starts = range(part * IMAGES_PER_TASK, selection.num_images, num_parts * IMAGES_PER_TASK)
     # Threads, since JPEGs are decoded without the GIL.
     with (
-        watched(whereabouts, timeout_s, end),
-        ThreadPoolExecutor(num_threads, initializer=lambda: whereabouts.begin(next(numbers))) as threads,
+        watched(progress, timeout_s, end),
+        ThreadPoolExecutor(num_threads, initializer=lambda: progress.begin(next(numbers))) as threads,
     ):
         for _ in threads.map(decode_from, starts):
             pass

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from vaetrain.data.format.index import SplitIndex
-from vaetrain.data.format.shard_set import Manifest, Shard, ShardSet
+from vaetrain.data.format.manifest import Manifest, Shard
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.shared_memory import SharedMemory
 from vaetrain.data.readers.worker_progress import note_reading
 

@@ -22,7 +22,7 @@ Gather = Callable[[Sequence[int]], list[list[int]]]
 
 
 @dataclass(frozen=True)
-class NodeShare:
+class SharedArray:
     """What this process does for an array, and where the array lies."""
 
     part: int
@@ -41,7 +41,7 @@ class NodeShare:
     """Who has it, after its size."""
 
     @classmethod
-    def agree(cls, num_bytes: int, rank: int, gather: Gather | None) -> NodeShare:
+    def agree(cls, num_bytes: int, rank: int, gather: Gather | None) -> SharedArray:
         """Find the processes of this node and share memory with them; a collective of all processes of the run."""
         alone = cls(part=0, num_parts=1, memory=None, gather=gather, description="in this process")
         if gather is None:
@@ -78,7 +78,7 @@ class NodeShare:
         return np.empty(shape, np.uint8) if self.memory is None else self.memory.array(shape, np.uint8)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fill_collectively(self) -> Iterator[None]:
         """Fill this process's part inside; at the end all parts are filled, and a failure of one is a failure of all.
 
         Raises ValueError with that one's message in the processes whose own part went well: whichever ends first, and has

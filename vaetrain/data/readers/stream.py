@@ -23,9 +23,9 @@ from jaxtyping import Bool, Int64
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from vaetrain.data.format.shard_set import TAR_BLOCK, Shard
+from vaetrain.data.format.manifest import TAR_BLOCK, Shard
 from vaetrain.data.readers.batch import Batch, batch_buffer, decode_image, make_batch
-from vaetrain.data.readers.loader_workers import Outcome, WorkerPool
+from vaetrain.data.readers.loader_workers import BatchOrError, WorkerPool
 from vaetrain.data.readers.order import BatchLayout, epoch_order
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
@@ -96,7 +96,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class _TrainBatches(IterableDataset[Outcome]):
+class _TrainBatches(IterableDataset[BatchOrError]):
     """The endless micro-batches of one process. Micro-batch t (from the run's start) is worker t mod num_workers' work."""
 
     stream: Stream
@@ -104,7 +104,7 @@ class _TrainBatches(IterableDataset[Outcome]):
     images_seen: int
     layout: BatchLayout
 
-    def __iter__(self) -> Iterator[Outcome]:
+    def __iter__(self) -> Iterator[BatchOrError]:
         return _until_error(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
@@ -129,7 +129,7 @@ class _TrainBatches(IterableDataset[Outcome]):
 
 
 @dataclass(frozen=True)
-class _EvalBatches(IterableDataset[Outcome]):
+class _EvalBatches(IterableDataset[BatchOrError]):
     """One pass of one process: consecutive blocks of the split, an equal stretch of them for each process and worker."""
 
     stream: Stream
@@ -137,7 +137,7 @@ class _EvalBatches(IterableDataset[Outcome]):
     rank: int
     num_processes: int
 
-    def __iter__(self) -> Iterator[Outcome]:
+    def __iter__(self) -> Iterator[BatchOrError]:
         return _until_error(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
@@ -181,11 +181,11 @@ class StreamReader:
         """
         layout.images_per_epoch(self.num_images)
         layout.check_position(images_seen)
-        return self._workers.once(_TrainBatches(self._stream, seed, images_seen, layout))
+        return self._workers.train_iter(_TrainBatches(self._stream, seed, images_seen, layout))
 
     def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
         """This process's share of one pass over the split, every image exactly once over all processes."""
-        return self._workers.repeated(
+        return self._workers.eval_iter(
             (batch_size, rank, num_processes),
             lambda: _EvalBatches(self._stream, batch_size, rank, num_processes),
             lambda: None,
@@ -195,7 +195,7 @@ class StreamReader:
         """The first images of the split, or all when it has fewer."""
         shards = np.arange(self._stream.selection.num_shards)
         stop = min(num_images, self.num_images)
-        return self._workers.here(lambda: self._stream.batch(list(self._stream.images(shards, 0, stop))))
+        return self._workers.read_inline(lambda: self._stream.batch(list(self._stream.images(shards, 0, stop))))
 
     def close(self) -> None:
         """End the worker processes."""
@@ -225,7 +225,7 @@ def _shuffled(items: Iterable[T], seed: str) -> Iterator[T]:
     return shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(seed))(iter(items))
 
 
-def _until_error(batches: Iterator[Batch]) -> Iterator[Outcome]:
+def _until_error(batches: Iterator[Batch]) -> Iterator[BatchOrError]:
     try:
         yield from batches
     except ValueError as error:

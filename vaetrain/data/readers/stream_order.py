@@ -18,7 +18,7 @@ SHUFFLE_BUFFER = 2000
 
 
 @dataclass(frozen=True)
-class Piece:
+class WorkerSlice:
     """What one worker reads of one epoch."""
 
     images: range
@@ -28,7 +28,9 @@ class Piece:
     """The micro-batches it makes of them, as numbers in the sequence of its process, counted from the run's start."""
 
 
-def train_piece(num_images: int, seed: int, epoch: int, layout: BatchLayout, piece: int, num_workers: int) -> Piece:
+def train_piece(
+    num_images: int, seed: int, epoch: int, layout: BatchLayout, piece: int, num_workers: int
+) -> WorkerSlice:
     """Piece number `piece` of the `num_workers` of a process in an epoch. Micro-batch t is in piece t mod num_workers."""
     per_epoch = layout.micro_batches_per_epoch(num_images)
 
@@ -41,7 +43,7 @@ def train_piece(num_images: int, seed: int, epoch: int, layout: BatchLayout, pie
     batches_before = layout.rank * per_epoch + sum(len(batches_of(other)) for other in range(piece))
     batches = batches_of(piece)
     first = dropped_before + batches_before * layout.micro_batch_size
-    return Piece(range(first, first + len(batches) * layout.micro_batch_size), batches)
+    return WorkerSlice(range(first, first + len(batches) * layout.micro_batch_size), batches)
 
 
 def eval_piece(num_images: int, batch_size: int, part: int, num_parts: int) -> range:

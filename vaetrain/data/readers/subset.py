@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64
 
 from vaetrain.data.config import DataConfig
-from vaetrain.data.format.shard_set import TAR_BLOCK
+from vaetrain.data.format.manifest import TAR_BLOCK
 from vaetrain.data.readers.indexed import IndexedReader
 from vaetrain.data.readers.loader_workers import choose_num_workers
 from vaetrain.data.readers.reader import Reader, open_selection

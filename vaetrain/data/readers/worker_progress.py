@@ -38,13 +38,13 @@ def note_reading(first: int, last: int) -> None:
         row[_NOTES] += 1
 
 
-def rest() -> None:
+def mark_idle() -> None:
     """Say that this thread has read what it was asked for, and waits for more."""
     if _here.row is not None:
         _here.row[_BUSY] = 0
 
 
-class Whereabouts:
+class ReaderProgress:
     """One row for each of `num_readers`; picklable to a child process."""
 
     def __init__(self, num_readers: int) -> None:
@@ -69,7 +69,7 @@ class Whereabouts:
         try:
             yield
         finally:
-            rest()
+            mark_idle()
             _here.row = outer
 
     def reader_of(self, pid: int) -> int | None:
@@ -100,17 +100,17 @@ class Whereabouts:
         return self._rows[:, _BUSY] == 1
 
 
-class Patience:
+class StallDetector:
     """Tells which readers have made no progress for `timeout_s`, by looking every `every_s`.
 
     The looks are counted rather than the clock read, so that a job that was suspended for an hour has not timed out.
     """
 
-    def __init__(self, whereabouts: Whereabouts, timeout_s: float, every_s: float) -> None:
-        self._whereabouts = whereabouts
+    def __init__(self, progress: ReaderProgress, timeout_s: float, every_s: float) -> None:
+        self._whereabouts = progress
         self._timeout_s, self._every_s = timeout_s, every_s
-        self._notes = whereabouts.notes()
-        self._waited_s: Float[np.ndarray, " readers"] = np.zeros(whereabouts.num_readers)
+        self._notes = progress.notes()
+        self._waited_s: Float[np.ndarray, " readers"] = np.zeros(progress.num_readers)
 
     def look(self) -> None:
         """To be called every `every_s`."""
@@ -126,16 +126,16 @@ class Patience:
 
 
 @contextmanager
-def watched(whereabouts: Whereabouts, timeout_s: float, on_stuck: Callable[[int], None]) -> Iterator[None]:
+def watched(progress: ReaderProgress, timeout_s: float, on_stuck: Callable[[int], None]) -> Iterator[None]:
     """Inside the block a thread watches the readers, and is told by `on_stuck` what to do with one that hangs."""
     over = threading.Event()
     every_s = min(1.0, timeout_s / 4)
-    patience = Patience(whereabouts, timeout_s, every_s)
+    detector = StallDetector(progress, timeout_s, every_s)
 
     def watch() -> None:
         while not over.wait(every_s):
-            patience.look()
-            if stuck := patience.stuck():
+            detector.look()
+            if stuck := detector.stuck():
                 on_stuck(stuck[0])
                 return
 
@@ -156,7 +156,7 @@ def end_process(message: str) -> None:
     os._exit(1)
 
 
-def stuck_message(whereabouts: Whereabouts, reader: int, where: Where, timeout_s: float) -> str:
+def stuck_message(progress: ReaderProgress, reader: int, where: Where, timeout_s: float) -> str:
     """What to tell the user about a reader that hangs."""
     return (
         f"reading hangs: for {timeout_s:g} s (--data.timeout-s) there was no progress at "

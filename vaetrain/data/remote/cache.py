@@ -23,7 +23,7 @@ from io import BufferedReader, FileIO, RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
-from vaetrain.data.format.shard_set import Shard
+from vaetrain.data.format.manifest import Shard
 from vaetrain.data.remote.download import readable_disk_errors
 
 # More than the 15 s after which a process gives a download up, and so lets go of it.

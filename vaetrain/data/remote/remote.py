@@ -20,7 +20,8 @@ import numpy as np
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.index import INDEX_TYPES
-from vaetrain.data.format.shard_set import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, ShardSet, Split
+from vaetrain.data.format.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, Split
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.remote.cache import ShardCache
 from vaetrain.data.remote.connection import PROGRESS_BYTES, BrokenOffError, Connection, connect
 from vaetrain.data.remote.url import remote_folder

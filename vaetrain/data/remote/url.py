@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vaetrain.data.format.shard_set import MANIFEST_NAME
+from vaetrain.data.format.manifest import MANIFEST_NAME
 
 
 def remote_folder(location: str, *, allow_pipe: bool = False) -> str | None:

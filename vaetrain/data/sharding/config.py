@@ -12,9 +12,9 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from vaetrain.data.format.shard_set import Crop, Encoding, ImageFormat
-from vaetrain.data.sources.preprocess import Recipe
-from vaetrain.data.sources.source import Source
+from vaetrain.data.format.manifest import Crop, Encoding, ImageFormat
+from vaetrain.data.sources.preprocess import Preprocessing
+from vaetrain.data.sources.source import ImageSource
 
 FACES = "faces"
 NEAR_DUPLICATES = 0.99
@@ -150,7 +150,7 @@ class ShardingConfig:
             )
         return self.val_count
 
-    def recipe(self, source: Source) -> Recipe:
+    def recipe(self, source: ImageSource) -> Preprocessing:
         """What is done to each image of `source`; raises ValueError for grayscale WebP, which there is not."""
         channels = 1 if self.gray else source.channels
         image_format = self.format or source.format
@@ -163,7 +163,7 @@ class ShardingConfig:
                 encoding = Encoding("webp", self.quality, "4:2:0", crop=self.crop)
             case "png":
                 encoding = Encoding("png", None, None, crop=self.crop)
-        return Recipe(self.size, channels, encoding)
+        return Preprocessing(self.size, channels, encoding)
 
 
 def share_of(percent: str) -> Fraction:

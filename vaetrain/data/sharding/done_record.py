@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaetrain.data.format.shard_set import Shard
+from vaetrain.data.format.manifest import Shard
 from vaetrain.data.sharding.task import Rejected, ShardTask
 from vaetrain.files import replace_file, sha256_of_file
 from vaetrain.strict_json import from_json

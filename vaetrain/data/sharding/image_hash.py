@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 16
-LIKENESS = np.dtype([("digest", "<u8"), ("phash", "<u8"), ("thumbnail", "u1", SIDE**2)])
+IMAGE_HASH = np.dtype([("digest", "<u8"), ("phash", "<u8"), ("thumbnail", "u1", SIDE**2)])
 """Of one image: 64 bits of the SHA-256 of its file, its perceptual hash, and its gray thumbnail, row by row."""
 
 # The eight lowest frequencies of the cosine transform, times 128: all sums stay below 2³¹.
@@ -21,26 +21,26 @@ _FREQUENCIES = np.arange(8)[:, None] * (2 * np.arange(SIDE) + 1)[None]
 _COSINES = np.rint(128 * np.cos(np.pi * _FREQUENCIES / (2 * SIDE))).astype(np.int32)
 
 
-class Glimpse(NamedTuple):
+class Thumbnail(NamedTuple):
     """What is kept of one image until the likenesses of many are computed at once."""
 
     digest: bytes
     thumbnail: bytes
 
 
-def glance(image: bytes, picture: Image.Image) -> Glimpse:
+def thumbnail_of(image: bytes, picture: Image.Image) -> Thumbnail:
     """Look at an encoded image and its pixels, a square in RGB or grayscale."""
     thumbnail = picture.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=1.0).convert("L")
-    return Glimpse(hashlib.sha256(image).digest()[:8], thumbnail.tobytes())
+    return Thumbnail(hashlib.sha256(image).digest()[:8], thumbnail.tobytes())
 
 
-def likenesses(glimpses: Sequence[Glimpse]) -> np.ndarray:
+def likenesses(glimpses: Sequence[Thumbnail]) -> np.ndarray:
     """An array of LIKENESS.
 
     The hash is pHash (Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1), but of
     a picture of 16×16: which of the 64 lowest coefficients of its cosine transform are above their median.
     """
-    found = np.zeros(len(glimpses), LIKENESS)
+    found = np.zeros(len(glimpses), IMAGE_HASH)
     found["digest"] = np.frombuffer(b"".join(glimpse.digest for glimpse in glimpses), dtype="<u8")
     thumbnail = np.frombuffer(b"".join(glimpse.thumbnail for glimpse in glimpses), dtype=np.uint8)
     found["thumbnail"] = thumbnail.reshape(len(glimpses), SIDE**2)

@@ -29,17 +29,18 @@ import numpy as np
 import PIL
 
 from vaetrain.data.format.index import SplitIndex, pack_index
-from vaetrain.data.format.shard_set import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, Manifest, ShardSet, Split, Tool
+from vaetrain.data.format.manifest import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, Manifest, Split, Tool
+from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.done_record import PARTIAL_NAME, FinishedShard
 from vaetrain.data.sharding.duplicates import DUPLICATES_NAME, duplicate_groups, duplicates_jsonl, num_groups_in
-from vaetrain.data.sharding.image_hash import LIKENESS
+from vaetrain.data.sharding.image_hash import IMAGE_HASH
 from vaetrain.data.sharding.plan import Plan
 from vaetrain.data.sharding.process_map import map_in_order
-from vaetrain.data.sharding.task import Piece, Rejected, ShardTask, make_piece
+from vaetrain.data.sharding.task import Rejected, SampleChunk, ShardTask, make_piece
 from vaetrain.data.sources.preprocess import SUFFIXES
-from vaetrain.data.sources.source import Pictures, Source
+from vaetrain.data.sources.source import ImageOpener, ImageSource
 from vaetrain.files import replace_file
 from vaetrain.machine import num_cores
 from vaetrain.progress_bar import ProgressBar
@@ -208,7 +209,7 @@ def _write_shards(tasks: list[ShardTask], aside: Path, num_workers: int) -> dict
     return notes
 
 
-def write_shard(task: ShardTask, pieces: Iterable[Piece]) -> FinishedShard:
+def write_shard(task: ShardTask, pieces: Iterable[SampleChunk]) -> FinishedShard:
     """Write a shard (none if not one of its originals can be read) and its note."""
     rejected: list[Rejected] = []
     likeness = []
@@ -226,7 +227,7 @@ def write_shard(task: ShardTask, pieces: Iterable[Piece]) -> FinishedShard:
     return note
 
 
-def _stage(tasks: list[ShardTask], aside: Path) -> dict[Source, Pictures]:
+def _stage(tasks: list[ShardTask], aside: Path) -> dict[ImageSource, ImageOpener]:
     """What opens the items of these tasks, per source; a compressed tar or Parquet is unpacked into `aside`."""
     sources = dict.fromkeys(task.source for task in tasks)
     items = {source: [item for task in tasks if task.source == source for item in task.items] for source in sources}
@@ -252,12 +253,12 @@ def _report_rejected(rejected: list[Rejected], ignored: Sequence[str], config: S
 def _report_duplicates(
     tasks: list[ShardTask], notes: dict[str, FinishedShard], config: ShardingConfig, aside: Path
 ) -> None:
-    likeness, images = [np.zeros(0, LIKENESS)], []
+    likeness, images = [np.zeros(0, IMAGE_HASH)], []
     for task in tasks:
         note = notes[task.name]
         rejected = {original.source for original in note.rejected}
         images += [(task.split, item.source) for item in task.items if item.source not in rejected]
-        likeness.append(np.frombuffer(b64decode(note.likeness), LIKENESS))
+        likeness.append(np.frombuffer(b64decode(note.likeness), IMAGE_HASH))
     groups = list(duplicate_groups(np.concatenate(likeness), images, config.near_duplicates))
     file = config.out / DUPLICATES_NAME
     if not groups:

@@ -13,10 +13,10 @@ from jaxtyping import Int64
 
 from vaetrain.data.sharding.config import FACES, NEAR_DUPLICATES, ShardingConfig
 from vaetrain.data.sharding.task import ShardTask
-from vaetrain.data.sharding.val_split import deal, groups_of
+from vaetrain.data.sharding.val_split import groups_of, split_train_val
 from vaetrain.data.sources.open_source import Faces, open_source
-from vaetrain.data.sources.preprocess import Recipe
-from vaetrain.data.sources.source import Item, Listing, Source
+from vaetrain.data.sources.preprocess import Preprocessing
+from vaetrain.data.sources.source import ImageSource, Listing, SourceItem
 from vaetrain.strict_json import sha256_of_json
 
 DEFAULT_NUM_FACES = 3000
@@ -29,9 +29,9 @@ class Plan:
 
     classes: tuple[str, ...]
     """Class names, in the order of labels."""
-    recipe: Recipe
+    recipe: Preprocessing
     """What is done to each original."""
-    splits: dict[str, tuple[Source, tuple[Item, ...]]]
+    splits: dict[str, tuple[ImageSource, tuple[SourceItem, ...]]]
     """Per split its source and its originals in shard order."""
     digest: str
     """SHA-256 over all that decides the bytes."""
@@ -42,7 +42,7 @@ class Plan:
     def of(cls, config: ShardingConfig) -> Plan:
         """List the originals and deal them out; raises ValueError when the arguments do not fit them."""
         if config.src == FACES:
-            source: Source = Faces(config.num_images or DEFAULT_NUM_FACES, config.seed, config.size)
+            source: ImageSource = Faces(config.num_images or DEFAULT_NUM_FACES, config.seed, config.size)
         else:
             source = open_source(config.src, config.image_column, config.label_column)
         listing = source.listing()
@@ -95,12 +95,14 @@ def _shuffle(num_images: int, seed: int) -> Int64[np.ndarray, " n"]:
     return np.random.RandomState(seed).permutation(num_images)
 
 
-def _dealt(listing: Listing, source: Source, recipe: Recipe, config: ShardingConfig) -> dict[str, tuple[Item, ...]]:
+def _dealt(
+    listing: Listing, source: ImageSource, recipe: Preprocessing, config: ShardingConfig
+) -> dict[str, tuple[SourceItem, ...]]:
     """`--val-count` of the shuffled items for validation, the others for training."""
     num_val = config.num_val(len(listing.items))
     order = _shuffle(len(listing.items), config.seed)
     group = groups_of(listing, source, recipe, config) if config.group_duplicates else np.arange(len(order))
-    is_val = deal(group[order], num_val)
+    is_val = split_train_val(group[order], num_val)
     if not is_val.any():
         asked = f"{config.val_count}" if config.val_count == num_val else f"{config.val_count} ({num_val:,})"
         raise ValueError(f"every group of duplicates has more than --val-count {asked} images; raise it")
@@ -114,7 +116,7 @@ def _dealt(listing: Listing, source: Source, recipe: Recipe, config: ShardingCon
     }
 
 
-def _relabelled(val: Listing, train: Listing, config: ShardingConfig) -> tuple[Item, ...]:
+def _relabelled(val: Listing, train: Listing, config: ShardingConfig) -> tuple[SourceItem, ...]:
     if any(item.split for item in val.items):
         raise ValueError(
             f"--val-src {config.val_src} has splits of its own; name a folder of one of them, or a source without"

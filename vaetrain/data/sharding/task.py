@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vaetrain.data.format.shard_set import TAR_BLOCK
+from vaetrain.data.format.manifest import TAR_BLOCK
 from vaetrain.data.format.writer import Row, pack_sample
-from vaetrain.data.sharding.image_hash import glance, likenesses
-from vaetrain.data.sources.preprocess import UNREADABLE, Recipe
-from vaetrain.data.sources.source import Item, Pictures, Source
+from vaetrain.data.sharding.image_hash import likenesses, thumbnail_of
+from vaetrain.data.sources.preprocess import UNREADABLE, Preprocessing
+from vaetrain.data.sources.source import ImageOpener, ImageSource, SourceItem
 
 # Small enough that all workers end at about the same time, large enough that handing them out takes none.
 IMAGES_PER_PIECE = 32
@@ -26,24 +26,24 @@ class Rejected:
     reason: str
 
 
-class PieceTask(NamedTuple):
+class ChunkTask(NamedTuple):
     """Everything a worker needs to make some samples."""
 
     split: str
     first: int
     """Position of the first image in the split."""
-    items: tuple[Item, ...]
-    pictures: Pictures
-    recipe: Recipe
+    items: tuple[SourceItem, ...]
+    pictures: ImageOpener
+    recipe: Preprocessing
     classes: tuple[str, ...]
 
-    def cut(self) -> Iterator[PieceTask]:
+    def cut(self) -> Iterator[ChunkTask]:
         """The same in pieces of IMAGES_PER_PIECE."""
         for start in range(0, len(self.items), IMAGES_PER_PIECE):
             yield self._replace(first=self.first + start, items=self.items[start : start + IMAGES_PER_PIECE])
 
 
-class Piece(NamedTuple):
+class SampleChunk(NamedTuple):
     """Samples that follow each other in a shard."""
 
     samples: bytes
@@ -74,9 +74,9 @@ class ShardTask(NamedTuple):
     """The shard's number in its split."""
     first: int
     """Position of its first image in the split."""
-    items: tuple[Item, ...]
-    source: Source
-    recipe: Recipe
+    items: tuple[SourceItem, ...]
+    source: ImageSource
+    recipe: Preprocessing
     classes: tuple[str, ...]
 
     @property
@@ -84,12 +84,12 @@ class ShardTask(NamedTuple):
         """The shard's name without .tar."""
         return f"{self.split}-{self.number:06d}"
 
-    def pieces(self, pictures: Pictures) -> Iterator[PieceTask]:
+    def pieces(self, pictures: ImageOpener) -> Iterator[ChunkTask]:
         """Its parts, in order; `pictures` opens its items."""
-        return PieceTask(self.split, self.first, self.items, pictures, self.recipe, self.classes).cut()
+        return ChunkTask(self.split, self.first, self.items, pictures, self.recipe, self.classes).cut()
 
 
-def make_piece(task: PieceTask) -> Piece:
+def make_piece(task: ChunkTask) -> SampleChunk:
     """Read, resize and encode the originals of a piece."""
     samples, rows, rejected, glimpses = bytearray(), [], [], []
     for position, item in enumerate(task.items, start=task.first):
@@ -104,10 +104,10 @@ def make_piece(task: PieceTask) -> Piece:
         record = {"label": item.label, "class": task.classes[item.label], "source": item.source, **extra}
         rows.append(Row(len(samples) + TAR_BLOCK, len(image), item.label))
         samples += pack_sample(f"{position:08d}", image, task.recipe.encoding.format, record)
-        glimpses.append(glance(image, picture))
-    return Piece(bytes(samples), tuple(rows), tuple(rejected), likenesses(glimpses).tobytes())
+        glimpses.append(thumbnail_of(image, picture))
+    return SampleChunk(bytes(samples), tuple(rows), tuple(rejected), likenesses(glimpses).tobytes())
 
 
-def look(task: PieceTask) -> Piece:
+def look(task: ChunkTask) -> SampleChunk:
     """A piece without its samples, for what it says about them."""
     return make_piece(task)._replace(samples=b"")

@@ -10,16 +10,16 @@ from jaxtyping import Bool, Int64
 
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.duplicates import find_groups
-from vaetrain.data.sharding.image_hash import LIKENESS
+from vaetrain.data.sharding.image_hash import IMAGE_HASH
 from vaetrain.data.sharding.process_map import map_in_order
-from vaetrain.data.sharding.task import PieceTask, look
-from vaetrain.data.sources.preprocess import Recipe
-from vaetrain.data.sources.source import Listing, Pictures, Source
+from vaetrain.data.sharding.task import ChunkTask, look
+from vaetrain.data.sources.preprocess import Preprocessing
+from vaetrain.data.sources.source import ImageOpener, ImageSource, Listing
 from vaetrain.machine import num_cores
 from vaetrain.progress_bar import ProgressBar
 
 
-def deal(group: Int64[np.ndarray, " n"], num_val: int) -> Bool[np.ndarray, " n"]:
+def split_train_val(group: Int64[np.ndarray, " n"], num_val: int) -> Bool[np.ndarray, " n"]:
     """Whether each of n shuffled images is for validation, given the number of its group.
 
     Of the groups, from the end of the shuffle, the first among which some have `num_val` images together; where no groups of
@@ -44,12 +44,14 @@ def deal(group: Int64[np.ndarray, " n"], num_val: int) -> Bool[np.ndarray, " n"]
     return np.isin(member, chosen)[::-1]
 
 
-def groups_of(listing: Listing, source: Source, recipe: Recipe, config: ShardingConfig) -> Int64[np.ndarray, " n"]:
+def groups_of(
+    listing: Listing, source: ImageSource, recipe: Preprocessing, config: ShardingConfig
+) -> Int64[np.ndarray, " n"]:
     """The number of the group of duplicates of each item, found by making all samples once and keeping none.
 
     Items that cannot be read are in groups of their own. Says on stderr how far it is.
     """
-    if isinstance(source, Pictures):
+    if isinstance(source, ImageOpener):
         return _groups_among(listing, source, recipe, config)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out.parent, prefix=f".{config.out.name}-") as folder:
@@ -57,9 +59,9 @@ def groups_of(listing: Listing, source: Source, recipe: Recipe, config: Sharding
 
 
 def _groups_among(
-    listing: Listing, pictures: Pictures, recipe: Recipe, config: ShardingConfig
+    listing: Listing, pictures: ImageOpener, recipe: Preprocessing, config: ShardingConfig
 ) -> Int64[np.ndarray, " n"]:
-    pieces = list(PieceTask("", 0, listing.items, pictures, recipe, listing.classes).cut())
+    pieces = list(ChunkTask("", 0, listing.items, pictures, recipe, listing.classes).cut())
     num_workers = min(config.workers or num_cores(), len(pieces))
     with ProgressBar("looking for duplicates", len(listing.items)) as progress:
         looked = map_in_order(look, pieces, num_workers)
@@ -67,6 +69,6 @@ def _groups_among(
     rejected = {original.source for each in looks for original in each.rejected}
     readable = np.flatnonzero([item.source not in rejected for item in listing.items])
     group = np.arange(len(listing.items))
-    likeness = np.frombuffer(b"".join(each.likeness for each in looks), LIKENESS)
+    likeness = np.frombuffer(b"".join(each.likeness for each in looks), IMAGE_HASH)
     group[readable] = readable[find_groups(likeness, config.near_duplicates)]
     return group

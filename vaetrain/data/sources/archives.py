@@ -21,10 +21,10 @@ from typing import IO, Any
 
 from PIL import Image
 
-from vaetrain.data.format.shard_set import TAR_BLOCK
-from vaetrain.data.sources.class_folders import Member, arrange
+from vaetrain.data.format.manifest import TAR_BLOCK
+from vaetrain.data.sources.class_folders import Member, find_classes
 from vaetrain.data.sources.preprocess import MAX_FILE_BYTES, decode_picture
-from vaetrain.data.sources.source import DirectSource, Item, Listing, Pictures, Source
+from vaetrain.data.sources.source import DirectSource, ImageOpener, ImageSource, Listing, SourceItem
 
 DECOMPRESSORS = {".gz": gzip.GzipFile, ".tgz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 
@@ -38,13 +38,13 @@ class _ImageFiles(DirectSource):
         """All files."""
 
     @abstractmethod
-    def read(self, item: Item) -> bytes:
+    def read(self, item: SourceItem) -> bytes:
         """The content of one."""
 
     def listing(self) -> Listing:
-        return arrange(self.members(), self.path)
+        return find_classes(self.members(), self.path)
 
-    def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+    def open(self, item: SourceItem) -> tuple[Image.Image, dict[str, Any]]:
         if item.num_bytes > MAX_FILE_BYTES:
             raise ValueError(f"it has {item.num_bytes:,} bytes, more than {MAX_FILE_BYTES:,}")
         return decode_picture(self.read(item)), {}
@@ -64,7 +64,7 @@ class ImageFolder(_ImageFiles):
                 relative = file.relative_to(self.path).as_posix()
                 yield Member(relative, relative, file.stat().st_size if file.is_file() else 0)
 
-    def read(self, item: Item) -> bytes:
+    def read(self, item: SourceItem) -> bytes:
         """The content of one; raises ValueError for a pipe, which may never end, and for a link to nothing."""
         file = self.path / str(item.member)
         if not file.is_file():
@@ -84,7 +84,7 @@ class ImageZip(_ImageFiles):
                 if not info.is_dir():
                     yield Member(info.filename, info.filename, info.file_size)
 
-    def read(self, item: Item) -> bytes:
+    def read(self, item: SourceItem) -> bytes:
         """The content of one; raises ValueError when its checksum is wrong or its compression unknown."""
         try:
             return _open_zip(self.path, file_identity(self.path)).read(str(item.member))
@@ -104,13 +104,13 @@ class ImageTar(_ImageFiles):
             if os.pread(file.fileno(), TAR_BLOCK, archive.offset) != bytes(TAR_BLOCK):
                 raise tarfile.ReadError(f"no file and no end at byte {archive.offset:,}")
 
-    def read(self, item: Item) -> bytes:
+    def read(self, item: SourceItem) -> bytes:
         """The content of one."""
         return os.pread(_open_file(self.path, file_identity(self.path)).fileno(), item.num_bytes, int(item.member))
 
 
 @dataclass(frozen=True)
-class CompressedTar(Source):
+class CompressedTar(ImageSource):
     """A compressed tar. It has no random access, so it is decompressed (one file) before its images are opened."""
 
     path: Path
@@ -118,9 +118,9 @@ class CompressedTar(Source):
     def listing(self) -> Listing:
         """All files with their byte offsets in the decompressed tar; raises ValueError when it is damaged."""
         with _readable(self.path), tarfile.open(self.path) as archive:
-            return arrange(_tar_members(archive), self.path)
+            return find_classes(_tar_members(archive), self.path)
 
-    def staged(self, file: Path, items: Sequence[Item]) -> Pictures:
+    def staged(self, file: Path, items: Sequence[SourceItem]) -> ImageOpener:
         """Decompress into `file`; raises ValueError when the tar is damaged or cut short."""
         with _readable(self.path), DECOMPRESSORS[self.path.suffix](self.path, "rb") as source, file.open("wb") as plain:
             shutil.copyfileobj(source, plain, 1 << 20)

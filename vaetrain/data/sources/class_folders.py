@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from vaetrain.data.sources.preprocess import SUFFIXES
-from vaetrain.data.sources.source import Item, Listing
+from vaetrain.data.sources.source import Listing, SourceItem
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -20,7 +20,7 @@ class Member(NamedTuple):
     num_bytes: int
 
 
-def arrange(members: Iterable[Member], path: Path) -> Listing:
+def find_classes(members: Iterable[Member], path: Path) -> Listing:
     """Find splits and classes in the paths of files.
 
     CLASS/…/NAME.jpg, or SPLIT/CLASS/…/NAME.jpg where `train` lies beside a validation or test folder; without class
@@ -56,7 +56,7 @@ def arrange(members: Iterable[Member], path: Path) -> Listing:
         check_class_name(name, path)
     labels = {class_name: label for label, class_name in enumerate(classes)}
     items = (
-        Item(
+        SourceItem(
             source="/".join(parts),
             label=labels[class_parts[parts][0]] if has_class_folders else 0,
             split=splits[parts[0]] if splits else None,

@@ -18,12 +18,12 @@ from vaetrain.data.sources.faces.faces import CLASSES, draw_face
 from vaetrain.data.sources.idx import PARTS, find_idx, idx_name, read_idx
 from vaetrain.data.sources.parquet import ParquetSource, is_parquet
 from vaetrain.data.sources.shard_set import ShardSetSource, is_shard_set
-from vaetrain.data.sources.source import DirectSource, Item, Listing, Source
+from vaetrain.data.sources.source import DirectSource, ImageSource, Listing, SourceItem
 
 WHAT_THERE_IS = "a folder, zip or tar of images, Parquet files, MNIST's files, a shard set, or faces"
 
 
-def open_source(src: str, image_column: str | None = None, label_column: str | None = None) -> Source:
+def open_source(src: str, image_column: str | None = None, label_column: str | None = None) -> ImageSource:
     """The source at a path; the columns are for Parquet. Raises FileNotFoundError or ValueError when there is none."""
     path = Path(src)
     if not path.exists():
@@ -64,10 +64,12 @@ class IdxFolder(DirectSource):
                     f"{self.path}: {part} has {len(images)} images and {len(labels)} labels up to {labels.max()}"
                 )
             num_bytes = images[0].size
-            items += [Item(f"{part}/{i:05d}", label, split, i, num_bytes) for i, label in enumerate(labels.tolist())]
+            items += [
+                SourceItem(f"{part}/{i:05d}", label, split, i, num_bytes) for i, label in enumerate(labels.tolist())
+            ]
         return Listing(tuple("0123456789"), tuple(items))
 
-    def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+    def open(self, item: SourceItem) -> tuple[Image.Image, dict[str, Any]]:
         """A grayscale picture."""
         part = item.source.split("/")[0]
         return Image.fromarray(self._array(part, 3)[int(item.member)]), {}
@@ -89,10 +91,10 @@ class Faces(DirectSource):
 
     def listing(self) -> Listing:
         """Faces 0 to `num_images` − 1, the classes taking turns."""
-        items = [Item(f"faces/{self.seed}/{i}", i % len(CLASSES), None, i, 0) for i in range(self.num_images)]
+        items = [SourceItem(f"faces/{self.seed}/{i}", i % len(CLASSES), None, i, 0) for i in range(self.num_images)]
         return Listing(CLASSES, tuple(items))
 
-    def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+    def open(self, item: SourceItem) -> tuple[Image.Image, dict[str, Any]]:
         """Draw a face; its record says every factor that made it."""
         pixels, face = draw_face(self.seed, int(item.member), self.size)
         return Image.fromarray(pixels), {"face": face.to_json()}

@@ -21,7 +21,7 @@ from PIL import Image
 from vaetrain.data.sources.archives import file_identity
 from vaetrain.data.sources.class_folders import SPLIT_NAMES, check_class_name, class_named_after, splits_of
 from vaetrain.data.sources.preprocess import MAX_FILE_BYTES, decode_picture
-from vaetrain.data.sources.source import Item, Listing, Pictures, Source
+from vaetrain.data.sources.source import ImageOpener, ImageSource, Listing, SourceItem
 from vaetrain.strict_json import sha256_of_json
 
 NO_LABELS = "none"
@@ -39,7 +39,7 @@ def is_parquet(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class ParquetSource(Source):
+class ParquetSource(ImageSource):
     """One file, or a folder of them, whose names may say their splits: train-00000-of-00002.parquet, test/0000.parquet."""
 
     path: Path
@@ -85,12 +85,12 @@ class ParquetSource(Source):
             raise ValueError(f"{self.path} has no rows")
         classes, labels = self._classes([label for *_, label in rows])
         items = [
-            Item(source, label, split, row, 0)
+            SourceItem(source, label, split, row, 0)
             for row, ((source, split, _), label) in enumerate(zip(rows, labels, strict=True))
         ]
         return Listing(classes, tuple(items), has_class_folders=self.label is not None)
 
-    def staged(self, file: Path, items: Sequence[Item]) -> Pictures:
+    def staged(self, file: Path, items: Sequence[SourceItem]) -> ImageOpener:
         """Copy the images of `items` into one file, in one pass over the rows that holds a page of them at a time.
 
         A shuffled order would otherwise read and decompress a group of a hundred or a thousand rows for each image.
@@ -169,12 +169,12 @@ class ParquetSource(Source):
 
 
 @dataclass(frozen=True)
-class StagedImages(Pictures):
+class StagedImages(ImageOpener):
     """Encoded images end to end in a file, beside it (.npy) where each begins and how long it is."""
 
     file: Path
 
-    def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+    def open(self, item: SourceItem) -> tuple[Image.Image, dict[str, Any]]:
         """The picture; raises ValueError when the row held no bytes: a path to elsewhere is never followed."""
         content, spans = _open_staged(self.file, file_identity(self.file))
         start, num_bytes = spans[int(item.member)].tolist()

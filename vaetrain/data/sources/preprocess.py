@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from vaetrain.data.format.shard_set import Encoding
+from vaetrain.data.format.manifest import Encoding
 
 try:
     import simplejpeg
@@ -35,7 +35,7 @@ MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Preprocessing:
     """How to make an original into a training image."""
 
     size: int

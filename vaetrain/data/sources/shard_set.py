@@ -13,9 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from vaetrain.data.format.shard_set import MANIFEST_NAME, TAR_BLOCK, ImageFormat, Manifest, ShardSet
-from vaetrain.data.sources.preprocess import Recipe, decode_picture
-from vaetrain.data.sources.source import DirectSource, Item, Listing, Sample
+from vaetrain.data.format.manifest import MANIFEST_NAME, TAR_BLOCK, ImageFormat, Manifest
+from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.sources.preprocess import Preprocessing, decode_picture
+from vaetrain.data.sources.source import DirectSource, Listing, Sample, SourceItem
 
 # Shuffled reading over thousands of shards must stay below the usual limit of 1,024 open files.
 MAX_OPEN_SHARDS = 256
@@ -64,29 +65,29 @@ class ShardSetSource(DirectSource):
                 index.shard.tolist(), index.offset.tolist(), index.num_bytes.tolist(), index.label.tolist(), strict=True
             ):
                 where = f"{split.shards[shard].name}:{offset}"
-                items.append(Item(where, label, kept, where, num_bytes))
+                items.append(SourceItem(where, label, kept, where, num_bytes))
         classes = shard_set.manifest.classes
         return Listing(classes, tuple(items), has_class_folders=len(classes) > 1)
 
-    def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+    def open(self, item: SourceItem) -> tuple[Image.Image, dict[str, Any]]:
         """The picture, and all that its record says but the class, which may have another label now."""
         return decode_picture(self._image(item)), self._record(item)
 
-    def sample(self, item: Item, recipe: Recipe) -> Sample:
+    def sample(self, item: SourceItem, recipe: Preprocessing) -> Sample:
         """The image after `recipe`: if it is as asked for already, its own bytes, since encoding again would cost quality."""
         picture, record = self.open(item)
         manifest = _manifest(self.path, self.fingerprint)
         wanted = replace(recipe.encoding, crop=manifest.encoding.crop)  # they are square, so no crop would change them
-        same_recipe = recipe == Recipe(manifest.image_size, manifest.channels, recipe.encoding)
+        same_recipe = recipe == Preprocessing(manifest.image_size, manifest.channels, recipe.encoding)
         if same_recipe and wanted == manifest.encoding and picture.size == (recipe.size, recipe.size):
             return Sample(self._image(item), recipe.prepare(picture), record)
         prepared = recipe.prepare(picture)
         return Sample(recipe.encode(prepared), prepared, record)
 
-    def _image(self, item: Item) -> bytes:
+    def _image(self, item: SourceItem) -> bytes:
         return self._read(item, 0, item.num_bytes)
 
-    def _record(self, item: Item) -> dict[str, Any]:
+    def _record(self, item: SourceItem) -> dict[str, Any]:
         start = item.num_bytes + -item.num_bytes % TAR_BLOCK
         try:
             header = tarfile.TarInfo.frombuf(self._read(item, start, TAR_BLOCK), "utf-8", "strict")
@@ -99,7 +100,7 @@ class ShardSetSource(DirectSource):
             raise ValueError("its record is no mapping")
         return {name: value for name, value in record.items() if name not in ("label", "class")}
 
-    def _read(self, item: Item, start: int, num_bytes: int) -> bytes:
+    def _read(self, item: SourceItem, start: int, num_bytes: int) -> bytes:
         shard, _, offset = item.source.partition(":")
         return os.pread(_open_shard(self.path / shard).fileno(), num_bytes, int(offset) + start)
 

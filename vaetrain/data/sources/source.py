@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vaetrain.data.format.shard_set import ImageFormat
-from vaetrain.data.sources.preprocess import Recipe
+from vaetrain.data.format.manifest import ImageFormat
+from vaetrain.data.sources.preprocess import Preprocessing
 
 
-class Item(NamedTuple):
+class SourceItem(NamedTuple):
     """One original."""
 
     source: str
@@ -41,7 +41,7 @@ class Listing:
     classes: tuple[str, ...]
     """Class names, sorted."""
 
-    items: tuple[Item, ...]
+    items: tuple[SourceItem, ...]
     """The originals."""
 
     has_class_folders: bool = True
@@ -64,24 +64,24 @@ class Sample(NamedTuple):
     """What its record says besides label, class and source."""
 
 
-class Pictures(ABC):
+class ImageOpener(ABC):
     """Originals that any process opens by item, in any order.
 
     It holds a path and no open file, so that it travels to worker processes; what each process opens stays open in caches.
     """
 
     @abstractmethod
-    def open(self, item: Item) -> tuple[Image.Image, dict[str, Any]]:
+    def open(self, item: SourceItem) -> tuple[Image.Image, dict[str, Any]]:
         """The picture, and what else its record should say; raises one of UNREADABLE when it is damaged."""
 
-    def sample(self, item: Item, recipe: Recipe) -> Sample:
-        """The original after `recipe`; raises as `open` and Recipe.prepare do."""
+    def sample(self, item: SourceItem, recipe: Preprocessing) -> Sample:
+        """The original after `recipe`; raises as `open` and Preprocessing.prepare do."""
         picture, extra = self.open(item)
         prepared = recipe.prepare(picture)
         return Sample(recipe.encode(prepared), prepared, extra)
 
 
-class Source(ABC):
+class ImageSource(ABC):
     """Where originals come from: lists them, once, in the process that plans."""
 
     channels: int = 3
@@ -98,13 +98,13 @@ class Source(ABC):
         """All originals; raises ValueError when there are none or when they are not laid out as the source demands."""
 
     @abstractmethod
-    def staged(self, file: Path, items: Sequence[Item]) -> Pictures:
+    def staged(self, file: Path, items: Sequence[SourceItem]) -> ImageOpener:
         """What opens `items` of this source; `file`, and one of that name with another suffix, may be written for it."""
 
 
-class DirectSource(Source, Pictures):
+class DirectSource(ImageSource, ImageOpener):
     """A source whose originals are opened where they lie."""
 
-    def staged(self, file: Path, items: Sequence[Item]) -> Pictures:
+    def staged(self, file: Path, items: Sequence[SourceItem]) -> ImageOpener:
         """Itself."""
         return self
