@@ -20,10 +20,10 @@ from vaetrain.files import sha256_of_file
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.checkpoint import CheckpointNotWritten, Checkpoints, best, check, find, newest_good
-from vaetrain.training.divergence import SpikeDetector
 from vaetrain.training.figures import RunFigures
 from vaetrain.training.meters import Meters
 from vaetrain.training.progress import Progress
+from vaetrain.training.spikes import SpikeDetector
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,12 @@ from launching import TINY
 
 import vaetrain.training.divergence
 from vaetrain.config import OptimConfig, TrainConfig
-from vaetrain.training.divergence import STEPS_BEFORE_JUDGING, SpikeDetector, note_steps, skip_where
+from vaetrain.training.divergence import note_steps
 from vaetrain.training.figures import mark_incidents
 from vaetrain.training.meters import LogWindow
 from vaetrain.training.progress import Progress
 from vaetrain.training.schedule import learning_rate_at
+from vaetrain.training.spikes import STEPS_BEFORE_JUDGING, SpikeDetector, skip_where
 
 CPU = torch.device("cpu")
 SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--train.ema-half-life-images", 0)

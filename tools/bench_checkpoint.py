@@ -51,11 +51,11 @@ from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.checkpoint import Checkpoints
-from vaetrain.training.divergence import SpikeDetector
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.meters import Meters
 from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.progress import Progress
+from vaetrain.training.spikes import SpikeDetector
 
 
 class Training:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from vaetrain.command_line import parse, plain, user_errors
 from vaetrain.evaluation.config import EvaluateConfig
+from vaetrain.runs.provenance import provenance
 
 if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, __doc__)  # before the imports below, which take seconds
@@ -56,7 +57,7 @@ def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]
     }
     asked = [name for name in groups if name in config.scores or (name == "priors" and scoring.wants_priors)]
     scores: dict[str, Any] = {}
-    made_by = scoring.provenance(scoring.val_reader.manifest.fingerprint)
+    made_by = provenance(accelerator, scoring.val_reader.manifest.fingerprint)
     for number, name in enumerate(asked, start=1):
         what, measure = groups[name]
         if accelerator.is_main_process:

@@ -137,7 +137,7 @@ def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path
             "scores": scores,
         },
     )
-    made_by = provenance(device="cpu", num_processes=1, dataset_fingerprint=trained.dataset["train"]["fingerprint"])
+    made_by = provenance(None, trained.dataset["train"]["fingerprint"])
     write_json(out / "provenance.json", {**made_by, "training": trained.provenance})
     replace_file(out / "README.md", model_card(trained, scores).encode())
     aside = out / ".model.safetensors"

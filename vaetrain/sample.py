@@ -149,12 +149,7 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
                 to_skip = 0
     shards = gather_object([plain(shard) for shard in [*whole, *writer.shards]])
     if accelerator.is_main_process:
-        made_by = provenance(
-            device=processes.device_name(accelerator.device),
-            num_processes=accelerator.num_processes,
-            processes_per_node=processes.processes_per_node(),
-            dataset_fingerprint=trained.dataset["train"]["fingerprint"],
-        )
+        made_by = provenance(accelerator, trained.dataset["train"]["fingerprint"])
         write_manifest(config.out, manifest_of(what, saved, trained, made_by, shards))
         print(f"{config.num_images:,} samples in {len(shards)} shard(s) written to {config.out}")
 

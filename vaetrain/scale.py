@@ -39,12 +39,12 @@ from vaetrain.scaling.all_reduce import Interconnect
 from vaetrain.scaling.figure import save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
-from vaetrain.scaling.noise_trial import Noise, measure_noise, noise_micro_batch
+from vaetrain.scaling.measure_noise import Noise, measure_noise, noise_micro_batch
 from vaetrain.scaling.probe import Probe, probe
 from vaetrain.training import precision
 from vaetrain.training.memory import suggest_on_oom
 from vaetrain.training.noise_scale import NoiseScale
-from vaetrain.training.precision import in_use, resolved
+from vaetrain.training.precision import resolved
 
 ASSUMED_GB_PER_S, ASSUMED_LATENCY_US = 10.0, 50.0
 """Of a network that nobody measured and nobody gave."""
@@ -110,11 +110,7 @@ def scale(config: ScaleConfig, accelerator: Accelerator) -> dict[str, Any]:
         "advice": [plain(each) for each in advice],
         "stops_helping_at": stops_helping(advice),
         "config": plain(config),
-        "provenance": provenance(
-            device=processes.device_name(accelerator.device), num_processes=accelerator.num_processes,
-            processes_per_node=processes.processes_per_node(),
-            dataset_fingerprint=fingerprint, precision=in_use(accelerator),
-        ),
+        "provenance": provenance(accelerator, fingerprint),
     }  # fmt: skip
     if accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,6 @@ from vaetrain.sampling.generate import gather_images, gather_samples, generate
 from vaetrain.sampling.manifest import content_of, manifest_of
 from vaetrain.sampling.reader import SampleReader
 from vaetrain.sampling.save_samples import keep
-from vaetrain.training.precision import in_use
 
 T = TypeVar("T")
 
@@ -333,16 +332,6 @@ class Evaluator:
         self.draw("latent_pca", partial(latent_pictures.save_latent_pca, vae, images, labels, classes))
         return {}
 
-    def provenance(self, fingerprint: str) -> dict[str, Any]:
-        """What is making these scores, from the data of that fingerprint."""
-        return provenance(
-            device=processes.device_name(self.accelerator.device),
-            num_processes=self.accelerator.num_processes,
-            processes_per_node=processes.processes_per_node(),
-            dataset_fingerprint=fingerprint,
-            precision=in_use(self.accelerator),
-        )
-
     def compare_priors(self) -> dict[str, Any]:
         """The table of the chosen priors, without scores of their samples, and figures/priors.png; nothing for N(0, I) alone."""
         vae, config = self.trained.vae, self.config
@@ -403,7 +392,7 @@ class Evaluator:
         content = self._content(name, num_images)
 
         def manifest(shards: list[dict[str, Any]]) -> dict[str, Any]:
-            made_by = self.provenance(trained.dataset["train"]["fingerprint"])
+            made_by = provenance(self.accelerator, trained.dataset["train"]["fingerprint"])
             return manifest_of(content, self.priors.get(name), trained, made_by, shards)
 
         return keep(images, folder, content, manifest, self.accelerator)

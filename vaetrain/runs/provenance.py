@@ -9,10 +9,14 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vaetrain.data.format.manifest import Manifest
+from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.machine import cpu_model, num_cores
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MAX_PATCH_BYTES = 1 << 20
 """Of uncommitted changes that a run keeps."""
@@ -29,15 +33,17 @@ def describe_dataset(train: Manifest, val: Manifest) -> dict[str, Any]:
     return {"train": train.summary(), "val": val.summary()}
 
 
-def provenance(
-    *,
-    device: str,
-    num_processes: int,
-    dataset_fingerprint: str | None,
-    processes_per_node: int = 1,
-    precision: str = "fp32",
-) -> dict[str, Any]:
-    """What is making this result: code revision, package versions, machine, processes, data, command and time (UTC)."""
+def provenance(accelerator: Accelerator | None, dataset_fingerprint: str | None) -> dict[str, Any]:
+    """What is making this result: code revision, package versions, machine, processes, data, command and time (UTC).
+
+    None in place of an accelerator: this process alone, on its CPU.
+    """
+    device, num_processes, precision = "cpu", 1, "fp32"
+    if accelerator is not None:
+        from vaetrain.distributed.processes import device_name  # here, since it brings torch, which --help does without
+
+        device, num_processes = device_name(accelerator.device), accelerator.num_processes
+        precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     revision, dirty = git_state(Path(__file__).parents[2])
     return {
         "git_revision": revision,
@@ -50,7 +56,7 @@ def provenance(
         "device": device,
         "precision": precision,
         "num_processes": num_processes,
-        "processes_per_node": processes_per_node,
+        "processes_per_node": LauncherEnvironment.read().processes_per_node,
         "num_cores": num_cores(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "dataset_fingerprint": dataset_fingerprint,

@@ -45,7 +45,9 @@ class RunLogger:
         total_images: int,
         images_per_epoch: int,
         dataset_fingerprint: str,
+        small_batch_size: int | None = None,
     ) -> None:
+        """`small_batch_size`: images behind the meter small_grad_sq, for the noise scale, simple and Adam's."""
         self.accelerator = accelerator
         self.run = run
         self.images_per_epoch = images_per_epoch
@@ -56,6 +58,7 @@ class RunLogger:
             write=partial(print, flush=True),
         )  # fmt: skip
         self.global_batch_size = config.train.global_batch_size
+        self.small_batch_size = small_batch_size
         if accelerator.log_with:
             accelerator.init_trackers(
                 config.log.wandb_project,
@@ -79,12 +82,8 @@ class RunLogger:
         *,
         beta: float,
         lr: float,
-        small_batch_size: int | None = None,
     ) -> None:
-        """One record of split "train": means since the last, the schedules' values now, and speed.
-
-        With `small_batch_size`, the images behind the meter small_grad_sq, also the noise scale, simple and Adam's.
-        """
+        """One record of split "train": means since the last, the schedules' values now, and speed."""
         speed = performance["perf/images_per_s"]
         record = {f"train/{name}": value for name, value in window.means.items()} | {
             "train/beta": beta,
@@ -94,11 +93,11 @@ class RunLogger:
             **performance,
             "perf/mfu": speed * self.mfu_per_image_per_s if self.mfu_per_image_per_s else None,
         }
-        if small_batch_size is not None:
+        if self.small_batch_size is not None:
             for kind in ("", "adam_"):
                 small_sq, big_sq = window.means[f"{kind}small_grad_sq"], window.means[f"{kind}grad_sq"]
                 if small_sq is not None and big_sq is not None:
-                    scale = NoiseScale.of([small_sq], [big_sq], small_batch_size, self.global_batch_size)
+                    scale = NoiseScale.of([small_sq], [big_sq], self.small_batch_size, self.global_batch_size)
                     record[f"train/{kind}noise_scale_images"] = scale.images
         self.write("train", progress, record)
         loss = window.means["loss"]
@@ -139,6 +138,15 @@ class RunLogger:
         self.bar.say(
             f"rolled back from step {from_step:,} to {restored.step:,}, learning rates × {restored.lr_factor:g}: {reason}"
         )
+
+    def say_end(self, progress: Progress, why_stopped: str | None) -> None:
+        """The last line: where the run is, or how to go on with one that was stopped."""
+        self.bar.close()
+        end = f"run written to {self.run.path}"
+        if why_stopped is not None:
+            end = f"saved and stopped by {why_stopped}; the same command goes on from here"
+        if self.accelerator.is_main_process:
+            print(f"{progress.images_seen:,} images trained; {end}")
 
     def write(self, split: str, progress: Progress, record: Mapping[str, Any]) -> None:
         """Append to metrics.jsonl and send the numbers to the trackers; NaN and infinity become null."""

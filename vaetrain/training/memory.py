@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import gc
+import itertools
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from vaetrain.config import Config, PrecisionName
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
+from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.choose import choose_reader
+from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.resident import DEVICE_MEMORY_SHARE
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.remote.url import remote_folder
-from vaetrain.model.autoencoder import VAE
-from vaetrain.objective.elbo import negative_elbo
+from vaetrain.model.autoencoder import VAE, ElboTerms
+from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.precision import resolved
+from vaetrain.training.step import TrainStep
 
 GIB = 2**30
 
@@ -78,40 +82,86 @@ def peak_memory(config: Config, accelerator: Accelerator, micro_batch_size: int)
 def train_on_dummies(
     config: Config, accelerator: Accelerator, micro_batch_size: int, num_steps: int = 2
 ) -> list[float]:
-    """Steps as train.py takes them, and the seconds of each: from the second on there are the optimizer's moments too."""
+    """Steps of training on black images, and the seconds of each: from the second on there are the optimizer's moments too."""
     config = resolved(config, accelerator)
     device, model = accelerator.device, config.model
     vae = VAE(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept = [
-        copy.deepcopy(vae),  # the moving average
         # DDP's buckets hold every gradient once more.
         [torch.empty_like(weight) for weight in vae.parameters()] if accelerator.num_processes > 1 else None,
         torch.empty(data_bytes_on(device, config.data), dtype=torch.uint8, device=device),
         torch.empty(config.train.global_batch_size, *model.latent_shape, device=device),  # the noise of all processes
     ]
+    ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
     if config.train.compile:
         vae.compile()
-    optimizer = build_optimizer(vae, config.optim)
-    shape = (micro_batch_size, model.in_channels, model.image_size, model.image_size)
-    x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
-    noise = torch.zeros(micro_batch_size, *model.latent_shape, device=device)
-    # As in training, with a scale at which no step overflows and is skipped: the first makes the optimizer's moments.
-    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=config.train.precision == "fp16")
+    alone = ThisProcess(device, config.train.precision)
+    optimizer = ScaledOptimizer(build_optimizer(vae, config.optim), alone.scaler)
+    layout = BatchLayout(micro_batch_size, micro_batch_size, rank=0, num_processes=1)
+    step = TrainStep(config, layout, alone, vae, InArithmetic(vae, config.train.precision), optimizer, ema)
+    images = torch.zeros(micro_batch_size, model.in_channels, model.image_size, model.image_size, dtype=torch.uint8)
+    numbers = torch.zeros(micro_batch_size, dtype=torch.int64)
+    batches = itertools.repeat(Batch(images, numbers, numbers))
     seconds = []
-    for _ in range(num_steps):
+    for number in range(num_steps):
         start = time.perf_counter()
-        optimizer.zero_grad()
-        with arithmetic(device, config.train.precision):
-            terms = vae(x, noise)
-        loss = negative_elbo(terms.distortion, terms.kl, config.objective.beta, config.objective.free_bits).sum()
-        scaler.scale(loss / (micro_batch_size * model.num_pixels)).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        step.accumulate(batches, number * micro_batch_size, config.objective.beta)
+        step.update(config.optim.lr, (number + 1) * micro_batch_size)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     kept.clear()
     return seconds
+
+
+class ThisProcess:
+    """What a step needs of Accelerate, without the other processes and in an arithmetic of its own."""
+
+    def __init__(self, device: torch.device, precision: PrecisionName) -> None:
+        self.device = device
+        # With a scale at which no step overflows and is skipped: the first makes the optimizer's moments.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=1.0, enabled=precision == "fp16")
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Nothing: there is nobody to be in step with."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        self.scaler.scale(loss).backward()
+
+    def clip_grad_norm_(self, parameters: Iterator[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradients down to this norm."""
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+class ScaledOptimizer:
+    """An optimizer whose step is the gradient scaler's, as Accelerate's is."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self.zero_grad = optimizer.zero_grad
+        self._scaler = scaler
+
+    def step(self) -> None:
+        """Update the weights."""
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+
+class InArithmetic(nn.Module):
+    """A model whose forward pass is in this precision, whatever the accelerator's own is."""
+
+    def __init__(self, vae: VAE, precision: PrecisionName) -> None:
+        super().__init__()
+        self.vae = vae
+        self.precision = precision
+
+    def forward(self, x: Tensor, noise: Tensor) -> ElboTerms:
+        """The terms of the ELBO."""
+        with arithmetic(x.device, self.precision):
+            return self.vae(x, noise)
 
 
 def arithmetic(device: torch.device, precision: PrecisionName) -> torch.autocast:

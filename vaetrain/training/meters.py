@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vaetrain.distributed.processes import sum_over_processes
+from vaetrain.training.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Meters:
         self.sums[-2:] += torch.stack([skipped, spiked])
         self.streak = (self.streak + 1) * skipped
         self.longest = torch.maximum(self.longest, self.streak)
+
+    def add_step(self, result: StepResult) -> None:
+        """Add what a step showed."""
+        self.add(result.num_images, result.skipped, result.spiked, **result.sums)
 
     def fetch(self, accelerator: Accelerator) -> LogWindow:
         """The interval that ends now; start the next. A collective and a synchronisation with the device."""

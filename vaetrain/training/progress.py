@@ -32,6 +32,11 @@ class Progress:
     lr_factor: float = 1.0
     """Factor on the learning rate, lowered when that happened."""
 
+    def advance(self, global_batch_size: int) -> None:
+        """One optimizer step on so many images has been taken, or skipped."""
+        self.step += 1
+        self.images_seen += global_batch_size
+
     def note_validation(self, score: float) -> None:
         """Remember a validation at the current position, and whether it is the best so far (NaN never is).
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 from vaetrain.config import Config, OptimConfig
+from vaetrain.data.readers.order import BatchLayout
 from vaetrain.objective.config import beta_at
+from vaetrain.training.early_stopping import out_of_patience
+from vaetrain.training.progress import Progress
 
 
 def learning_rate_at(config: OptimConfig, images_seen: int, total_images: int) -> float:
@@ -44,3 +47,46 @@ def unfinished_warmups(config: Config, total_images: int) -> list[str]:
             f"{beta_at(objective, total_images):.3g} of {objective.beta:g}"
         )
     return found
+
+
+class Schedule:
+    """What happens when, of one training: a pure function of how far it is, in images."""
+
+    def __init__(self, config: Config, num_images: int, layout: BatchLayout) -> None:
+        """`num_images` are those of the training split; raises ValueError when that has not even one global batch."""
+        self.config = config
+        self.global_batch_size = layout.global_batch_size
+        self.images_per_epoch = layout.images_per_epoch(num_images)
+        wanted_images = config.train.num_images or config.train.epochs * self.images_per_epoch
+        self.total_images = math.ceil(wanted_images / self.global_batch_size) * self.global_batch_size
+
+    def lr(self, progress: Progress) -> float:
+        """Learning rate of the next step."""
+        ends_at = progress.images_seen + self.global_batch_size
+        return learning_rate_at(self.config.optim, ends_at, self.total_images) * progress.lr_factor
+
+    def beta(self, progress: Progress) -> float:
+        """β of the next step."""
+        return beta_at(self.config.objective, progress.images_seen)
+
+    def is_place_to_validate(self, progress: Progress) -> bool:
+        """Whether every so many epochs end here, or training."""
+        at_epoch = progress.images_seen % (self.config.train.val_every_epochs * self.images_per_epoch) == 0
+        return at_epoch or progress.images_seen >= self.total_images
+
+    def validation_is_due(self, progress: Progress) -> bool:
+        """Whether to validate now: at such a place, once."""
+        return self.is_place_to_validate(progress) and progress.images_seen > progress.validated_at
+
+    def record_is_due(self, progress: Progress) -> bool:
+        """Whether to log the steps since the last record: after the first, every few, and before a validation."""
+        every_steps = self.config.log.every_steps
+        return progress.step == 1 or progress.step % every_steps == 0 or self.is_place_to_validate(progress)
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether all images have been seen, or validation no longer gets better."""
+        return self.images_left(progress) <= 0 or out_of_patience(progress, self.config.train.patience)
+
+    def images_left(self, progress: Progress) -> int:
+        """Until the end of training."""
+        return self.total_images - progress.images_seen

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vaetrain.distributed.processes import max_over_processes
 from vaetrain.model.autoencoder import VAE
+
+T = TypeVar("T")
 
 PEAK_FLOPS = {  # dense, per second, from the vendors' data sheets: (fp32 outside tensor cores, bf16 and fp16)
     "H200": (67e12, 989e12),
@@ -36,12 +39,13 @@ class Stopwatch:
         self.started = time.perf_counter()
         self.data_wait = 0.0
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.data_wait += time.perf_counter() - start
+    def timing(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches, the time until each counted as waiting for data."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.data_wait += time.perf_counter() - start
+            yield batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:

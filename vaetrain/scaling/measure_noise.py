@@ -52,8 +52,8 @@ def measure_noise(config: ScaleConfig, largest_safe: int, accelerator: Accelerat
     train = replace(config.train, micro_batch_size=micro)
     steps: list[Step] = []
     with short_training(replace(config, train=train), accelerator, reader, watch_noise=True) as training:
-        assert training.small is not None
-        small_batch = training.small.batch_size
+        assert training.noise_probe is not None
+        small_batch = training.noise_probe.batch_size
         for number in range(options.num_steps):
             warmed = min(1.0, (number + 1) * batch / max(1, config.optim.warmup_images))
             steps.append(training.step(config.optim.lr * warmed))

@@ -1,0 +1,65 @@
+"""Steps that would spoil the weights, found on the device: a gradient that is not finite, or far larger than of late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+STEPS_BEFORE_JUDGING = 50
+"""Steps taken before the gradient norm is compared: in the first ones it falls by orders of magnitude."""
+
+
+STEPS_REMEMBERED = 100
+"""The mean of the gradient norm is over about so many steps."""
+
+
+class SpikeDetector:
+    """Which steps are skipped: those whose gradient is not finite, or far larger than of late; never waits for the device.
+
+    Given the reduced gradient, all processes decide alike.
+    """
+
+    def __init__(self, skip_above: float | None, device: torch.device) -> None:
+        self.skip_above = math.inf if skip_above is None else skip_above
+        self.num_taken = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean_log_norm = torch.zeros_like(self.num_taken)
+
+    def judge(self, grad_norm: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """1 or 0 on the device: whether the step is to be skipped, and whether that is for a finite but exploding gradient."""
+        log_norm = grad_norm.detach().double().clamp_min(1e-30).log()
+        finite = torch.isfinite(log_norm)
+        excess = log_norm - self.mean_log_norm
+        spiked = finite & (excess > math.log(self.skip_above)) & (self.num_taken >= STEPS_BEFORE_JUDGING)
+        taken = finite & ~spiked
+        # An arithmetic mean of the logarithms of the first steps, an exponential one later.
+        self.num_taken = self.num_taken + taken
+        share = (1 / self.num_taken).clamp_min(1 / STEPS_REMEMBERED)
+        self.mean_log_norm = self.mean_log_norm + torch.where(taken, share * excess, 0.0)
+        return (~taken).float(), spiked.float()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; `judge` makes new tensors and never writes to these."""
+        return {"num_taken": self.num_taken, "mean_log_norm": self.mean_log_norm}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state."""
+        self.num_taken = state["num_taken"].to(self.num_taken)
+        self.mean_log_norm = state["mean_log_norm"].to(self.mean_log_norm)
+
+
+def skip_where(
+    skipped: Float[Tensor, ""], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> None:
+    """Make the next step of a fused optimizer leave weights and moments alone if `skipped` is 1, unseen by the host.
+
+    A gradient scaler brings its own verdict along, to which this one is added; it also lowers the scale.
+    """
+    if scaler is None:
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        return
+    for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+        torch.maximum(found, skipped, out=found)

@@ -1,0 +1,91 @@
+"""The start of a training: its run directory is claimed, its checkpoint found and loaded, and what starts written down."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from accelerate import Accelerator
+
+from vaetrain.config import Config
+from vaetrain.data.readers.read_order import ReadOrder
+from vaetrain.data.readers.reader import Reader
+from vaetrain.distributed.processes import decided_by_main
+from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.lock import hold
+from vaetrain.runs.provenance import describe_dataset, provenance
+from vaetrain.training.checkpoint import Checkpoints
+from vaetrain.training.logger import RunLogger
+from vaetrain.training.meters import Meters
+from vaetrain.training.progress import Progress
+from vaetrain.training.resume import load_weights, origin, resume_point
+from vaetrain.training.schedule import Schedule, unfinished_warmups
+from vaetrain.training.step import TrainStep
+
+
+class Started(NamedTuple):
+    """A run that has begun, or goes on."""
+
+    progress: Progress
+    checkpoints: Checkpoints
+    meters: Meters
+    logger: RunLogger
+
+
+def start_run(
+    run: RunDirectory,
+    config: Config,
+    step: TrainStep,
+    schedule: Schedule,
+    readers: tuple[Reader, Reader],
+    accelerator: Accelerator,
+    opened: ExitStack,
+) -> Started:
+    """Claim the run directory for as long as `opened` lasts, and go on from the checkpoint there is. A collective.
+
+    `readers` are those of the training and the validation split. Raises what `hold`, `resume_point` and `load_weights` do.
+    """
+    train_reader, val_reader = readers
+    assert step.ema is not None
+    meters = Meters(step.names_of_sums, accelerator.device)
+    reading = ReadOrder.of(train_reader, step.layout)
+    checkpoints = Checkpoints(
+        run, config.checkpoint, accelerator, model=step.vae, ema=step.ema.module, optimizer=step.optimizer.optimizer,
+        meters=meters, judge=step.spikes, reading=asdict(reading),
+    )  # fmt: skip
+    dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
+
+    def claim_run() -> Path | None:
+        opened.enter_context(hold(run.lock_file))
+        checkpoints.check_space(schedule.total_images)
+        return resume_point(run, config, dataset, reading, schedule.images_per_epoch)
+
+    resumed_from = decided_by_main(accelerator, claim_run)
+    opened.enter_context(checkpoints)
+    progress = checkpoints.load(resumed_from) if resumed_from else Progress()
+    if config.init_from and not resumed_from:
+        load_weights(config.init_from, step.vae, step.ema.module)
+    if accelerator.is_main_process:
+        made_by = provenance(accelerator, train_reader.manifest.fingerprint)
+        made_by |= origin(run, config, resumed_from)
+        run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)
+        for line in (train_reader.description, val_reader.description):
+            print(line)
+        if resumed_from:
+            print(f"resuming from {resumed_from} at {progress.images_seen:,} images")
+        elif config.init_from:
+            print(f"starting with the weights of {config.init_from}")
+        for unfinished in unfinished_warmups(config, schedule.total_images):
+            print(f"note: {unfinished}")
+    logger = RunLogger(
+        accelerator, run, config, step.vae, step=progress.step, images_seen=progress.images_seen,
+        total_images=schedule.total_images, images_per_epoch=schedule.images_per_epoch,
+        dataset_fingerprint=train_reader.manifest.fingerprint,
+        small_batch_size=step.noise_probe.batch_size if step.noise_probe else None,
+    )  # fmt: skip
+    opened.enter_context(logger.bar)
+    if resumed_from and resumed_from.parent == run.checkpoints:
+        logger.log_missing_rollback(progress)
+    return Started(progress, checkpoints, meters, logger)

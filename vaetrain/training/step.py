@@ -1,0 +1,201 @@
+"""One training step on one global batch: for training, for the short trainings that measure (scaling/), for the memory probe.
+
+    accumulate    forward and backward of this process's micro-batches
+    update        clip, find out whether the step is to be skipped, AdamW, the moving average
+
+Neither waits for the device: what a step showed stays there, in a StepResult, until somebody asks.
+
+    images uint8 ──flip, to the pixel range──> x ──model(x, noise)──> distortion, kl ──> loss in nats, summed over images
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vaetrain.config import Config
+from vaetrain.data.readers.batch import Batch
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.distributed.randomness import noise_of_global_batch
+from vaetrain.model.autoencoder import VAE, ElboTerms
+from vaetrain.model.likelihood import from_uint8
+from vaetrain.objective.elbo import negative_elbo, rate
+from vaetrain.training.augment import flip
+from vaetrain.training.divergence import SpikeDetector, skip_where
+from vaetrain.training.ema import ExponentialMovingAverage
+from vaetrain.training.noise_scale import NOISE_METERS, GradientNoiseProbe, GradientNorms
+from vaetrain.training.optimizer import build_optimizer
+
+
+class Engine(Protocol):
+    """What a step needs of Accelerate: which arithmetic, and how gradients of several processes become one."""
+
+    device: torch.device
+    scaler: torch.amp.GradScaler | None
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Inside, a backward pass leaves the gradients to this process."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, of which DDP takes the mean over processes."""
+        ...
+
+    def clip_grad_norm_(self, parameters: Iterator[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradients down to this norm; returns what it was."""
+        ...
+
+
+class LossTerm(Protocol):
+    """A part of the loss beyond the ELBO, by a name under which training logs it (train/NAME)."""
+
+    name: str
+
+    def __call__(self, x: Float[Tensor, "b c h w"], terms: ElboTerms) -> Float[Tensor, " b"]:
+        """Nats per image, weighted as they are to count."""
+        ...
+
+
+class StepResult(NamedTuple):
+    """What a step showed, on the device."""
+
+    num_images: int
+    """Of this process."""
+    totals: dict[str, Float[Tensor, ""]]
+    """Nats, summed over this process's images: loss, distortion_nats, rate_nats, and each further term."""
+    grad_norm: Float[Tensor, ""]
+    """Of the loss per pixel, mean over the global batch, before clipping; the same on every process."""
+    skipped: Float[Tensor, ""]
+    """1 where weights and moments were left alone, else 0."""
+    spiked: Float[Tensor, ""]
+    """1 where that was for a finite gradient far larger than of late."""
+    noise_norms: GradientNorms | None
+    """What the gradient noise scale is made of, if it is watched."""
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """All numbers of which training logs the mean per image, times this process's images."""
+        sums = self.totals | {"grad_norm": self.grad_norm * self.num_images}
+        if self.noise_norms:
+            squares = (self.grad_norm**2, *self.noise_norms)
+            sums |= {name: sq * self.num_images for name, sq in zip(NOISE_METERS, squares, strict=True)}
+        return sums
+
+
+@dataclass
+class TrainStep:
+    """The step of one model; its order is accumulate, update, accumulate, update …"""
+
+    config: Config
+    layout: BatchLayout
+    engine: Engine
+    vae: VAE
+    model: nn.Module
+    """`vae` as Accelerate prepared it: DDP works only through its forward."""
+    optimizer: Any
+    """AdamW as Accelerate prepared it."""
+    ema: ExponentialMovingAverage[VAE] | None = None
+    spikes: SpikeDetector | None = None
+    """None: nothing is skipped, as a measurement wants it that looks for the rate at which training fails."""
+    noise_probe: GradientNoiseProbe | None = None
+    terms: Sequence[LossTerm] = ()
+    """Beyond the ELBO."""
+    sums_in: torch.dtype = torch.float32
+    """Of the totals over micro-batches."""
+
+    @classmethod
+    def build(cls, config: Config, layout: BatchLayout, accelerator: Accelerator) -> TrainStep:
+        """A new model with seeded weights, and all that trains it. A collective."""
+        torch.manual_seed(config.seed)
+        vae = VAE(config.model).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
+        if config.train.compile:
+            vae.compile()  # in place: no wrapper, so checkpoint keys stay the same
+        adamw = build_optimizer(vae, config.optim)
+        model, optimizer = accelerator.prepare(vae, adamw)
+        spikes = SpikeDetector(config.train.skip_above, accelerator.device)
+        noise_probe = None
+        if config.log.noise_scale:
+            noise_probe = GradientNoiseProbe(model, adamw, layout, accelerator.num_processes)
+        return cls(config, layout, accelerator, vae, model, optimizer, ema, spikes, noise_probe)
+
+    @property
+    def averaged(self) -> VAE:
+        """The model of averaged weights, which validation and pictures use."""
+        assert self.ema is not None
+        return self.ema.module
+
+    @property
+    def names_of_totals(self) -> tuple[str, ...]:
+        """Of the parts of the loss that are summed."""
+        return ("loss", "distortion_nats", "rate_nats", *(term.name for term in self.terms))
+
+    @property
+    def names_of_sums(self) -> tuple[str, ...]:
+        """Of what `StepResult.sums` has for the training records."""
+        return (*self.names_of_totals, "grad_norm", *(NOISE_METERS if self.noise_probe else ()))
+
+    def accumulate(
+        self, batches: Iterator[Batch], images_seen: int, beta: float, entering: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Forward and backward of the global batch that begins at position `images_seen`; tells what it is entering."""
+        config, layout, device = self.config, self.layout, self.engine.device
+        noise, mirrored = noise_of_global_batch(
+            config.seed, images_seen, layout.global_batch_size, config.model.latent_shape, device
+        )
+        self.optimizer.zero_grad()
+        sums = []
+        for number, part in enumerate(layout.positions(0), start=1):
+            entering("waiting for data")
+            pixels = next(batches).images.to(device, non_blocking=True)  # uint8 until here
+            entering("forward")
+            if config.data.horizontal_flip:
+                pixels = flip(pixels, mirrored[part])
+            x = from_uint8(pixels, self.vae.likelihood.pixel_range).contiguous(memory_format=torch.channels_last)
+            is_last = number == layout.grad_accum_steps
+            with contextlib.nullcontext() if is_last else self.engine.no_sync(self.model):
+                terms = self.model(x, noise[part])
+                losses = negative_elbo(terms.distortion, terms.kl, beta, config.objective.free_bits)
+                further = [term(x, terms) for term in self.terms]
+                loss = sum(further, start=losses).sum()
+                entering("backward")
+                # DDP averages over processes, hence per process; and per pixel, to stay within the range of fp16.
+                self.engine.backward(
+                    nan_unless_finite(loss / (layout.per_process_batch_size * config.model.num_pixels))
+                )
+            if self.noise_probe:
+                self.noise_probe.after_micro_batch(number)
+            values = [loss, terms.distortion.sum(), rate(terms.kl).sum(), *(each.sum() for each in further)]
+            sums.append(torch.stack(values).detach().to(self.sums_in))
+        self._totals = torch.stack(sums).sum(0)
+
+    def update(self, lr: float, images_seen: int) -> StepResult:
+        """Change the weights by what was accumulated; `images_seen` counts this step's images."""
+        noise_norms = self.noise_probe.pop() if self.noise_probe else None
+        grad_norm = self.engine.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm or math.inf)
+        skipped = spiked = torch.zeros((), device=self.engine.device)
+        if self.spikes:
+            # The reduced gradient is the same on all processes, so all skip together; the decision never leaves the device.
+            skipped, spiked = self.spikes.judge(grad_norm)
+            skip_where(skipped, getattr(self.optimizer, "optimizer", self.optimizer), self.engine.scaler)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.vae, self.layout.global_batch_size, images_seen, skipped)
+        totals = dict(zip(self.names_of_totals, self._totals, strict=True))
+        return StepResult(self.layout.per_process_batch_size, totals, grad_norm, skipped, spiked, noise_norms)
+
+
+def nan_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The loss, times NaN if it is not finite, so that its gradient, and the reduced one of all processes, is NaN too."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
