@@ -23,6 +23,8 @@ from together import HANGS_S, Outcome, run_together
 
 import vaetrain.train
 import vaetrain.training.divergence
+import vaetrain.training.schedule
+import vaetrain.training.step
 import vaetrain.training.time_limit
 from vaetrain.command_line import parse
 from vaetrain.config import Config
@@ -41,13 +43,13 @@ def rank() -> int:
 @contextlib.contextmanager
 def every_step(act: Callable[[int], None]) -> Iterator[None]:
     """Call `act` with the number of steps done at the beginning of each."""
-    original = vaetrain.train.beta_at
+    original = vaetrain.training.schedule.beta_at
 
     def acting_beta_at(objective, images_seen):
         act(images_seen // GLOBAL_BATCH_SIZE)
         return original(objective, images_seen)
 
-    with patch.object(vaetrain.train, "beta_at", acting_beta_at):
+    with patch.object(vaetrain.training.schedule, "beta_at", acting_beta_at):
         yield
 
 
@@ -93,14 +95,14 @@ def spoilt_losses() -> Iterator[None]:
     """Rank 0 sees a gradient a million times too large at the seventh step, and NaN at the next five, once."""
     spoilt = [1e6, *[math.nan] * 5]
     now = [1.0]
-    original = vaetrain.train.negative_elbo
+    original = vaetrain.training.step.negative_elbo
 
     def spoil(step):
         now[0] = spoilt.pop(0) if step >= 6 and spoilt and rank() == 0 else 1.0
 
     with (
         every_step(spoil),
-        patch.object(vaetrain.train, "negative_elbo", lambda *terms: original(*terms) * now[0]),
+        patch.object(vaetrain.training.step, "negative_elbo", lambda *terms: original(*terms) * now[0]),
         patch.object(vaetrain.training.divergence, "STEPS_BEFORE_JUDGING", 4),
     ):
         yield
@@ -183,7 +185,7 @@ def train_rank(folder: Path, fault: str, arguments: list[str]) -> None:
             super().__init__(model_config)
             built.append(self)
 
-    with patch.object(vaetrain.train, "VAE", RememberedVAE):
+    with patch.object(vaetrain.training.step, "VAE", RememberedVAE):
         try:
             main(fault, arguments)
         finally:

@@ -26,6 +26,7 @@ import torch._dynamo  # the first optimizer step would import it, which takes se
 from launching import TINY, free_port
 
 import vaetrain.train
+import vaetrain.training.step
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.runs.lock import hold
@@ -145,7 +146,7 @@ class Runs:
 
 def scramble_global_generators() -> None:
     """Leave all global generators in another state at every step: nothing may draw from them."""
-    original = vaetrain.train.noise_of_global_batch
+    original = vaetrain.training.step.noise_of_global_batch
 
     def scrambled(*arguments: object) -> object:
         seed = int.from_bytes(os.urandom(4))
@@ -154,7 +155,7 @@ def scramble_global_generators() -> None:
         random.seed(seed)
         return original(*arguments)
 
-    vaetrain.train.noise_of_global_batch = scrambled
+    vaetrain.training.step.noise_of_global_batch = scrambled
 
 
 def main(folder: Path, shards: Path) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import vaetrain.train
+import vaetrain.training.step
 from vaetrain.config import Config, LogConfig, OptimConfig, TrainConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
@@ -46,7 +47,7 @@ def train(accelerator: Accelerator, settings: Config) -> dict[str, object]:
             if not torch.empty(0).is_meta:
                 built.append(self)
 
-    with patch.object(vaetrain.train, "VAE", RememberedVAE):
+    with patch.object(vaetrain.training.step, "VAE", RememberedVAE):
         vaetrain.train.train(settings, accelerator)
     weights = torch.cat([parameter.detach().flatten() for parameter in built[0].parameters()])
     everybody = accelerator.gather(weights[None])

@@ -20,6 +20,7 @@ from vaetrain.distributed.preemption import EXIT_STOPPED, SIGNALS, StopRequest
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.train import train
 from vaetrain.training.checkpoint import Checkpoints
+from vaetrain.training.control import Control
 
 
 def weights(run_dir):
@@ -88,7 +89,7 @@ def test_more_signals_do_not_spoil_the_checkpoint(tiny_shards, accelerator, tmp_
 
     def run_training(run_dir, stop):
         config = parse(Config, None, [str(argument) for argument in arguments(tiny_shards, run_dir)])
-        progress = train(config, accelerator, stop=stop)
+        progress = train(config, accelerator, Control(stop=stop))
         accelerator.free_memory()
         return progress
 

@@ -17,6 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vaetrain
 import vaetrain.export
 import vaetrain.train
+import vaetrain.training.logger
+import vaetrain.training.start
+import vaetrain.training.step
 from vaetrain.config import Config, LogConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.model.autoencoder import VAE
@@ -135,7 +138,7 @@ def test_running_sums_go_on_with_another_number_of_processes():
 def test_a_streak_of_skipped_steps_survives_a_resume(train_tiny, monkeypatch):
     """A run that diverges and is restarted every few steps must stop all the same."""
     train_tiny("--checkpoint.every-steps", 1, epochs=1)
-    monkeypatch.setattr(vaetrain.train, "negative_elbo", lambda distortion, *_: distortion * torch.nan)
+    monkeypatch.setattr(vaetrain.training.step, "negative_elbo", lambda distortion, *_: distortion * torch.nan)
     train_tiny("--checkpoint.every-steps", 1, epochs=2)
     with pytest.raises(FloatingPointError, match="7 steps in a row"):
         train_tiny("--checkpoint.every-steps", 1, "--train.max-nonfinite-steps", 7, epochs=3)
@@ -243,13 +246,13 @@ def test_starting_from_weights(train_tiny, tmp_path, monkeypatch):
     exported = vaetrain.export.export(run_dir, tmp_path / "exported")
     raw, average = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema"))
     loaded = []
-    original = vaetrain.train.load_weights
+    original = vaetrain.training.start.load_weights
 
     def look(source, model, ema):
         original(source, model, ema)
         loaded.append([{name: t.clone() for name, t in module.state_dict().items()} for module in (model, ema)])
 
-    monkeypatch.setattr(vaetrain.train, "load_weights", look)
+    monkeypatch.setattr(vaetrain.training.start, "load_weights", look)
     for source, expected in ((run_dir, (raw, average)), (checkpoint, (raw, average)), (exported, (average, average))):
         new = train_tiny("--init-from", source, run_dir=f"from_{source.name}", epochs=1)
         assert json.loads(timeless(new)[-1])["images_seen"] == 100

@@ -12,10 +12,12 @@ from together import script_succeeds
 
 import vaetrain
 import vaetrain.train
+import vaetrain.training.logger
+import vaetrain.training.step
 from vaetrain.runs.checkpoint_names import list_checkpoints
-from vaetrain.train import nan_unless_finite
 from vaetrain.training import precision
 from vaetrain.training.progress import Progress
+from vaetrain.training.step import nan_unless_finite
 
 
 def records(run_dir, split):
@@ -78,8 +80,8 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(train_tiny, monkeypatch
             raise Killed
         return original(self, progress, *arguments, **keywords)
 
-    original = vaetrain.train.RunLogger.log_training
-    monkeypatch.setattr(vaetrain.train.RunLogger, "log_training", die_later)
+    original = vaetrain.training.logger.RunLogger.log_training
+    monkeypatch.setattr(vaetrain.training.logger.RunLogger, "log_training", die_later)
     with pytest.raises(Killed):
         train_tiny(run_dir="broken", epochs=4)
     monkeypatch.undo()
@@ -134,7 +136,7 @@ def test_resuming_from_another_run(train_tiny, copy_of_tiny_run):
 def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(train_tiny, copy_of_tiny_run, monkeypatch):
     good = copy_of_tiny_run("good")
     before = weights(good)[0]
-    monkeypatch.setattr(vaetrain.train, "negative_elbo", lambda distortion, *_: distortion * math.nan)
+    monkeypatch.setattr(vaetrain.training.step, "negative_elbo", lambda distortion, *_: distortion * math.nan)
     with pytest.raises(FloatingPointError, match=r"5 steps in a row.*lr"):
         train_tiny("--train.max-nonfinite-steps", 5, run_dir="good", epochs=3)
     assert records(good, "train")[-1]["train/loss"] is None
@@ -151,8 +153,8 @@ def test_one_bad_step_is_skipped_and_counted(train_tiny, monkeypatch):
     def once_infinite(distortion, kl, beta, free_bits):
         return distortion + kl.sum(1).sum() * (math.inf if next(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(vaetrain.train, "negative_elbo", once_infinite)
-    average = vaetrain.train.ExponentialMovingAverage
+    monkeypatch.setattr(vaetrain.training.step, "negative_elbo", once_infinite)
+    average = vaetrain.training.step.ExponentialMovingAverage
     skipped_by_average = []
     update = average.update
     monkeypatch.setattr(average, "update", lambda *a: (skipped_by_average.append(float(a[4])), update(*a)))

@@ -58,7 +58,7 @@ def main(arguments: CheckArguments) -> None:
     print("| learning rate | ELBO, nats | below the best |\n|---|---|---|")
     for point in sorted([*grid, own], key=lambda each: each.x):
         name = f"**{point.x:.3g}, suggested**" if point is own else f"{point.x:.3g}"
-        print(f"| {name} | {shown(point)} | {shortfall(point.mean, best):.1%} |")
+        print(f"| {name} | {shown(point)} | {score_gap(point.mean, best):.1%} |")
 
     adam, simple = critical_batches(arguments.noise)
     if adam.images is None:

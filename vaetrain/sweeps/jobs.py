@@ -160,7 +160,7 @@ def _note_end(job: Job, code: int, *, was_told: bool) -> None:
     job.state = "finished" if code == 0 else "stopped" if stopped else "failed"
     if job.state == "failed":
         log = job.log_file.read_bytes()[job.log_start :].decode(errors="replace")
-        job.reason = f"{last_words(log)} (exit code {code}; {job.log_file})"
+        job.reason = f"{error_summary(log)} (exit code {code}; {job.log_file})"
     job.write()
     print(f"{job.state:9s} {job.name}{f': {job.reason}' if job.reason else ''}", flush=True)
 

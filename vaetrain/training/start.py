@@ -49,6 +49,7 @@ def start_run(
     """
     train_reader, val_reader = readers
     assert step.ema is not None
+    assert step.spikes is not None
     meters = Meters(step.names_of_sums, accelerator.device)
     reading = ReadOrder.of(train_reader, step.layout)
     checkpoints = Checkpoints(

@@ -30,17 +30,24 @@ from vaetrain.model.autoencoder import VAE, ElboTerms
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.elbo import negative_elbo, rate
 from vaetrain.training.augment import flip
-from vaetrain.training.divergence import SpikeDetector, skip_where
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.noise_scale import NOISE_METERS, GradientNoiseProbe, GradientNorms
 from vaetrain.training.optimizer import build_optimizer
+from vaetrain.training.spikes import SpikeDetector, skip_where
 
 
 class Engine(Protocol):
     """What a step needs of Accelerate: which arithmetic, and how gradients of several processes become one."""
 
-    device: torch.device
-    scaler: torch.amp.GradScaler | None
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Of the loss, in fp16."""
+        ...
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Inside, a backward pass leaves the gradients to this process."""

@@ -150,7 +150,7 @@ class WorkerPool:
         reader = workers.progress.reader_of(dead.pid)
         return ValueError(
             f"a decoding worker (process {dead.pid}) {_how_it_ended(dead.exitcode)}; it was at "
-            f"{crew.whereabouts.describe(reader, self._where)}. {_remedy(dead.exitcode, self.num_workers)}"
+            f"{workers.progress.describe(reader, self._where)}. {_remedy(dead.exitcode, self.num_workers)}"
         )
 
     def _workers_of(

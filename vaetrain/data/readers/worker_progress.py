@@ -160,5 +160,5 @@ def stuck_message(progress: ReaderProgress, reader: int, where: Where, timeout_s
     """What to tell the user about a reader that hangs."""
     return (
         f"reading hangs: for {timeout_s:g} s (--data.timeout-s) there was no progress at "
-        f"{whereabouts.describe(reader, where)}; see whether the storage answers, or raise --data.timeout-s"
+        f"{progress.describe(reader, where)}; see whether the storage answers, or raise --data.timeout-s"
     )
