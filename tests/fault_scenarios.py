@@ -103,7 +103,7 @@ def spoilt_losses() -> Iterator[None]:
     with (
         every_step(spoil),
         patch.object(vaetrain.training.step, "negative_elbo", lambda *terms: original(*terms) * now[0]),
-        patch.object(vaetrain.training.divergence, "STEPS_BEFORE_JUDGING", 4),
+        patch.object(vaetrain.training.spikes, "STEPS_BEFORE_JUDGING", 4),
     ):
         yield
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
@@ -98,6 +99,9 @@ class MemoryReader:
 
     def first(self, num_images: int) -> Batch:
         raise NotImplementedError
+
+    def subset(self, positions: np.ndarray) -> MemoryReader:
+        return MemoryReader(self.images[torch.from_numpy(positions)])
 
     def close(self) -> None:
         pass

@@ -16,7 +16,7 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.indexed import IndexedReader
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.readers.stream import StreamReader
-from vaetrain.data.readers.subset import ChosenImages
+from vaetrain.data.readers.subset import Subset
 
 CPU = torch.device("cpu")
 POSITIONS = np.array([1, 2, 30, 31, 77, 98])
@@ -41,7 +41,7 @@ def data(request, tiny_shards, tmp_path):
 
 
 def test_chosen_images_are_read_and_no_others(data, tiny_shards):
-    chosen = ChosenImages.all_of(data, "train").at(POSITIONS)
+    chosen = Subset.all_of(data, "train").at(POSITIONS)
     everything = open_reader(DataConfig(str(tiny_shards)), "train", device=CPU).first(100)
     reader = chosen.open_reader(CPU, 1)
     assert isinstance(reader, IndexedReader if data.train == str(tiny_shards) else StreamReader)
@@ -57,7 +57,7 @@ def test_chosen_images_are_read_and_no_others(data, tiny_shards):
 
 
 def test_a_description_finds_the_image_and_its_original(tiny_shards):
-    chosen = ChosenImages.all_of(DataConfig(str(tiny_shards), classes=("dog",)), "train").at(np.array([0, 5, 20]))
+    chosen = Subset.all_of(DataConfig(str(tiny_shards), classes=("dog",)), "train").at(np.array([0, 5, 20]))
     reader = chosen.open_reader(CPU, 1)
     images = reader.first(3).images
     for image, pixels in zip(chosen.describe(), images, strict=True):
@@ -74,6 +74,6 @@ def test_a_description_finds_the_image_and_its_original(tiny_shards):
 
 
 def test_behind_a_url_the_original_is_not_looked_up(remote):
-    chosen = ChosenImages.all_of(remote, "train").at(POSITIONS)
+    chosen = Subset.all_of(remote, "train").at(POSITIONS)
     [first, *_] = chosen.describe()
     assert first.keys() == {"shard", "offset", "num_bytes", "class"}

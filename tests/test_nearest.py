@@ -8,7 +8,7 @@ from PIL import Image
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.decode import decode_into
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.data.readers.subset import ChosenImages
+from vaetrain.data.readers.subset import Subset
 from vaetrain.evaluation import memorization as nearest
 from vaetrain.evaluation.memorization import (
     describe_neighbours,
@@ -99,7 +99,7 @@ def test_features_that_are_known_are_not_computed_again(vae, readers, accelerato
 def test_a_neighbour_is_described_so_that_anyone_finds_it(tiny_shards, vae, readers, accelerator, tmp_path):
     train = readers[0].first(1000).images.contiguous()
     found = memorisation(vae, train[[99, 3, 99]], *readers, accelerator).neighbours
-    lines = describe_neighbours(found, ChosenImages.all_of(DataConfig(str(tiny_shards)), "train"))
+    lines = describe_neighbours(found, Subset.all_of(DataConfig(str(tiny_shards)), "train"))
     assert [line["sample"] for line in lines] == [0, 1, 2]
     assert [line["pixel"]["index"] for line in lines] == [99, 3, 99]
     assert lines[0]["pixel"] == lines[2]["pixel"]

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from vaetrain.data.readers.reader import Reader
-from vaetrain.data.readers.subset import ChosenImages
+from vaetrain.data.readers.subset import Subset
 from vaetrain.distributed import processes
 from vaetrain.evaluation.image_grid import save_labelled_grid
 from vaetrain.metrics.split_pass import pass_over
@@ -256,7 +256,7 @@ def save_nearest(
     )  # fmt: skip
 
 
-def describe_neighbours(neighbours: dict[str, Neighbours], train: ChosenImages) -> list[dict[str, Any]]:
+def describe_neighbours(neighbours: dict[str, Neighbours], train: Subset) -> list[dict[str, Any]]:
     """For each sample its number and, in each space, its nearest training image: index, distance, and where it lies."""
     lines: list[dict[str, Any]] = [{"sample": number} for number in range(len(neighbours["pixel"].index))]
     for space, found in neighbours.items():

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.manifest import Manifest
-from vaetrain.data.readers.subset import ChosenImages
+from vaetrain.data.readers.subset import Subset
 from vaetrain.distributed import processes
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
@@ -39,7 +39,7 @@ class RealFeatures:
     """A split of real images, and their features."""
 
     def __init__(self, data: DataConfig, split: Literal["train", "val"], fid: FidConfig) -> None:
-        self.images = ChosenImages.all_of(data, split)
+        self.images = Subset.all_of(data, split)
         self.split = split
         self._data = data
         self._fid = fid

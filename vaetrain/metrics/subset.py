@@ -12,9 +12,6 @@ from vaetrain.data.readers.order import epoch_order
 from vaetrain.data.readers.reader import Batch, Reader
 from vaetrain.distributed.randomness import mixed_seed
 
-READ_SIZE = 64
-"""Images read at a time, of which a subset keeps some."""
-
 
 def choose_images(split_size: int, num_images: int | None, seed: int) -> Int64[np.ndarray, " n"]:
     """Positions of `num_images` images of a split, ascending; None, or more than there are: of all.
@@ -30,27 +27,10 @@ def choose_images(split_size: int, num_images: int | None, seed: int) -> Int64[n
 def subset_batches(
     reader: Reader, chosen: Int64[np.ndarray, " n"], batch_size: int, rank: int = 0, num_processes: int = 1
 ) -> Iterator[Batch]:
-    """The chosen images that lie in this process's part of the split, in whole batches but for the last.
-
-    Parts are equal for the split, so that of a small choice some process may get more than another.
-    """
-    wanted = torch.zeros(reader.num_images, dtype=torch.bool)
-    wanted[torch.from_numpy(chosen)] = True
-    held: list[Batch] = []
-    for batch in reader.eval_batches(READ_SIZE, rank, num_processes):
-        keep = wanted[batch.indices.cpu()].nonzero().squeeze(1)
-        held.append(Batch(*(tensor[keep.to(tensor.device)] for tensor in batch)))
-        if sum(len(part.indices) for part in held) >= batch_size:
-            *whole, rest = _cut(held, batch_size)
-            yield from whole
-            held = [rest]
-    yield from (batch for batch in _cut(held, batch_size) if len(batch.indices))
-
-
-def _cut(parts: list[Batch], batch_size: int) -> list[Batch]:
-    """Join batches and cut them into batches of `batch_size`; the last is smaller, or empty."""
-    if not parts:
-        return []
-    joined = Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    starts = range(0, len(joined.indices) + 1, batch_size)
-    return [Batch(*(tensor[start : start + batch_size] for tensor in joined)) for start in starts]
+    """This process's part of the chosen images, their indices being positions in the split; no others are read."""
+    subset = reader.subset(chosen)
+    try:
+        for batch in subset.eval_batches(batch_size, rank, num_processes):
+            yield batch._replace(indices=torch.from_numpy(chosen)[batch.indices.cpu()])
+    finally:
+        subset.close()

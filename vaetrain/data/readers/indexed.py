@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class IndexedReader:
     def __init__(
         self, selection: Selection, *, num_workers: int, device: torch.device, reason: str, timeout_s: float
     ) -> None:
+        self._options: dict[str, Any] = {"num_workers": num_workers, "device": device, "timeout_s": timeout_s}
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
         self.description = (
@@ -62,6 +64,10 @@ class IndexedReader:
         return self._workers.read_inline(
             lambda: load_batch(self._selection, np.arange(min(num_images, self.num_images)))
         )
+
+    def subset(self, positions: Int64[np.ndarray, " n"]) -> IndexedReader:
+        """The images at `positions` alone."""
+        return IndexedReader(self._selection.at(positions), reason="a subset", **self._options)
 
     def close(self) -> None:
         """End the worker processes."""

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Int64
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.manifest import Manifest
@@ -56,6 +58,13 @@ class Reader(Protocol):
 
     def first(self, num_images: int) -> Batch:
         """The first images of the split (all when it has fewer), read in this process."""
+        ...
+
+    def subset(self, positions: Int64[np.ndarray, " n"]) -> Reader:
+        """The images at `positions`, which ascend, and no others: image i of it is image positions[i] of this.
+
+        Only those are read and decoded. To be closed by itself.
+        """
         ...
 
     def close(self) -> None:

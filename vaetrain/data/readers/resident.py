@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -63,6 +64,8 @@ class ResidentReader:
             where = "in the memory of each device"
         self._pixels = pixels
         self._pin = device.type == "cuda"
+        self._rows: Int64[np.ndarray, " n"] | None = None
+        """Of a subset's images; None: all."""
         self._labels = torch.from_numpy(selection.index.label.astype(np.int64))
         self.description = (
             f"resident on {pixels.device} ({reason}): {self.num_images:,} images from {selection.source}, "
@@ -81,19 +84,29 @@ class ResidentReader:
         """The first images of the split, or all when it has fewer."""
         return self._gather(np.arange(min(num_images, self.num_images)))
 
+    def subset(self, positions: Int64[np.ndarray, " n"]) -> ResidentReader:
+        """The images at `positions` alone, in the same memory."""
+        part = copy.copy(self)
+        part.num_images = len(positions)
+        part._rows = positions if self._rows is None else self._rows[positions]
+        return part
+
     def close(self) -> None:
         """Nothing to end: the memory is freed with the reader."""
 
     def _gather(self, positions: Int64[np.ndarray, " b"]) -> Batch:
         indices = torch.from_numpy(positions)
+        if self._rows is not None:
+            positions = self._rows[positions]
+        rows = torch.from_numpy(positions)
         if self._pixels.device.type == "cpu":
             out = torch.empty((len(positions), *self._pixels.shape[1:]), dtype=torch.uint8, pin_memory=self._pin)
             # One thread of NumPy does 155,000 images of 128 pixels a second. index_select starts OpenMP threads, and with
             # other processes on the cores they waited for each other: 9,000. "clip": "raise" would copy once more.
             np.take(self._pixels.numpy(), positions, axis=0, out=out.numpy(), mode="clip")
         else:
-            out = torch.index_select(self._pixels, 0, indices.to(self._pixels.device))
-        return Batch(out.permute(0, 3, 1, 2), self._labels[indices], indices)
+            out = torch.index_select(self._pixels, 0, rows.to(self._pixels.device))
+        return Batch(out.permute(0, 3, 1, 2), self._labels[rows], indices)
 
 
 def _decode_part(

@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -139,6 +139,11 @@ class Selection:
         table = ImageTable.of(index, manifest.splits[split].shards, keep)
         # Without the index that the opened set holds in memory.
         return cls(source, ShardSet(shard_set.folder, manifest), split, table)
+
+    def at(self, positions: Int64[np.ndarray, " n"]) -> Selection:
+        """The images at `positions`, which ascend; image i of the result is image positions[i] of these."""
+        assert np.all(np.diff(positions) > 0), "a selection is in shard order"
+        return replace(self, index=self.index.rows(positions))
 
     @property
     def num_images(self) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from itertools import count, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -163,6 +163,12 @@ class StreamReader:
         reason: str,
         timeout_s: float,
     ) -> None:
+        self._options: dict[str, Any] = {
+            "remote": remote,
+            "num_workers": num_workers,
+            "device": device,
+            "timeout_s": timeout_s,
+        }
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
         self.num_workers = num_workers
@@ -196,6 +202,10 @@ class StreamReader:
         shards = np.arange(self._stream.selection.num_shards)
         stop = min(num_images, self.num_images)
         return self._workers.read_inline(lambda: self._stream.batch(list(self._stream.images(shards, 0, stop))))
+
+    def subset(self, positions: Int64[np.ndarray, " n"]) -> StreamReader:
+        """The images at `positions` alone: nothing else is fetched."""
+        return StreamReader(self._stream.selection.at(positions), reason="a subset", **self._options)
 
     def close(self) -> None:
         """End the worker processes."""

@@ -1,4 +1,4 @@
-"""Chosen images of a split: found in its index, read alone, and described so that anyone finds them."""
+"""Some images of a split: found in its index, read alone, and described so that anyone finds them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vaetrain.data.remote.remote import RemoteShards
 
 
 @dataclass(frozen=True)
-class ChosenImages:
+class Subset:
     """Some images of a split, in shard order."""
 
     selection: Selection
@@ -31,14 +31,13 @@ class ChosenImages:
     config: DataConfig
 
     @classmethod
-    def all_of(cls, config: DataConfig, split: Literal["train", "val"]) -> ChosenImages:
+    def all_of(cls, config: DataConfig, split: Literal["train", "val"]) -> Subset:
         """All images of a split that `config` keeps; raises FileNotFoundError or ValueError as `open_reader` does."""
         return cls(*open_selection(config, split), config)
 
-    def at(self, positions: Int64[np.ndarray, " n"]) -> ChosenImages:
+    def at(self, positions: Int64[np.ndarray, " n"]) -> Subset:
         """The images at `positions`, which ascend; image i of the result is image positions[i] of these."""
-        assert np.all(np.diff(positions) > 0), "a selection is in shard order"
-        return replace(self, selection=replace(self.selection, index=self.selection.index.rows(positions)))
+        return replace(self, selection=self.selection.at(positions))
 
     def open_reader(self, device: torch.device, processes_per_node: int) -> Reader:
         """A reader of these images and no others: by offset from local shards, from front to back behind a URL."""
