@@ -11,10 +11,10 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from launching import TINY
 from PIL import Image
-from rude_server import Server
 
+from launching import TINY
+from rude_server import Server
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.plan import ShardingConfig

@@ -19,13 +19,13 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from together import HANGS_S, Outcome, run_together
 
 import vaetrain.train
 import vaetrain.training.divergence
 import vaetrain.training.schedule
 import vaetrain.training.step
 import vaetrain.training.time_limit
+from together import HANGS_S, Outcome, run_together
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE

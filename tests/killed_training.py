@@ -23,10 +23,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VAETRAIN_TRA
 import numpy as np
 import torch
 import torch._dynamo  # the first optimizer step would import it, which takes seconds
-from launching import TINY, free_port
 
 import vaetrain.train
 import vaetrain.training.step
+from launching import TINY, free_port
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.runs.lock import hold

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_gaussian import LinearGaussian, MemoryReader
 
+from linear_gaussian import LinearGaussian, MemoryReader
 from vaetrain.metrics.active_units import THRESHOLD, LatentActivity, latent_activity
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig

@@ -7,10 +7,10 @@ import math
 import re
 
 import pytest
-from html_document import Document
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from html_document import Document
 from vaetrain.report.axis import Axis, round_step, without_outliers
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.values import number_text

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT
 
+from launching import ROOT
 from vaetrain.command_line import parse, plain, to_yaml, user_errors, yaml_arguments
 from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE

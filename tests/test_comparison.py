@@ -7,8 +7,8 @@ import shutil
 import subprocess
 
 import pytest
-from launching import run_here, succeed
 
+from launching import run_here, succeed
 from vaetrain.export import export
 from vaetrain.runs.comparison import Agreement, Comparison, Result
 from vaetrain.runs.directory import RunDirectory

@@ -6,9 +6,9 @@ No launcher ends anybody here, and it is over before --train.timeout-s (600 s) w
 import re
 
 import pytest
+
 from fault_scenarios import train_together
 from launching import TINY
-
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.order import BatchLayout, epoch_order
 from vaetrain.data.readers.selection import Selection

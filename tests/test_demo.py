@@ -5,10 +5,10 @@ import shlex
 import subprocess
 
 import numpy as np
-from launching import ROOT, succeed
 from PIL import Image
 
 import vaetrain
+from launching import ROOT, succeed
 
 FEWER = {
     "--num-images 2000 --val-count 10%": "--num-images 72 --val-count 8",

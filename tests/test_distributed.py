@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from together import succeed_together
 
+from together import succeed_together
 from vaetrain.distributed import processes
 
 

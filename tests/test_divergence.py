@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from fault_scenarios import spoilt_losses, train_together
-from launching import TINY
 
 import vaetrain.training.divergence
+from fault_scenarios import spoilt_losses, train_together
+from launching import TINY
 from vaetrain.config import OptimConfig, TrainConfig
 from vaetrain.training.divergence import note_steps
 from vaetrain.training.figures import mark_incidents

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rude_server import CONTENT, HASTY, Server
 
+from rude_server import CONTENT, HASTY, Server
 from vaetrain.data.remote import download as download_module
 from vaetrain.data.remote.download import Patience, download, readable_disk_errors
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
+
 from test_make_shards import content, make, pets, records, run  # noqa: F401 (pets is a fixture)
 from test_make_share import share
 from test_sources import pack_tar
-
 from vaetrain.data.sharding import duplicates
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.duplicates import duplicate_groups, find_groups

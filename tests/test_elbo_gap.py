@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_gaussian import LinearGaussian, MemoryReader
 
+from linear_gaussian import LinearGaussian, MemoryReader
 from vaetrain.metrics.elbo_gap import elbo_gap
 from vaetrain.metrics.validation import validate
 from vaetrain.model.autoencoder import VAE

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from linear_gaussian import LinearGaussian, MemoryReader, draw
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from linear_gaussian import LinearGaussian, MemoryReader, draw
 from vaetrain.distributed.randomness import mixed_seed, noise_of_images
 from vaetrain.metrics import elbo_surgery as module
 from vaetrain.metrics.elbo_surgery import elbo_surgery, log_aggregate, log_dimension_aggregates

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from launching import NO_GPU, TINY, finish, free_port, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the names of native threads are read from /proc")

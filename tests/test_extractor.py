@@ -10,11 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from inception_weights import random_inception_weights
 from torch import Tensor
 from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
-from torchscript_extractor import TinyExtractor, write_torchscript_extractor
 
+from inception_weights import random_inception_weights
+from torchscript_extractor import TinyExtractor, write_torchscript_extractor
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import KNOWN, FeatureExtractor, PublishedWeights, missing_weights
 from vaetrain.metrics.weights import read_weights

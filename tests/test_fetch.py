@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from launching import ROOT
 from rude_server import HASTY, Server
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launching import ROOT, run_here, succeed
 
+from launching import ROOT, run_here, succeed
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers import stream

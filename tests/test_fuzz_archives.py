@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_fuzz import edits, mutated, quickly
 
+from test_fuzz import edits, mutated, quickly
 from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.plan import ShardingConfig
 from vaetrain.data.sources.open_source import open_source

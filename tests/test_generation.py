@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from inception_weights import write_random_inception_weights
 from safetensors import safe_open
+
+from inception_weights import write_random_inception_weights
 from together import script_succeeds
 from torchscript_extractor import write_torchscript_extractor
-
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor, Features

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_gaussian import LinearGaussian, MemoryReader, draw
 from torch import Tensor
 from torch.distributions import Normal
 
+from linear_gaussian import LinearGaussian, MemoryReader, draw
 from vaetrain.metrics.importance_bound import BLOCK, image_scores, importance_bound, log_weights
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.model.autoencoder import VAE

@@ -6,8 +6,8 @@ import json
 import sys
 
 import pytest
-from launching import LAUNCH, ROOT, TWO_PROCESSES, free_port
 
+from launching import LAUNCH, ROOT, TWO_PROCESSES, free_port
 from vaetrain.sweeps.jobs import MAX_WORDS, Job, error_summary, run_jobs
 
 ONE_PROCESS = (sys.executable, *LAUNCH, "launch/gpu1.yaml")

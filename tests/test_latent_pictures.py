@@ -12,7 +12,7 @@ from vaetrain.evaluation.image_grid import save_labelled_grid
 from vaetrain.evaluation.latent_figures import (
     decode,
     encode_moments,
-    save_interpolations,
+    save_latent_interpolations,
     save_latent_pca,
     save_prior_comparison,
     save_traversals,
@@ -67,14 +67,14 @@ def holds(pixels, image):
 
 
 def test_interpolations(vae, images, tmp_path):
-    save_interpolations(vae, images[:5], tmp_path / "a.png", num_steps=3)
+    save_latent_interpolations(vae, images[:5], tmp_path / "a.png", num_steps=3)
     pixels, right_size = cells(tmp_path / "a.png", rows=4, columns=5)
     assert right_size
     codes, _ = encode_moments(vae, images[:2])
     for shown in (images[0], images[3], decode(vae, codes.mean(0, keepdim=True))[0]):
         assert holds(pixels, shown)
     assert not holds(pixels, images[4])
-    save_interpolations(vae, images[:1], tmp_path / "none.png")
+    save_latent_interpolations(vae, images[:1], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -147,7 +147,7 @@ def test_few_images(vae, images, tmp_path, kept_figures, number):
     few, labels = images[:number], torch.zeros(number, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_interpolations(vae, few, tmp_path / "interpolations.png")
+        save_latent_interpolations(vae, few, tmp_path / "interpolations.png")
         save_traversals(vae, few, tmp_path / "traversals.png")
         save_latent_pca(vae, few, labels, ("cat",), tmp_path / "pca.png")
         save_prior_comparison({"standard": images}, tmp_path / "priors.png", real=few)

@@ -16,11 +16,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
-from launching import LAUNCH, NO_GPU, ROOT, TINY, end, finish, free_port, start
 from safetensors.torch import load_file
-from together import script_succeeds
 from torch.distributed.run import config_from_args
 
+from launching import LAUNCH, NO_GPU, ROOT, TINY, end, finish, free_port, start
+from together import script_succeeds
 from vaetrain.distributed import processes
 from vaetrain.training.checkpoint import list_checkpoints
 
@@ -308,7 +308,7 @@ def announced():
 
 def test_one_of_two_does_not_train_alone(announced, monkeypatch):
     """On GPUs Accelerate takes a process without LOCAL_RANK for the only one; so does this one, left without cpu=True."""
-    monkeypatch.setattr(distributed, "PartialState", lambda cpu, **options: PartialState(**options))
+    monkeypatch.setattr(processes, "PartialState", lambda cpu, **options: PartialState(**options))
     announced({"WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match=r"announced 2 processes \(WORLD_SIZE\) but 1 joined; start with `accelerate"):
         processes.start()

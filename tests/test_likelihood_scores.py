@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+
 from likelihood_scenarios import measure, measure_together
 from linear_gaussian import LinearGaussian, MemoryReader
 from lpips_weights import write_random_lpips_weights
 from together import succeed_together
-
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.likelihood_scores import VARIATIONAL_SCORES, likelihood_scores
 from vaetrain.model.autoencoder import VAE

@@ -7,19 +7,19 @@ import random
 
 import pytest
 
-from vaetrain.scaling.lr_range import Curve, LrRange, half_life_steps, has_diverged, smooth
+from vaetrain.scaling.lr_range import LrCurve, LrRange, half_life_steps, has_diverged, smooth
 
 RATES = tuple(1e-5 * 10 ** (number / 30) for number in range(150))
 
 
-def curve(seed: int = 0, *, noise: float = 1.0, fall: float = 300.0, at: float = 1e-3) -> Curve:
+def curve(seed: int = 0, *, noise: float = 1.0, fall: float = 300.0, at: float = 1e-3) -> LrCurve:
     """Flat, then falling where the rate passes `at`, and up again a hundred times later."""
     rng = random.Random(seed)
     losses = [
         500 - fall / (1 + (at / lr) ** 2) + fall * min(2.0, (lr / (100 * at)) ** 3) + rng.gauss(0, noise)
         for lr in RATES
     ]
-    return Curve(seed, RATES, tuple(losses), reached_end=True)
+    return LrCurve(seed, RATES, tuple(losses), reached_end=True)
 
 
 def test_smoothing_is_an_average_without_a_bias_at_the_start():
@@ -53,37 +53,37 @@ def test_seeds_that_disagree_give_none():
 
 def test_a_range_that_ends_too_early_gives_none():
     short = curve(0, at=1e-3)
-    found = LrRange((Curve(0, short.lrs[:60], short.losses[:60], reached_end=True),))
+    found = LrRange((LrCurve(0, short.lrs[:60], short.losses[:60], reached_end=True),))
     assert "raise --lr-range.highest" in found.why_none
 
 
 def test_a_range_that_starts_too_high_gives_none_and_says_what_to_lower():
     rising = tuple(500.0 + 40 * number for number in range(12))
-    found = LrRange((curve(0), Curve(1, RATES[:12], rising, reached_end=False)))
+    found = LrRange((curve(0), LrCurve(1, RATES[:12], rising, reached_end=False)))
     assert found.suggestion is None
     assert found.why_none == (
         "with seed 1 the loss never falls below its first value: the range starts too high, lower --lr-range.lowest 1e-05"
     )
-    short = LrRange((Curve(0, (1e-5,), (1.0,), reached_end=False),))
+    short = LrRange((LrCurve(0, (1e-5,), (1.0,), reached_end=False),))
     assert "not finite from the start: lower --lr-range.lowest 1e-05" in short.why_none
 
 
 def test_a_first_loss_that_is_not_finite_is_told():
-    found = LrRange((curve(0), Curve(1, (), (), reached_end=False)))
+    found = LrRange((curve(0), LrCurve(1, (), (), reached_end=False)))
     assert found.suggestion is found.interval is None
     assert "with seed 1 the loss is not finite before the first step, whatever the learning rate" in found.why_none
 
 
 def test_a_loss_that_stops_being_finite_while_it_falls_ends_the_test_and_no_more():
     short = curve(0, at=1e-3)
-    found = LrRange((Curve(0, short.lrs[:80], short.losses[:80], reached_end=False),))
+    found = LrRange((LrCurve(0, short.lrs[:80], short.losses[:80], reached_end=False),))
     assert found.why_none == ""
     assert found.suggestion <= short.lrs[79]
 
 
 def test_fewer_steps_over_the_same_rates_suggest_the_same():
     full = curve(0, noise=0.1)
-    coarse = Curve(0, full.lrs[::4], full.losses[::4], reached_end=True)
+    coarse = LrCurve(0, full.lrs[::4], full.losses[::4], reached_end=True)
     assert half_life_steps(coarse.lrs) == pytest.approx(half_life_steps(full.lrs) / 4)
     assert coarse.fallen_at == pytest.approx(full.fallen_at, rel=0.5)
 

@@ -7,14 +7,14 @@ from contextlib import closing
 from itertools import pairwise
 
 import pytest
-from launching import TINY
 
+from launching import TINY
 from vaetrain.command_line import parse
 from vaetrain.config import Config, OptimConfig
 from vaetrain.data.readers.reader import open_split
 from vaetrain.scale import describe_lr, suggested_lr
 from vaetrain.scaling import lr_trials as module
-from vaetrain.scaling.lr_range import Curve, LrRange
+from vaetrain.scaling.lr_range import LrCurve, LrRange
 from vaetrain.scaling.lr_trials import LrTrial, LrTrials, candidates, lr_trials
 
 
@@ -48,7 +48,7 @@ def test_a_training_that_broke_never_wins():
 def test_candidates_reach_from_most_of_the_fall_to_the_lowest_point():
     rates = tuple(1e-4 * 2 ** (number / 4) for number in range(40))
     losses = tuple(abs(number - 24) * 10.0 for number in range(40))
-    found = LrRange((Curve(0, rates, losses, reached_end=True),))
+    found = LrRange((LrCurve(0, rates, losses, reached_end=True),))
     lowest = found.curves[0].rate_at(1.0)
     chosen = candidates(found)
     assert chosen[0] == pytest.approx(found.curves[0].rate_at(0.9))
@@ -96,7 +96,7 @@ def test_while_the_best_is_at_an_end_one_more_is_tried(trials_where, best, furth
 
 def test_a_best_rate_at_the_end_is_told():
     assert "the highest rate tried: a higher one may be better" in trials_of(3.0, 2.0, 1.0).caveat
-    range_test = LrRange((Curve(0, tuple(10.0**n for n in range(-5, 0)), (9.0, 8.9, 5.0, 1.0, 9.0), True),))
+    range_test = LrRange((LrCurve(0, tuple(10.0**n for n in range(-5, 0)), (9.0, 8.9, 5.0, 1.0, 9.0), True),))
     assert range_test.suggestion is not None
     assert "may be better; the config has" in describe_lr(range_test, trials_of(1.0, 2.0, 3.0), OptimConfig())
 
@@ -107,7 +107,7 @@ def test_where_all_trainings_break_none_is_suggested_and_the_configs_own_is_kept
     assert found.suggestion is found.interval is None
     assert "not even at 0.125" in found.why_none
     assert found.caveat == ""
-    range_test = LrRange((Curve(0, tuple(10.0**n for n in range(-5, 0)), (9.0, 8.9, 5.0, 1.0, 9.0), True),))
+    range_test = LrRange((LrCurve(0, tuple(10.0**n for n in range(-5, 0)), (9.0, 8.9, 5.0, 1.0, 9.0), True),))
     assert suggested_lr(range_test, found) is None
     said = describe_lr(range_test, found, OptimConfig(lr=0.02))
     assert "no learning rate can be suggested" in said

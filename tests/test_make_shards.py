@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_sources import pack_tar, pack_zip, write_idx
 
+from test_sources import pack_tar, pack_zip, write_idx
 from vaetrain.command_line import parse, plain
 from vaetrain.data.format.manifest import Manifest
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.sharding import make_shards as sharding
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import closing_line, make_shards
-from vaetrain.data.sharding.plan import Plan
+from vaetrain.data.sharding.plan import ShardingPlan
 from vaetrain.data.sharding.task import IMAGES_PER_PIECE, SampleChunk, ShardTask
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +122,7 @@ def test_validation_is_the_last_part_of_one_seeded_shuffle(pets: Path, tmp_path:
 )  # fmt: skip
 def test_a_share_is_rounded_and_leaves_an_image_on_either_side(share: str, num_images: int, num_val: int) -> None:
     config = ShardingConfig("faces", Path("out"), size=8, num_images=num_images, val_count=share)
-    numbers = {name: len(items) for name, (_, items) in Plan.of(config).splits.items()}
+    numbers = {name: len(items) for name, (_, items) in ShardingPlan.of(config).splits.items()}
     assert numbers == {"train": num_images - num_val, "val": num_val}
 
 
@@ -152,7 +152,7 @@ def test_a_share_gives_the_data_of_its_number_and_is_on_record(
 
 def test_numbers_make_the_plans_that_they_always_made() -> None:
     """Or a rerun would refuse shard sets made before."""
-    plan = Plan.of(ShardingConfig("faces", Path("out"), size=16, num_images=12, val_count=3))
+    plan = ShardingPlan.of(ShardingConfig("faces", Path("out"), size=16, num_images=12, val_count=3))
     assert plan.digest == "df0eb8bba4d7f45840dcabfacae66d7bbcf3064941f8e215a3a27a13cfdd98ac"
 
 
@@ -445,7 +445,7 @@ def test_faces_carry_the_factors_that_made_them(tmp_path: Path) -> None:
 
 
 def test_faces_are_three_thousand_unless_told() -> None:
-    assert Plan.of(ShardingConfig("faces", Path("out"), size=64)).num_images == 3000
+    assert ShardingPlan.of(ShardingConfig("faces", Path("out"), size=64)).num_images == 3000
 
 
 def test_commands_end_in_one_line_or_a_message(
@@ -485,5 +485,5 @@ def test_real_photographs(tmp_path: Path) -> None:
 @pytest.mark.shared_data
 @shared_data
 def test_real_mnist_is_planned_whole() -> None:
-    plan = Plan.of(ShardingConfig(os.fspath(SHARED / "mnist"), Path("out"), size=28))
+    plan = ShardingPlan.of(ShardingConfig(os.fspath(SHARED / "mnist"), Path("out"), size=28))
     assert {name: len(items) for name, (_, items) in plan.splits.items()} == {"train": 60_000, "val": 10_000}

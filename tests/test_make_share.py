@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from test_make_shards import ROOT, content, make, pets, run  # noqa: F401 (pets is a fixture)
 from test_sources import pack_tar
-
 from vaetrain.data.format.manifest import Manifest
 from vaetrain.data.sharding import make_shards as sharding
 from vaetrain.data.sharding.config import ShardingConfig

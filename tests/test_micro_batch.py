@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from fault_scenarios import train_together
 from launching import TINY
-
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT
 
+from launching import ROOT
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers import shared_array as node_share
 from vaetrain.data.readers.reader import open_reader

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from noise_scale_scenario import (
     BATCH,
     DEVIATIONS,
@@ -18,7 +19,6 @@ from noise_scale_scenario import (
     norms_together,
 )
 from together import succeed_together
-
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.noise_scale import GradientNoiseProbe, NoiseScale, by_progress

@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from launching import ROOT
 from PIL import Image
-from test_sources import write_image
 
+from launching import ROOT
+from test_sources import write_image
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sources.open_source import open_source

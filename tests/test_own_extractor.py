@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from launching import run, run_here
 from PIL import Image
 
+from launching import run, run_here
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.sharding.config import ShardingConfig

@@ -7,9 +7,9 @@ import hashlib
 import io
 
 import pytest
-from html_document import Document
 from PIL import Image
 
+from html_document import Document
 from vaetrain.report.page import (
     Section,
     absent,

@@ -2,8 +2,9 @@
 
 import json
 
-import parity_scenarios
 import pytest
+
+import parity_scenarios
 from together import succeed_together
 
 

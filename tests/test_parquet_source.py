@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from test_make_shards import content, decoded, make, records
 from test_make_share import share
-
 from vaetrain.data.sources.open_source import open_source
 from vaetrain.data.sources.preprocess import UNREADABLE
 

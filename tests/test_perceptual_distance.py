@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from linear_gaussian import MemoryReader
-from lpips_weights import write_random_lpips_weights
 from torch import Tensor
 from torch_fidelity import sample_similarity_lpips as theirs
 
+from linear_gaussian import MemoryReader
+from lpips_weights import write_random_lpips_weights
 from vaetrain.metrics.lpips_config import LpipsConfig
 from vaetrain.metrics.perceptual_distance import BACKBONES, PerceptualDistance, reconstruction_lpips
 from vaetrain.metrics.reconstruction import mse

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
-from test_make_shards import decoded, make, records
 
+from test_make_shards import decoded, make, records
 from vaetrain import progress_bar
 from vaetrain.data.format.manifest import Encoding
 from vaetrain.data.format.shard_set import ShardSet

@@ -1,6 +1,5 @@
 from launching import TINY
 from together import script_succeeds
-
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_shards
 

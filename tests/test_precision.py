@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from launching import ROOT
 
+from launching import ROOT
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.data.config import DataConfig

@@ -6,17 +6,18 @@ import signal
 
 import pytest
 import torch
-from fault_scenarios import STEP, train_together
-from launching import TINY, run
 from safetensors.torch import load
 
+from fault_scenarios import STEP, train_together
+from launching import TINY, run
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.distributed import processes
-from vaetrain.distributed.preemption import EXIT_STOPPED, SIGNALS, StopRequest
+from vaetrain.distributed.preemption import SIGNALS, StopRequest
+from vaetrain.exit_codes import EXIT_STOPPED
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.train import train
 from vaetrain.training.checkpoint import Checkpoints

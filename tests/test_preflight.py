@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launching import ROOT, TINY
 
+from launching import ROOT, TINY
 from vaetrain import preflight, train
 from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config

@@ -7,11 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from prior_scenario import FIT, scenario, scenario_together
 from safetensors.torch import load_file
-from together import succeed_together
 from torch.distributions import MultivariateNormal
 
+from prior_scenario import FIT, scenario, scenario_together
+from together import succeed_together
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.export import load_run
 from vaetrain.model.prior import StandardNormal

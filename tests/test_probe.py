@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launching import TINY
 
+from launching import TINY
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE

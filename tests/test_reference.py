@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from torchscript_extractor import write_torchscript_extractor
 
+from torchscript_extractor import write_torchscript_extractor
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.metrics.config import FidConfig

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 from fsspec.registry import known_implementations
-from rude_server import CONTENT, Server
 
+from rude_server import CONTENT, Server
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers import stream
@@ -28,9 +28,10 @@ from vaetrain.data.readers.read_plan import ReadPlan
 from vaetrain.data.readers.reader import Reader, open_reader
 from vaetrain.data.remote import cache as shard_cache
 from vaetrain.data.remote import connection
-from vaetrain.data.remote.remote import READ_BYTES, Persistence, RemoteFile, RemoteShards
+from vaetrain.data.remote.remote import Persistence, RemoteFile, RemoteShards
 from vaetrain.data.remote.url import remote_folder
 from vaetrain.evaluate import EvaluateConfig, evaluate
+from vaetrain.files import READ_BYTES
 
 CPU = torch.device("cpu")
 HASTY = Persistence(attempts=3, first_wait_s=0.01, longest_wait_s=0.02)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from html_document import Document
-from launching import run_here, succeed
 from PIL import Image
 
+from html_document import Document
+from launching import run_here, succeed
 from vaetrain.report.curves import thinned
 from vaetrain.report.document import report, short_names
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from html_document import Document
 from test_report import hostile_run, run  # noqa: F401 (fixtures)
-
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.document import report
 from vaetrain.report.page import Section, code, page

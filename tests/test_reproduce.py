@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from html_document import Document
-from launching import ROOT, run
 from PIL import Image
 
+from html_document import Document
+from launching import ROOT, run
+from reproduce.datasets import Sources
+from reproduce.lecture import EXPERIMENTS
+from reproduce.pages import ReproductionResult, findings, write_lecture, write_takeaways
+from reproduce.plan import ReproductionPlan
+from reproduce.takeaways import TAKEAWAYS
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_shards
-from vaetrain.reproduce.datasets import Sources
-from vaetrain.reproduce.lecture import EXPERIMENTS
-from vaetrain.reproduce.pages import ReproductionResult, findings, write_lecture, write_takeaways
-from vaetrain.reproduce.plan import Plan
-from vaetrain.reproduce.takeaways import TAKEAWAYS
 from vaetrain.sweeps.jobs import Job, run_jobs
 from vaetrain.sweeps.runner import TrialRun
 
@@ -49,7 +49,7 @@ def make_mnist(root):
 
 
 def plan_of(root, tmp_path, **changes):
-    return Plan(
+    return ReproductionPlan(
         **{
             "out": tmp_path / "out",
             "root": root,

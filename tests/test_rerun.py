@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 import yaml
+
 from launching import TINY, run_here
 from together import script_succeeds
-
 from vaetrain.command_line import to_yaml
 from vaetrain.runs import rerun
 from vaetrain.runs.directory import RunDirectory

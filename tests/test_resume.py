@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from launching import finish, start
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,6 +19,7 @@ import vaetrain.train
 import vaetrain.training.logger
 import vaetrain.training.start
 import vaetrain.training.step
+from launching import finish, start
 from vaetrain.config import Config, LogConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.model.autoencoder import VAE

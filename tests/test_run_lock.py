@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT
 
+from launching import ROOT
 from vaetrain.runs.lock import hold
 
 HOLDER = """

@@ -3,9 +3,9 @@ import shutil
 from dataclasses import replace
 
 import pytest
+
 from launching import run_here
 from test_use import read_samples
-
 from vaetrain import sample as sample_module
 from vaetrain.sample import SampleConfig, sample
 from vaetrain.sampling.sample_set import RankShard

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import yaml
+
 from launching import TINY
 from together import run_script, script_succeeds
-
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.scaling.config import ScaleConfig

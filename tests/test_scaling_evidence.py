@@ -6,9 +6,9 @@ import json
 
 import pytest
 import yaml
-from launching import succeed
 
-from vaetrain.scaling.evidence import (
+from launching import succeed
+from reproduce.scaling_evidence import (
     Run,
     SeedGroup,
     critical_batches,

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from vaetrain.config import OptimConfig
 from vaetrain.scaling.advice import Advice
 from vaetrain.scaling.figure import Stretch, save_figure
-from vaetrain.scaling.lr_range import Curve, LrRange
+from vaetrain.scaling.lr_range import LrCurve, LrRange
 from vaetrain.scaling.lr_trials import LrTrial, LrTrials
 from vaetrain.scaling.probe import Measurement, Probe
 
@@ -44,20 +44,20 @@ def draw(tmp_path, monkeypatch):
 
 
 def test_a_first_loss_that_is_not_finite(draw):
-    empty = Curve(0, (), (), reached_end=False)
-    for curves in ((empty,), (empty, Curve(1, RATES, tuple(float(30 - n) for n in range(30)), reached_end=True))):
+    empty = LrCurve(0, (), (), reached_end=False)
+    for curves in ((empty,), (empty, LrCurve(1, RATES, tuple(float(30 - n) for n in range(30)), reached_end=True))):
         lr, _, _ = draw(LrRange(curves))
         assert all(text.get_window_extent().x1 <= lr.get_window_extent().x1 for text in lr.texts)
         assert any("not finite before the first step" in " ".join(text.get_text().split()) for text in lr.texts)
 
 
 def test_a_loss_that_never_falls(draw):
-    lr, _, _ = draw(LrRange((Curve(0, RATES[:12], tuple(500.0 + 40 * n for n in range(12)), reached_end=False),)))
+    lr, _, _ = draw(LrRange((LrCurve(0, RATES[:12], tuple(500.0 + 40 * n for n in range(12)), reached_end=False),)))
     assert any("lower --lr-range.lowest" in " ".join(text.get_text().split()) for text in lr.texts)
 
 
 def test_trainings_that_all_broke(draw):
-    found = LrRange((Curve(0, RATES, tuple(abs(n - 24) * 10.0 for n in range(30)), reached_end=True),))
+    found = LrRange((LrCurve(0, RATES, tuple(abs(n - 24) * 10.0 for n in range(30)), reached_end=True),))
     lr, _, _ = draw(found, LrTrials((LrTrial(1e-3, ()), LrTrial(2e-3, ()))))
     assert any("no short training ends with a finite loss" in " ".join(text.get_text().split()) for text in lr.texts)
     lr, _, _ = draw(found, LrTrials((LrTrial(1e-3, (1.0,)), LrTrial(2e-3, (2.0,)))))

@@ -10,16 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lpips_weights import write_random_lpips_weights
 from PIL import Image
+
+from lpips_weights import write_random_lpips_weights
 from together import script_succeeds
 from torchscript_extractor import write_torchscript_extractor
-
 from vaetrain.command_line import parse
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_shards
-from vaetrain.evaluate import EXIT_INCOMPLETE, evaluate, main
+from vaetrain.evaluate import evaluate, main
 from vaetrain.evaluation.config import EvaluateConfig
+from vaetrain.exit_codes import EXIT_INCOMPLETE
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.likelihood_config import LikelihoodConfig

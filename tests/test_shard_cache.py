@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rude_server import CONTENT, Server
 
+from rude_server import CONTENT, Server
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.manifest import Shard
 from vaetrain.data.remote import cache as shard_cache

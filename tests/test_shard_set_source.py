@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_make_shards import content, decoded, make, records
 
+from test_make_shards import content, decoded, make, records
 from vaetrain.data.format.shard_set import ShardSet
 
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from launching import ROOT
 
+from launching import ROOT
 from vaetrain.training.async_writer import SnapshotWriter
 
 

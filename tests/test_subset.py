@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from linear_gaussian import MemoryReader
 
+from linear_gaussian import MemoryReader
 from vaetrain.data.readers.order import epoch_order
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.subset import choose_images, subset_batches

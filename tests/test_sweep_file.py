@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import ROOT
 
+from launching import ROOT
 from vaetrain.command_line import parse
 from vaetrain.config import Config
 from vaetrain.sweeps.sweep_file import Sweep

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from launching import TINY, finish, run, start
 
+from launching import TINY, finish, run, start
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.sweeps.jobs import Job
-from vaetrain.sweeps.results import Row, best_row, draw, rows_of, table
+from vaetrain.sweeps.results import TrialRow, best_row, draw, rows_of, table
 from vaetrain.sweeps.runner import TrialRun, trial_name
 from vaetrain.sweeps.sweep_file import Sweep
 
@@ -176,7 +176,7 @@ def test_values_of_any_name_are_drawn(sweep_file, tmp_path, num_parameters):
     values = ["data/Ba$$in", "A$^$B", "_x_", "猫\ue000", "w" * 500]
     names = ["data.train", "data.val", "run_dir"][:num_parameters]
     sweep = Sweep.read(sweep_file(**{name: {"values": values} for name in names}))
-    rows = [Row(dict.fromkeys(names, value), (1.0, 2.0), (1.0, 2.0), None, ()) for value in values]
+    rows = [TrialRow(dict.fromkeys(names, value), (1.0, 2.0), (1.0, 2.0), None, ()) for value in values]
     sweep = replace(sweep, path=tmp_path / "$_$.yaml")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vaetrain.reproduce.scores import Mean, clearly_differs, order_correlation
-from vaetrain.reproduce.takeaways import TAKEAWAYS, Condition
+from reproduce.scores import Mean, clearly_differs, order_correlation
+from reproduce.takeaways import TAKEAWAYS, Condition
 
 ELBO, PSNR, FID, GMM, RATE, SPEED = (
     "val/elbo_nats", "val/psnr_db", "eval/fid", "gmm/eval/fid", "val/rate_nats", "perf/images_per_s",

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+
 from fault_scenarios import train_together
 from launching import TINY
-
 from vaetrain.config import TrainConfig
-from vaetrain.distributed.preemption import EXIT_STOPPED
+from vaetrain.exit_codes import EXIT_STOPPED
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.training.time_limit import TimeLimit
 

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from launching import TINY, run
 from safetensors.torch import load
-from together import script_succeeds
 
 import vaetrain
 import vaetrain.train
 import vaetrain.training.logger
 import vaetrain.training.step
+from launching import TINY, run
+from together import script_succeeds
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.training import precision
 from vaetrain.training.progress import Progress

@@ -5,9 +5,9 @@ import tarfile
 
 import pytest
 import torch
-from together import run_script, script_succeeds
 
 import vaetrain
+from together import run_script, script_succeeds
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.export import export
 from vaetrain.metrics.likelihood_config import LikelihoodConfig

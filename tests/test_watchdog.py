@@ -9,11 +9,11 @@ import time
 from dataclasses import asdict
 
 import pytest
-from fault_scenarios import STEP, train_together
-from launching import TINY
 from torch.distributed import DistNetworkError, HashStore
 
 import vaetrain.distributed.stacks
+from fault_scenarios import STEP, train_together
+from launching import TINY
 from vaetrain.distributed.watchdog import Heartbeat, Position, ProcessStatus, Watchdog
 
 

@@ -73,10 +73,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from bench_peers import PEERS, Material, endless, installed
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from bench_peers import PEERS, Material, endless, installed
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.decode import JPEG_DECODER, decode_into
 from vaetrain.data.format.index import SplitIndex, pack_index

@@ -46,8 +46,8 @@ if __name__ == "__main__":
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reproduce.scaling_evidence import Run, SeedGroup, critical_batches, points, predicted, runs_below, score_gap
 from vaetrain.picture_text import as_it_is, legible
-from vaetrain.scaling.evidence import Run, SeedGroup, critical_batches, points, predicted, runs_below, score_gap
 
 
 def main(arguments: CheckArguments) -> None:

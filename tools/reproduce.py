@@ -59,12 +59,12 @@ class ReproduceArguments:
 if __name__ == "__main__":
     ARGUMENTS = parse(ReproduceArguments, __doc__, flags=True)
 
+from reproduce.datasets import Sources
+from reproduce.lecture import EXPERIMENTS
+from reproduce.pages import ReproductionResult, findings, write_lecture, write_takeaways
+from reproduce.plan import ReproductionPlan
+from reproduce.takeaways import TAKEAWAYS
 from vaetrain.machine import num_cores
-from vaetrain.reproduce.datasets import Sources
-from vaetrain.reproduce.lecture import EXPERIMENTS
-from vaetrain.reproduce.pages import ReproductionResult, findings, write_lecture, write_takeaways
-from vaetrain.reproduce.plan import Plan
-from vaetrain.reproduce.takeaways import TAKEAWAYS
 from vaetrain.sweeps.jobs import run_jobs
 
 
@@ -74,7 +74,7 @@ def main(arguments: ReproduceArguments) -> int:
     if unknown := set(arguments.only) - set(names):
         raise ValueError(f"--only {' '.join(sorted(unknown))}: {arguments.what} has {', '.join(names)}")
     out = (ROOT / (arguments.out or Path("runs") / f"reproduce-{arguments.scale}")).absolute()
-    plan = Plan(
+    plan = ReproductionPlan(
         out, ROOT, arguments.scale, Sources(arguments.mnist, arguments.afhq, arguments.afhq_val_count), arguments.launch,
         arguments.fid_weights,
     )  # fmt: skip

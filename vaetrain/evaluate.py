@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from vaetrain.command_line import parse, plain, user_errors
 from vaetrain.evaluation.config import EvaluateConfig
+from vaetrain.exit_codes import EXIT_INCOMPLETE
 from vaetrain.runs.provenance import provenance
 
 if __name__ == "__main__":
@@ -31,9 +32,6 @@ from vaetrain.evaluation.evaluator import Evaluator, out_file
 from vaetrain.evaluation.scores_file import ScoresFile
 from vaetrain.progress_bar import ProgressBar
 from vaetrain.training import precision
-
-EXIT_INCOMPLETE = 3
-"""Scores were written, and something failed or was asked for by name and could not be measured."""
 
 
 def evaluate(config: EvaluateConfig, accelerator: Accelerator) -> dict[str, Any]:

@@ -6,6 +6,13 @@ import hashlib
 import os
 from pathlib import Path
 
+READ_BYTES = 1 << 20
+"""Read at a time, of what is read from front to back."""
+
+
+class NewerFormatError(ValueError):
+    """A file that only a newer vaetrain reads: neither damaged nor readable."""
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file aside and rename it into place, so that nobody ever sees half of it."""

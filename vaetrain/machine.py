@@ -16,6 +16,18 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def process_space() -> str | None:
+    """What two processes share if each can see whether the other exists: this boot of a machine and its process ids.
+
+    None where the system has no word for it (not Linux).
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
 def visible_gpus() -> list[str]:
     """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. Without importing torch."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

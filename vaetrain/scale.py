@@ -39,7 +39,7 @@ from vaetrain.scaling.all_reduce import Interconnect
 from vaetrain.scaling.figure import save_figure
 from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
-from vaetrain.scaling.measure_noise import Noise, measure_noise, noise_micro_batch
+from vaetrain.scaling.measure_noise import MeasuredNoise, measure_noise, noise_micro_batch
 from vaetrain.scaling.probe import Probe, probe
 from vaetrain.training import precision
 from vaetrain.training.memory import suggest_on_oom
@@ -235,7 +235,7 @@ def describe_lr(found: LrRange, trials: LrTrials | None, optim: OptimConfig) -> 
     return f"{text}; the config has {optim.lr:g}"
 
 
-def describe_noise(found: Noise | None, optim: OptimConfig) -> str:
+def describe_noise(found: MeasuredNoise | None, optim: OptimConfig) -> str:
     """The critical batch with its error, and the simple noise scale beside it."""
     if found is None:
         return f"no gradient noise scale: training with learning rate {optim.lr:.3g} diverged; lower --optim.lr"

@@ -24,8 +24,9 @@ from accelerate import Accelerator
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_split
 from vaetrain.distributed import processes
-from vaetrain.distributed.preemption import EXIT_STOPPED, StopRequest
+from vaetrain.distributed.preemption import StopRequest
 from vaetrain.distributed.watchdog import FIRST_STEP_S, Heartbeat, Watchdog
+from vaetrain.exit_codes import EXIT_STOPPED
 from vaetrain.metrics.validation import validate
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training import precision

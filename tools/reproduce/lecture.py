@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaetrain.reproduce.datasets import Scale
+from reproduce.datasets import Scale
 
 CONFIGS = Path("configs/lecture")
 

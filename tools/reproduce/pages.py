@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from reproduce.datasets import Scale
+from reproduce.lecture import Experiment
+from reproduce.provenance_table import provenance_table
+from reproduce.scores import Scores, scores_of
+from reproduce.tables import Table
+from reproduce.takeaways import Condition, Takeaway, Verdict, shown
 from vaetrain.files import replace_file
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.document import report
 from vaetrain.report.page import Section, absent, code, links, page, paragraph, picture, side_by_side, table, verdict
-from vaetrain.reproduce.datasets import Scale
-from vaetrain.reproduce.exhibits import Table
-from vaetrain.reproduce.lecture import Experiment
-from vaetrain.reproduce.provenance_table import provenance_table
-from vaetrain.reproduce.scores import Scores, scores_of
-from vaetrain.reproduce.takeaways import Condition, Takeaway, Verdict, shown
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.sweeps.results import SEED
 from vaetrain.sweeps.runner import TrialRun

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaetrain.reproduce.datasets import DATASETS, Scale, Sources
-from vaetrain.reproduce.lecture import Experiment
-from vaetrain.reproduce.takeaways import Takeaway
+from reproduce.datasets import DATASETS, Scale, Sources
+from reproduce.lecture import Experiment
+from reproduce.takeaways import Takeaway
 from vaetrain.sweeps.jobs import Job
 from vaetrain.sweeps.runner import TrialRun, trial_runs
 from vaetrain.sweeps.sweep_file import Sweep
@@ -20,7 +20,7 @@ DATA_OF_SWEEP = {"cats": ("cats64", "afhq128")}
 
 
 @dataclass
-class Plan:
+class ReproductionPlan:
     """What is to be run, in order, and what cannot be and why."""
 
     out: Path

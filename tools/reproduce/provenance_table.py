@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vaetrain.reproduce.exhibits import Table
+from reproduce.tables import Table
 from vaetrain.runs.directory import RunDirectory
 
 

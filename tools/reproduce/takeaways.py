@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from reproduce.datasets import Scale
+from reproduce.scores import Mean, Scores, clearly_differs, order_correlation
+from reproduce.tables import Chart, Exhibit, Table
 from vaetrain.report.chart import Series
-from vaetrain.reproduce.datasets import Scale
-from vaetrain.reproduce.exhibits import Chart, Exhibit, Table
-from vaetrain.reproduce.scores import Mean, Scores, clearly_differs, order_correlation
 
 CONFIGS = Path("configs/takeaways")
 

@@ -28,9 +28,6 @@ from torch import distributed as dist
 
 from vaetrain.distributed.processes import TIMEOUT_S, control_group, launcher
 
-EXIT_STOPPED = 75
-"""Exit code of a training process that saved and stopped because it was told to."""
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -36,6 +36,7 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from vaetrain.distributed.stacks import write_stacks
+from vaetrain.machine import process_space
 
 T = TypeVar("T")
 
@@ -255,14 +256,16 @@ class Watchdog:
         place = self.heartbeat.place
         frame = sys._current_frames()[self._main_thread]
         return ProcessStatus(
-            rank=self.rank, machine=machine(), host=socket.gethostname(), pid=os.getpid(), step=place.step,
-            stage=place.stage, phase=place.phase, where=f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
+            rank=self.rank, machine=process_space() or socket.gethostname(), host=socket.gethostname(),
+            pid=os.getpid(), step=place.step, stage=place.stage, phase=place.phase, where=f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
             progress_count=self.heartbeat.progress_count, heartbeat_count=self._looks, finished=self._finished,
         )  # fmt: skip
 
     def _dead(self) -> list[ProcessStatus]:
         """Processes of this machine that no longer exist and have not finished."""
-        neighbours = [report for report in self._reports.values() if report.machine == machine()]
+        neighbours = [
+            report for report in self._reports.values() if report.machine == process_space() or socket.gethostname()
+        ]
         gone = [report.rank for report in neighbours if not exists(report.pid)]
         if gone:
             self._exchange()  # who has finished said so before it was gone
@@ -275,7 +278,7 @@ class Watchdog:
         behind = silent or [rank for rank, place in places.items() if place == min(places.values())]
         culprits = [self._reports[rank] for rank in sorted(behind)]
         for culprit in culprits:
-            if silent and culprit.machine == machine():
+            if (silent and culprit.machine == process_space()) or socket.gethostname():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(culprit.pid, signal.SIGCONT)  # if it was stopped, it now sees that the run has ended
         named = "; ".join(f"{culprit.name} {culprit.position} ({culprit.where})" for culprit in culprits[:4])
@@ -335,21 +338,12 @@ class Watchdog:
         neighbour = self._reports.get(self.rank if after is None else after)
         deadline = time.monotonic() + SECONDS_FOR_A_BETTER_REASON
         while neighbour is not None and neighbour.rank != self.rank and time.monotonic() < deadline:
-            if neighbour.machine != machine() or not exists(neighbour.pid):
+            if neighbour.machine != process_space() or socket.gethostname() or not exists(neighbour.pid):
                 break
             time.sleep(0.1)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-
-
-def machine() -> str:
-    """What two processes share if each can see whether the other exists: machine and space of process ids."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # not Linux: a name has to do
-        return socket.gethostname()
 
 
 def exists(pid: int) -> bool:

@@ -327,7 +327,7 @@ class Evaluator:
         """Pictures of the latent space in the run's figures: interpolations, traversals and the codes' principal axes."""
         images, labels = draw_images(self.val_reader, self.config.num_pictures, self.accelerator, self.config.seed)
         vae, classes = self.trained.vae, self.val_reader.manifest.classes
-        self.draw("latent_interpolations", partial(latent_pictures.save_interpolations, vae, images[:12]))
+        self.draw("latent_interpolations", partial(latent_pictures.save_latent_interpolations, vae, images[:12]))
         self.draw("latent_traversals", partial(latent_pictures.save_traversals, vae, images))
         self.draw("latent_pca", partial(latent_pictures.save_latent_pca, vae, images, labels, classes))
         return {}

@@ -64,7 +64,7 @@ def slerp(
 
 
 @torch.no_grad()
-def save_interpolations(vae: VAE, images: UInt8[Tensor, "n c h w"], file: Path, *, num_steps: int = 8) -> None:
+def save_latent_interpolations(vae: VAE, images: UInt8[Tensor, "n c h w"], file: Path, *, num_steps: int = 8) -> None:
     """For each pair of neighbouring images the decoded latents on the straight line and on the great circle between them."""
     num_pairs = len(images) // 2
     if num_pairs == 0:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from vaetrain.command_line import flatten
 from vaetrain.report.comparing import comparison_sections
 from vaetrain.report.curves import curves_of_run
 from vaetrain.report.gallery import SIDE_BY_SIDE, gallery_of_run
@@ -13,7 +14,7 @@ from vaetrain.report.origin import configuration_of_run, dataset_of_run, provena
 from vaetrain.report.page import Section, page, paragraph, side_by_side, subheading, table
 from vaetrain.report.recorded import Recorded, number
 from vaetrain.report.scores import scores_of_run, summary_rows
-from vaetrain.report.values import exact, flat, inner, number_text
+from vaetrain.report.values import exact, inner, number_text
 
 SETTINGS = {
     "model.latent": "latent", "model.latent_channels": "latent channels", "model.likelihood": "likelihood",
@@ -89,7 +90,7 @@ def _summary(recorded: Recorded) -> str:
     scores = recorded.evaluation or (validations[-1] if validations else {})
     if rows := summary_rows(scores):
         tables.append(table(("scored by evaluate.py" if recorded.evaluation else "last validation", "value"), rows))
-    settings = flat(recorded.config or {})
+    settings = dict(flatten(recorded.config or {}))
     if rows := [(label, exact(settings[key])) for key, label in SETTINGS.items() if settings.get(key) is not None]:
         tables.append(table(("setting", "value"), rows))
     return paragraph(_progress(recorded)) + side_by_side(tables)

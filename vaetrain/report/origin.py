@@ -6,9 +6,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from vaetrain.command_line import flatten
 from vaetrain.report.page import absent, code, columns, fold, paragraph, subheading, table
 from vaetrain.report.recorded import Recorded
-from vaetrain.report.values import exact, flat, inner, shown_value
+from vaetrain.report.values import exact, inner, shown_value
 
 MAX_CLASSES_SHOWN = 12
 """Longer tables of classes are folded."""
@@ -21,7 +22,7 @@ def configuration_of_run(recorded: Recorded) -> str:
     plain = {key: value for key, value in recorded.config.items() if not isinstance(value, Mapping)}
     groups = {"": plain} | {key: value for key, value in recorded.config.items() if isinstance(value, Mapping)}
     tables = [
-        table(("key", "value"), [(key, exact(value)) for key, value in flat(content).items()], caption=name or "run")
+        table(("key", "value"), [(key, exact(value)) for key, value in flatten(content)], caption=name or "run")
         for name, content in groups.items()
         if content
     ]
@@ -84,7 +85,7 @@ def provenance_of_run(recorded: Recorded) -> str:
 
 def _origin_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     left_out = ("packages", "resumes", "command", "parent")
-    return [(key, exact(value)) for key, value in flat(provenance).items() if key.split(".")[0] not in left_out]
+    return [(key, exact(value)) for key, value in flatten(provenance) if key.split(".")[0] not in left_out]
 
 
 def _num_images(split: str, content: Mapping[str, Any]) -> str:

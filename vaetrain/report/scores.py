@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vaetrain.command_line import flatten
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.page import absent, caution, fold, paragraph, side_by_side, subheading, table
 from vaetrain.report.recorded import Recorded, number
-from vaetrain.report.values import flat, inner, number_text, shown_value
+from vaetrain.report.values import inner, number_text, shown_value
 
 MEANINGS = {
     "val/elbo_nats": "lower bound on log p(x), nats per image; larger is better",
@@ -201,7 +202,7 @@ def _protocols(scores: Mapping[str, Any]) -> list[str]:
     tables = []
     for name in ("fid_protocol", "rfid_protocol", "lpips_protocol", "likelihood_protocol", "protocol"):
         if content := inner(scores, name):
-            rows = [(key, shown_value(value)) for key, value in flat(content).items()]
+            rows = [(key, shown_value(value)) for key, value in flatten(content)]
             tables.append(table(("key", "value"), rows, caption=name))
     return [fold("Protocols in full", "".join(tables))] if tables else []
 

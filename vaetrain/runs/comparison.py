@@ -6,13 +6,13 @@ import json
 import re
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vaetrain.command_line import plain
+from vaetrain.command_line import flatten, plain
 from vaetrain.runs.directory import RunDirectory
 
 SECTIONS = ("config", "data", "code", "packages", "machine", "results")
@@ -108,7 +108,7 @@ class Result:
             "platform",
         )
         facts: Facts = {
-            "config": dict(_flat(config)),
+            "config": dict(flatten(config)),
             "data": data,
             "code": {
                 "git_revision": provenance.get("git_revision"),
@@ -250,14 +250,6 @@ class Comparison:
     def row(self, section: str, name: str) -> list[Any]:
         """The value in each result, None where it has none."""
         return [result.facts[section].get(name) for result in self.results]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vaetrain.data.format.decode import decode_into
+from vaetrain.data.format.manifest import MANIFEST_NAME
 from vaetrain.files import sha256_of_file
-from vaetrain.sampling.sample_set import MANIFEST_NAME
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaetrain.data.format.manifest import Shard
+from vaetrain.data.format.manifest import MANIFEST_NAME, Shard
 from vaetrain.files import sha256_of_file
 from vaetrain.runs.directory import write_json
 from vaetrain.sampling.manifest import differences
 
-MANIFEST_NAME = "manifest.json"
 REQUEST_NAME = "request.json"
 
 

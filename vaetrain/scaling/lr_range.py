@@ -41,7 +41,7 @@ MAX_SPREAD = 10.0
 
 
 @dataclass(frozen=True)
-class Curve:
+class LrCurve:
     """One repetition."""
 
     seed: int
@@ -81,7 +81,7 @@ class Curve:
 class LrRange:
     """All repetitions, and the rate they suggest."""
 
-    curves: tuple[Curve, ...]
+    curves: tuple[LrCurve, ...]
 
     @property
     def why_none(self) -> str:
@@ -162,7 +162,7 @@ def lr_range(config: Config, options: LrRangeConfig, accelerator: Accelerator, r
                 if not math.isfinite(loss) or has_diverged([*losses, loss], half_life_steps(rates)):
                     break
                 losses.append(loss)
-        curves.append(Curve(seed, tuple(rates[: len(losses)]), tuple(losses), len(losses) == len(rates)))
+        curves.append(LrCurve(seed, tuple(rates[: len(losses)]), tuple(losses), len(losses) == len(rates)))
         if accelerator.is_main_process and len(losses) > 2:
             print(
                 f"learning-rate range, seed {seed}: most of the fall is done by {curves[-1].fallen_at:.3g}", flush=True

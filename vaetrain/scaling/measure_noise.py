@@ -20,7 +20,7 @@ NUM_STRETCHES = 10
 
 
 @dataclass(frozen=True)
-class Noise:
+class MeasuredNoise:
     """The gradient noise scale, over all steps that count and over stretches of training."""
 
     simple: NoiseScale
@@ -44,7 +44,9 @@ def noise_micro_batch(config: ScaleConfig, num_processes: int, largest_safe: int
     return largest_divisor(batch, min(batch // parts, largest_safe))
 
 
-def measure_noise(config: ScaleConfig, largest_safe: int, accelerator: Accelerator, reader: Reader) -> Noise | None:
+def measure_noise(
+    config: ScaleConfig, largest_safe: int, accelerator: Accelerator, reader: Reader
+) -> MeasuredNoise | None:
     """Train with the config's learning rate and read off the noise scale; None when that training diverges."""
     options = config.noise
     batch = config.train.global_batch_size
@@ -75,4 +77,4 @@ def measure_noise(config: ScaleConfig, largest_safe: int, accelerator: Accelerat
         part = steps[start : start + length]
         stretches.append(Stretch((start + length) * batch, simple(part).images, adam(part).images))
     counted = steps[options.skip_steps :]
-    return Noise(simple(counted), adam(counted), tuple(stretches), small_batch, batch)
+    return MeasuredNoise(simple(counted), adam(counted), tuple(stretches), small_batch, batch)

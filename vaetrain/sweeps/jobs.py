@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vaetrain.exit_codes import EXIT_STOPPED
 from vaetrain.files import replace_file
 from vaetrain.machine import num_cores, visible_gpus
 
 POLL_S = 0.2
-EXIT_STOPPED = 75
-"""Of a training that was told to stop and saved; vaetrain/distributed/preemption.py."""
 TIME_TO_STOP_S = 120
 """For jobs that are told to stop, before they are killed."""
 

@@ -20,7 +20,7 @@ SEED = "seed"
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """The trials that differ in their seed alone."""
 
     values: dict[str, Any]
@@ -45,7 +45,7 @@ class Row:
         return statistics.stdev(self.final) / math.sqrt(len(self.final)) if len(self.final) > 1 else None
 
 
-def rows_of(sweep: Sweep, runs: Sequence[TrialRun]) -> list[Row]:
+def rows_of(sweep: Sweep, runs: Sequence[TrialRun]) -> list[TrialRow]:
     """The sweep's rows, in the order of its trials."""
     names = [name for name in sweep.varied if name != SEED]
     groups: dict[str, list[TrialRun]] = {}
@@ -68,7 +68,7 @@ def rows_of(sweep: Sweep, runs: Sequence[TrialRun]) -> list[Row]:
                 unfinished.append(f"{run.job.state}{f': {run.job.reason}' if run.job.reason else ''}")
         values = {name: members[0].parameters[name] for name in names}
         speed = statistics.median(speeds) if speeds else None
-        rows.append(Row(values, tuple(final), tuple(best), speed, tuple(unfinished)))
+        rows.append(TrialRow(values, tuple(final), tuple(best), speed, tuple(unfinished)))
     return rows
 
 
@@ -85,14 +85,14 @@ def check_metric(sweep: Sweep, runs: Sequence[TrialRun]) -> None:
         )
 
 
-def best_row(sweep: Sweep, rows: Sequence[Row]) -> Row | None:
+def best_row(sweep: Sweep, rows: Sequence[TrialRow]) -> TrialRow | None:
     """The one with the best mean; None when nothing finished."""
     finished = [row for row in rows if row.mean is not None]
     key = lambda row: row.mean  # noqa: E731
     return (max if sweep.goal == "maximize" else min)(finished, key=key) if finished else None
 
 
-def table(sweep: Sweep, rows: Sequence[Row]) -> str:
+def table(sweep: Sweep, rows: Sequence[TrialRow]) -> str:
     """Aligned columns, the best row marked."""
     names = [name for name in sweep.varied if name != SEED]
     lines = [(*names, sweep.metric, "± se", "best", "seeds", "images/s", "")]
@@ -112,7 +112,7 @@ def table(sweep: Sweep, rows: Sequence[Row]) -> str:
     )
 
 
-def write(sweep: Sweep, runs: Sequence[TrialRun], rows: Sequence[Row], out: Path) -> None:
+def write(sweep: Sweep, runs: Sequence[TrialRun], rows: Sequence[TrialRow], out: Path) -> None:
     """OUT/results.json and OUT/results.png."""
     content = {
         "sweep": str(sweep.path),
@@ -130,7 +130,7 @@ def write(sweep: Sweep, runs: Sequence[TrialRun], rows: Sequence[Row], out: Path
     draw(sweep, rows, out / "results.png")
 
 
-def draw(sweep: Sweep, rows: Sequence[Row], file: Path) -> None:
+def draw(sweep: Sweep, rows: Sequence[TrialRow], file: Path) -> None:
     """One line a value of the second parameter over the first; with more parameters, a panel of points for each."""
     from matplotlib.figure import Figure
 
@@ -147,7 +147,7 @@ def draw(sweep: Sweep, rows: Sequence[Row], file: Path) -> None:
     as_it_is(figure.suptitle(f"{title}: {metric} ({sweep.goal})", fontsize=11))
     for number, name in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), number)
-        groups: dict[str, list[Row]] = {}
+        groups: dict[str, list[TrialRow]] = {}
         for row in finished:
             groups.setdefault(_shown(row.values[names[1]]) if len(names) == 2 else "", []).append(row)
         values = list(dict.fromkeys(row.values[name] for row in finished))

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vaetrain.config import CheckpointConfig
-from vaetrain.files import fsync, sha256_of_file
+from vaetrain.files import NewerFormatError, fsync, sha256_of_file
 from vaetrain.runs.checkpoint_names import is_checkpoint, list_checkpoints, no_good_checkpoint, step_of
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.provenance import package_version
@@ -47,10 +47,6 @@ FORMAT_VERSION = 2
 
 class CheckpointNotWritten(OSError):
     """A checkpoint could not be written, for want of space most likely; those before it are whole."""
-
-
-class LaterFormat(ValueError):
-    """A checkpoint that a later vaetrain wrote: neither damaged nor readable."""
 
 
 @runtime_checkable  # for the type checks of the tests
@@ -244,7 +240,7 @@ class Checkpoints:
 def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums hold, and what is wrong with the newer ones that were passed over.
 
-    Those later than `up_to_step` are not looked at. Raises LaterFormat for one that another vaetrain can read: an older
+    Those later than `up_to_step` are not looked at. Raises NewerFormatError for one that another vaetrain can read: an older
     one would throw its training away.
     """
     damaged: list[str] = []
@@ -253,7 +249,7 @@ def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | 
             continue
         try:
             check(checkpoint)
-        except LaterFormat:
+        except NewerFormatError:
             raise
         except ValueError as error:
             damaged.append(str(error))
@@ -291,7 +287,7 @@ def best(run: Path) -> Path:
     checkpoint = run / "checkpoints" / f"step-{best_step:08d}"
     try:
         check(checkpoint)
-    except LaterFormat:
+    except NewerFormatError:
         raise
     except ValueError as error:
         raise ValueError(
@@ -304,7 +300,7 @@ def best(run: Path) -> Path:
 def check(checkpoint: Path) -> None:
     """Compare every file with its checksum; ValueError names the file that differs and what to do.
 
-    Raises LaterFormat, a ValueError too, naming the version of vaetrain that reads it.
+    Raises NewerFormatError, a ValueError too, naming the version of vaetrain that reads it.
     """
     try:
         checksums: dict[str, str] = json.loads((checkpoint / "checksums.json").read_text())
@@ -316,7 +312,7 @@ def check(checkpoint: Path) -> None:
             raise ValueError(f"{file} is damaged (its checksum differs); use an older checkpoint")
     state = json.loads((checkpoint / "state.json").read_text())
     if state["format_version"] > FORMAT_VERSION:
-        raise LaterFormat(
+        raise NewerFormatError(
             f"{checkpoint} has format {state['format_version']}, and this vaetrain ({package_version('vaetrain')}) reads up "
             f"to {FORMAT_VERSION}; use vaetrain {state['vaetrain']}, which wrote it, or a later one"
         )

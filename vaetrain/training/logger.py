@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from vaetrain.command_line import plain
+from vaetrain.command_line import flatten, plain
 from vaetrain.config import Config
 from vaetrain.metrics.validation import ValidationScores
 from vaetrain.model.autoencoder import VAE
@@ -62,7 +62,7 @@ class RunLogger:
         if accelerator.log_with:
             accelerator.init_trackers(
                 config.log.wandb_project,
-                config=flat_config(config) | {"dataset_fingerprint": dataset_fingerprint},
+                config=hyper_parameters(config) | {"dataset_fingerprint": dataset_fingerprint},
                 init_kwargs={
                     "wandb": {
                         "mode": config.log.wandb, "dir": str(run.path), "name": run.path.name,
@@ -182,16 +182,6 @@ def wandb_id(run: RunDirectory) -> str:
     return str(json.loads(run.trackers_file.read_text())["wandb"]["id"])
 
 
-def flat_config(config: Config) -> dict[str, Any]:
-    """A config as section.key → number or string: all that TensorBoard's hyper-parameters take."""
-
-    def leaves(mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in mapping.items():
-            if isinstance(value, dict):
-                flat |= leaves(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value if isinstance(value, int | float | str) else str(value)
-        return flat
-
-    return leaves(plain(config), "")
+def hyper_parameters(config: Config) -> dict[str, Any]:
+    """A config as section.key → number or string: all that TensorBoard takes."""
+    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in flatten(plain(config))}

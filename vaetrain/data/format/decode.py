@@ -16,10 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-try:
-    import simplejpeg
-except ModuleNotFoundError:  # an optional extra, which has no wheel on every platform
-    simplejpeg = None
+from vaetrain.data.format.jpeg import simplejpeg
 
 JPEG_DECODER = "torchvision" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
 """What decodes JPEGs here, for messages and benchmarks."""

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from vaetrain.data.format.index import SplitIndex
-from vaetrain.files import replace_file
+from vaetrain.files import NewerFormatError, replace_file
 from vaetrain.strict_json import from_json, sha256_of_json
 
 FORMAT_VERSION = 1
@@ -37,10 +37,6 @@ MAX_SHARD_BYTES = 2**50
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 ImageFormat = Literal["jpg", "png", "webp"]
 Crop = Literal["center", "pad", "none"]
-
-
-class NewerFormatError(ValueError):
-    """A file that only a newer vaetrain reads."""
 
 
 @dataclass(frozen=True)

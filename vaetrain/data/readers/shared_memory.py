@@ -13,11 +13,12 @@ import os
 import tempfile
 from collections.abc import Callable
 from multiprocessing.reduction import DupFd
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
+
+from vaetrain.machine import process_space
 
 
 class SharedMemory:
@@ -79,9 +80,7 @@ def _received(handle: Any, num_bytes: int) -> SharedMemory:
 
 def memory_domain() -> int:
     """The same for processes that can reach each other's memory: on one machine, in one container. Below 2⁶³."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        container = os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux: every process is by itself
-        boot, container = os.uname().nodename, str(os.getpid())
-    return int.from_bytes(hashlib.sha256(f"{boot} {container}".encode()).digest()[:8]) >> 1
+    space = (
+        process_space() or f"{os.uname().nodename} {os.getpid()}"
+    )  # where one cannot know, every process is by itself
+    return int.from_bytes(hashlib.sha256(space.encode()).digest()[:8]) >> 1

@@ -30,7 +30,8 @@ from vaetrain.data.readers.order import BatchLayout, epoch_order
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
 from vaetrain.data.readers.worker_progress import note_reading
-from vaetrain.data.remote.remote import READ_BYTES, RemoteShards
+from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.files import READ_BYTES
 
 REMEDY = "copy the shard again from where it came, and check it with tools/verify_shards.py"
 

@@ -25,11 +25,11 @@ from typing import BinaryIO
 
 from vaetrain.data.format.manifest import Shard
 from vaetrain.data.remote.download import readable_disk_errors
+from vaetrain.files import READ_BYTES
 
 # More than the 15 s after which a process gives a download up, and so lets go of it.
 STUCK_S = 20.0
 POLL_S = 0.02
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.remote.cache import ShardCache
 from vaetrain.data.remote.connection import PROGRESS_BYTES, BrokenOffError, Connection, connect
 from vaetrain.data.remote.url import remote_folder
+from vaetrain.files import READ_BYTES
 
-READ_BYTES = 1 << 20
 MAX_MANIFEST_BYTES = 1 << 28  # about a million shards
 INDEX_HEADER_BYTES = 1 << 20
 

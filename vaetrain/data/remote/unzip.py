@@ -15,7 +15,7 @@ from vaetrain.data.remote.download import check_free_space, readable_disk_errors
 from vaetrain.progress_bar import ProgressBar
 
 IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.(jpe?g|png)", re.IGNORECASE | re.ASCII)
-MAX_IMAGE_BYTES = 32 << 20
+MAX_UNZIPPED_BYTES = 32 << 20
 MAX_MEMBERS = 1_000_000
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, UnicodeDecodeError)
 
@@ -30,7 +30,7 @@ def unpack_images(
     """Unpack [WRAPPER/]SPLIT/CLASS/NAME.jpg or .png to the new folder SPLIT/CLASS/NAME; returns how many of each there are.
 
     Other files are left out. Raises UnusableArchiveError, with nothing written yet, when any member is encrypted, a link, absolute,
-    reaches upwards or is declared larger than MAX_IMAGE_BYTES, or when all images together exceed `max_bytes`; and, before
+    reaches upwards or is declared larger than MAX_UNZIPPED_BYTES, or when all images together exceed `max_bytes`; and, before
     its image is used, when a member's checksum is wrong. Raises ValueError when the disk is full.
     """
     try:
@@ -94,6 +94,6 @@ def _fault(info: zipfile.ZipInfo) -> str | None:
         return "is a link or a device"
     if info.flag_bits & 1:
         return "is encrypted"
-    if info.file_size > MAX_IMAGE_BYTES:
-        return f"is declared as {info.file_size:,} bytes, more than the {MAX_IMAGE_BYTES:,} an image may have"
+    if info.file_size > MAX_UNZIPPED_BYTES:
+        return f"is declared as {info.file_size:,} bytes, more than the {MAX_UNZIPPED_BYTES:,} an image may have"
     return None

@@ -36,7 +36,7 @@ from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.done_record import PARTIAL_NAME, FinishedShard
 from vaetrain.data.sharding.duplicates import DUPLICATES_NAME, duplicate_groups, duplicates_jsonl, num_groups_in
 from vaetrain.data.sharding.image_hash import IMAGE_HASH
-from vaetrain.data.sharding.plan import Plan
+from vaetrain.data.sharding.plan import ShardingPlan
 from vaetrain.data.sharding.process_map import map_in_order
 from vaetrain.data.sharding.task import Rejected, SampleChunk, ShardTask, make_piece
 from vaetrain.data.sources.preprocess import SUFFIXES
@@ -81,7 +81,7 @@ def _make(config: ShardingConfig) -> Manifest | None:
     is_in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if is_in_use and not partial.is_dir() and not (out / MANIFEST_NAME).exists():
         raise FileExistsError(f"{out} is not empty and holds no shard set; name a new folder, or empty this one")
-    plan = Plan.of(config)
+    plan = ShardingPlan.of(config)
     if (out / MANIFEST_NAME).exists():
         return _already_complete(out, plan)
     if config.merge and not partial.is_dir():
@@ -101,7 +101,7 @@ def _make(config: ShardingConfig) -> Manifest | None:
         _discard(aside)
 
 
-def _claim(partial: Path, aside: Path, plan: Plan, config: ShardingConfig) -> None:
+def _claim(partial: Path, aside: Path, plan: ShardingPlan, config: ShardingConfig) -> None:
     """Make OUT/.partial this plan's: tasks refuse another plan's, which may be going on; a run on its own removes it."""
     mark = partial / f"plan-{plan.digest}"
     others = [file for file in partial.glob("plan-*") if file != mark]
@@ -119,7 +119,7 @@ def _claim(partial: Path, aside: Path, plan: Plan, config: ShardingConfig) -> No
     mark.touch()
 
 
-def _make_share(plan: Plan, config: ShardingConfig, aside: Path) -> Manifest | None:
+def _make_share(plan: ShardingPlan, config: ShardingConfig, aside: Path) -> Manifest | None:
     if plan.ignored:
         print(f"ignored {len(plan.ignored):,} file(s) that are no images, such as {plan.ignored[0]}", file=sys.stderr)
     tasks = list(plan.tasks(config.out, aside, config.images_per_shard))
@@ -141,7 +141,7 @@ def _make_share(plan: Plan, config: ShardingConfig, aside: Path) -> Manifest | N
 
 
 def _complete(
-    tasks: list[ShardTask], notes: dict[str, FinishedShard], plan: Plan, config: ShardingConfig, aside: Path
+    tasks: list[ShardTask], notes: dict[str, FinishedShard], plan: ShardingPlan, config: ShardingConfig, aside: Path
 ) -> Manifest:
     # Several tasks may be here at once, with the same notes: each writes the same bytes, in a folder of its own first.
     out, partial = config.out, config.out / PARTIAL_NAME
@@ -181,7 +181,7 @@ def closing_line(out: Path, manifest: Manifest) -> str:
     return f"{numbers} images ({classes}), {report}, written to {out}"
 
 
-def _already_complete(out: Path, plan: Plan) -> Manifest:
+def _already_complete(out: Path, plan: ShardingPlan) -> Manifest:
     shard_set = ShardSet.open(out)
     if shard_set.manifest.tool.plan != plan.digest:
         raise FileExistsError(
@@ -274,7 +274,7 @@ def _report_duplicates(
         )
 
 
-def _describe(finished: dict[str, FinishedShard], plan: Plan, config: ShardingConfig, aside: Path) -> Manifest:
+def _describe(finished: dict[str, FinishedShard], plan: ShardingPlan, config: ShardingConfig, aside: Path) -> Manifest:
     splits: dict[str, Split] = {}
     indices: dict[str, SplitIndex] = {}
     for name in plan.splits:

@@ -24,7 +24,7 @@ SPLIT_ORDER = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardingPlan:
     """Which originals become which split, in which order."""
 
     classes: tuple[str, ...]
@@ -39,7 +39,7 @@ class Plan:
     """Files that are no images."""
 
     @classmethod
-    def of(cls, config: ShardingConfig) -> Plan:
+    def of(cls, config: ShardingConfig) -> ShardingPlan:
         """List the originals and deal them out; raises ValueError when the arguments do not fit them."""
         if config.src == FACES:
             source: ImageSource = Faces(config.num_images or DEFAULT_NUM_FACES, config.seed, config.size)

@@ -11,12 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from vaetrain.data.format.jpeg import simplejpeg
 from vaetrain.data.format.manifest import Encoding
-
-try:
-    import simplejpeg
-except ModuleNotFoundError:  # an optional extra; decode.py has it too, and torch, which sharding does without
-    simplejpeg = None
 
 # Named, because Pillow would also open formats that run other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
