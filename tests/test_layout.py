@@ -19,7 +19,7 @@ def test_no_module_shadows_a_package_or_a_standard_module():
     """`accelerate launch vaetrain/train.py` puts vaetrain/ first on sys.path, where `random.py` would replace `random`."""
     installed = set(importlib.metadata.packages_distributions()) - {"vaetrain"}
     names = {path.stem for path in MODULES} - {"__init__"}
-    assert "tracking" in names
+    assert "training" in names
     assert not names & (installed | set(sys.stdlib_module_names))
 
 
@@ -45,6 +45,56 @@ def test_help_answers_without_importing_torch(script):
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
     assert "default" in result.stdout or "positional" in result.stdout
+
+
+ORDER = (
+    "machine files strict_json exit_codes picture_text command_line progress_bar",
+    "distributed objective", "model", "data", "config",
+    "runs metrics", "training report sweeps", "export", "priors scaling", "sampling", "evaluation", "preflight",
+    "train sample evaluate scale",
+)  # fmt: skip
+"""What may import what stands before it, and nothing beside it (docs/architecture.md)."""
+
+ORDER_IN_DATA = ("config format", "sources remote", "readers sharding")
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of vaetrain that a file imports, wherever it does."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vaetrain":
+            modules |= {node.module} if node.module != "vaetrain" else {f"vaetrain.{each.name}" for each in node.names}
+        elif isinstance(node, ast.Import):
+            modules |= {each.name for each in node.names if each.name.split(".")[0] == "vaetrain"}
+    return modules
+
+
+@pytest.mark.parametrize(("folder", "order"), [("vaetrain", ORDER), ("vaetrain/data", ORDER_IN_DATA)])
+def test_imports_run_one_way(folder, order):
+    depth = len(Path(folder).parts)
+    place = {name: number for number, names in enumerate(order) for name in names.split()}
+    files = [file for file in (ROOT / folder).rglob("*.py") if file != ROOT / "vaetrain" / "__init__.py"]
+    rooms = {file.relative_to(ROOT / folder).parts[0].removesuffix(".py") for file in files} - {"__init__"}
+    assert rooms == set(place), "a folder or module without a place in the order"
+    for file in files:
+        here = file.relative_to(ROOT / folder).parts[0].removesuffix(".py")
+        for module in imported(file):
+            there = module.split(".")[depth : depth + 1]
+            if module.startswith(folder.replace("/", ".")) and there and there != [here]:
+                assert place[there[0]] < place.get(here, 0), f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_the_architecture_says_this_order():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    lines = [line for line in text.split("\n") if (line.startswith("|") and "`machine`" in line) or "| | `" in line]
+    for names, line in zip(ORDER[:-1], lines, strict=True):
+        assert {f"`{name}`" for name in names.split()} <= set(line.replace(":", " ").replace(",", " ").split()), line
+
+
+def test_every_folder_says_what_lives_in_it():
+    for folder in {file.parent for file in (ROOT / "vaetrain").rglob("*.py")} - {ROOT / "vaetrain"}:
+        if folder.name != "faces":
+            assert 5 <= len((folder / "README.md").read_text().splitlines()) <= 15, folder
 
 
 def test_one_module_reads_the_launchers_environment():

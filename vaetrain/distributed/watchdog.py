@@ -257,7 +257,8 @@ class Watchdog:
         frame = sys._current_frames()[self._main_thread]
         return ProcessStatus(
             rank=self.rank, machine=process_space() or socket.gethostname(), host=socket.gethostname(),
-            pid=os.getpid(), step=place.step, stage=place.stage, phase=place.phase, where=f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
+            pid=os.getpid(), step=place.step, stage=place.stage, phase=place.phase,
+            where=f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
             progress_count=self.heartbeat.progress_count, heartbeat_count=self._looks, finished=self._finished,
         )  # fmt: skip
 
