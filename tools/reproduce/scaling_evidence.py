@@ -6,18 +6,15 @@ number of images is worth; with McCandlish et al. 2018, Eq. 2.11, that predicts 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.record import RunRecord, records_of
 from vaetrain.training.noise_scale import NOISE_METERS, NoiseScale, by_progress, small_batch
 
 SCORE = "val/elbo_nats"
@@ -57,16 +54,15 @@ class Run:
     def read(cls, folder: Path) -> Run:
         """Raises ValueError, naming the folder, when it holds no run that has been validated."""
         try:
-            config: Mapping[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
-            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            recorded = RunRecord.read(folder)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder} is no run directory: {error.filename} is missing") from error
-        validated = [record for record in records if record["split"] == "val" and record.get(SCORE) is not None]
-        if not validated:
+            raise ValueError(f"{folder} is no run directory: {error}") from error
+        config, validation = recorded.config or {}, recorded.last_validation
+        if validation.get(SCORE) is None:
             raise ValueError(f"{folder} has no validation with {SCORE}")
         return cls(
-            float(config["optim"]["lr"]), int(config["train"]["global_batch_size"]), int(validated[-1]["images_seen"]),
-            int(config["seed"]), float(validated[-1][SCORE]),
+            float(config["optim"]["lr"]), int(config["train"]["global_batch_size"]), int(validation["images_seen"]),
+            int(config["seed"]), float(validation[SCORE]),
         )  # fmt: skip
 
 
@@ -85,7 +81,7 @@ def critical_batches(folder: Path) -> tuple[NoiseScale, NoiseScale]:
     """
     run = RunDirectory(folder)
     # The record of the first step alone would count as much as those of whole intervals.
-    records = [record for record in run.metrics() if record["split"] == "train" and record["step"] > 1]
+    records = [record for record in records_of(run.metrics(), "train") if record["step"] > 1]
     known = [record for record in records if all(record.get(f"train/{name}") is not None for name in NOISE_METERS)]
     if not known:
         raise ValueError(f"{folder} has no gradient norms; train with --log.noise-scale True")

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.record import RunRecord
 
 Scores = dict[str, float]
 
 
 def scores_of(run: Path) -> Scores:
     """The last validation record and the evaluation; what each prior scored stands under PRIOR/eval/…"""
-    directory = RunDirectory(run)
-    records = [record for record in directory.metrics() if record["split"] == "val"]
-    found: dict[str, Any] = dict(records[-1]) if records else {}
-    if directory.evaluation_file.is_file():
-        evaluation = json.loads(directory.evaluation_file.read_text())
-        found |= evaluation
-        for prior, scores in evaluation.get("priors", {}).items():
+    recorded = RunRecord.read(run)
+    found = dict(recorded.last_validation)
+    if recorded.evaluation is not None:
+        found |= recorded.evaluation
+        for prior, scores in recorded.evaluation.get("priors", {}).items():
             found |= {f"{prior}/{name}": value for name, value in scores.items()}
-    speeds = [record["perf/images_per_s"] for record in directory.metrics() if record.get("perf/images_per_s")]
-    if speeds:
-        found["perf/images_per_s"] = statistics.median(speeds)
+    if recorded.images_per_s is not None:
+        found["perf/images_per_s"] = recorded.images_per_s
     return {
         name: float(value)
         for name, value in found.items()

@@ -8,8 +8,8 @@ from pathlib import Path
 from vaetrain.report.curves import curves_of_runs
 from vaetrain.report.gallery import gallery_of_runs
 from vaetrain.report.page import Section, absent, bullets, subheading, table
-from vaetrain.report.recorded import Recorded
 from vaetrain.runs.comparison import SECTIONS, Comparison, Result, shown
+from vaetrain.runs.record import RunRecord
 
 TITLES = {
     "config": "Configuration", "data": "Data", "code": "Code", "packages": "Packages", "machine": "Machine",
@@ -17,7 +17,7 @@ TITLES = {
 """By section of a comparison."""
 
 
-def comparison_sections(runs: Sequence[Recorded], labels: Sequence[str]) -> list[Section]:
+def comparison_sections(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Section]:
     """The sections of a page that compares runs."""
     comparison, unreadable = _compare(runs)
     differences, results = "", ""
@@ -43,7 +43,7 @@ MAX_ROWS_SHOWN = 20
 """Longer tables of scores are folded."""
 
 
-def _compare(runs: Sequence[Recorded]) -> tuple[Comparison, dict[Path, str]]:
+def _compare(runs: Sequence[RunRecord]) -> tuple[Comparison, dict[Path, str]]:
     """Of the runs that can be read in full; of the others why not."""
     results, unreadable = [], {}
     for recorded in runs:

@@ -10,8 +10,8 @@ from typing import Any
 
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.page import absent, fold, paragraph, side_by_side, table
-from vaetrain.report.recorded import Recorded, number, points
 from vaetrain.report.values import number_text
+from vaetrain.runs.record import RunRecord, number, points
 
 MAX_POINTS = 2000
 """Of a line; of more, each stretch keeps its lowest and its highest."""
@@ -76,7 +76,7 @@ COMPARED = tuple(
 """Of several runs, a line for each run."""
 
 
-def curves_of_run(recorded: Recorded) -> str:
+def curves_of_run(recorded: RunRecord) -> str:
     """All curves over epochs, incidents, and what stayed constant."""
     if not recorded.metrics:
         return absent(recorded.why_not(recorded.run.metrics_file, "training has recorded nothing yet."))
@@ -96,7 +96,7 @@ def curves_of_run(recorded: Recorded) -> str:
     return "".join(parts)
 
 
-def curves_of_runs(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
+def curves_of_runs(runs: Sequence[RunRecord], labels: Sequence[str]) -> str:
     """A chart for each metric that at least one run has, over images seen, a line for each run."""
     drawn = []
     for curve in COMPARED:
@@ -124,7 +124,7 @@ def thinned(line: Sequence[tuple[float, float]], max_points: int = MAX_POINTS) -
     return tuple(found)
 
 
-def _draw(recorded: Recorded, curve: Curve, constants: dict[str, float]) -> str:
+def _draw(recorded: RunRecord, curve: Curve, constants: dict[str, float]) -> str:
     """The chart; empty when there is no finite value, and when there is nothing to see but one value again and again."""
     series, values = [], []
     for label, metric in curve.lines:
@@ -141,19 +141,19 @@ def _draw(recorded: Recorded, curve: Curve, constants: dict[str, float]) -> str:
     return chart(curve.title, series, x="epoch", y=curve.y, log_y=curve.log_y)
 
 
-def _line(recorded: Recorded, metric: str, x: str) -> tuple[tuple[float, float], ...]:
+def _line(recorded: RunRecord, metric: str, x: str) -> tuple[tuple[float, float], ...]:
     sign = -1 if metric.startswith("−") else 1
     return thinned(
         [(place, sign * value) for place, value in points(list(recorded.metrics), x, metric.removeprefix("−"))]
     )
 
 
-def _metric_names(recorded: Recorded) -> list[str]:
+def _metric_names(recorded: RunRecord) -> list[str]:
     names = dict.fromkeys(name for record in recorded.metrics if record.get("split") != "event" for name in record)
     return [name for name in names if name not in PLACE]
 
 
-def _incidents(recorded: Recorded) -> str:
+def _incidents(recorded: RunRecord) -> str:
     train = recorded.split("train")
     said = []
     skipped = sum(count for record in train if math.isfinite(count := number(record.get("train/skipped_steps"))))

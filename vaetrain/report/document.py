@@ -12,9 +12,9 @@ from vaetrain.report.curves import curves_of_run
 from vaetrain.report.gallery import SIDE_BY_SIDE, gallery_of_run
 from vaetrain.report.origin import configuration_of_run, dataset_of_run, provenance_of_run
 from vaetrain.report.page import Section, page, paragraph, side_by_side, subheading, table
-from vaetrain.report.recorded import Recorded, number
 from vaetrain.report.scores import scores_of_run, summary_rows
 from vaetrain.report.values import exact, inner, number_text
+from vaetrain.runs.record import RunRecord, number
 
 SETTINGS = {
     "model.latent": "latent", "model.latent_channels": "latent channels", "model.likelihood": "likelihood",
@@ -33,7 +33,7 @@ def report(paths: Sequence[Path]) -> str:
 
     Raises FileNotFoundError naming the folder that is no run, and ValueError for a later format.
     """
-    runs = [Recorded.read(path) for path in paths]
+    runs = [RunRecord.read(path) for path in paths]
     if len(runs) == 1:
         [recorded] = runs
         return page(recorded.name, _subtitle(recorded), _sections(recorded))
@@ -58,7 +58,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [f"{path.resolve().name} ({number})" for number, path in enumerate(paths, start=1)]  # one of them twice
 
 
-def _sections(recorded: Recorded, leave_out: Sequence[str] = ()) -> list[Section]:
+def _sections(recorded: RunRecord, leave_out: Sequence[str] = ()) -> list[Section]:
     return [
         Section("Summary", _summary(recorded)),
         Section("Curves", curves_of_run(recorded)),
@@ -70,7 +70,7 @@ def _sections(recorded: Recorded, leave_out: Sequence[str] = ()) -> list[Section
     ]
 
 
-def _subtitle(recorded: Recorded) -> str:
+def _subtitle(recorded: RunRecord) -> str:
     """What was trained on what, where and when, as far as it is recorded."""
     model, dataset, provenance = (inner(recorded.config, "model"), recorded.dataset or {}, recorded.provenance or {})
     kind = f"{model.get('kind', '')} {'VAE' if model.get('variational', True) else 'autoencoder'}".strip()
@@ -84,7 +84,7 @@ def _subtitle(recorded: Recorded) -> str:
     return said
 
 
-def _summary(recorded: Recorded) -> str:
+def _summary(recorded: RunRecord) -> str:
     tables = []
     validations = recorded.split("val")
     scores = recorded.evaluation or (validations[-1] if validations else {})
@@ -96,7 +96,7 @@ def _summary(recorded: Recorded) -> str:
     return paragraph(_progress(recorded)) + side_by_side(tables)
 
 
-def _progress(recorded: Recorded) -> str:
+def _progress(recorded: RunRecord) -> str:
     """How far training came, in a sentence."""
     records = [record for record in recorded.metrics if math.isfinite(number(record.get("images_seen")))]
     if not records:
@@ -110,7 +110,7 @@ def _progress(recorded: Recorded) -> str:
     return f"{said}."
 
 
-def _wanted_images(recorded: Recorded) -> float:
+def _wanted_images(recorded: RunRecord) -> float:
     """Images that training was to see at least, in whole batches; NaN when it is not recorded."""
     train = inner(recorded.config, "train")
     if math.isfinite(num_images := number(train.get("num_images"))):

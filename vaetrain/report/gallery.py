@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vaetrain.report.page import absent, columns, fold, picture, side_by_side, subheading
-from vaetrain.report.recorded import Recorded
+from vaetrain.runs.record import RunRecord
 
 CAPTIONS = {
     "reconstructions": "Reconstructions: validation images above, what the decoder makes of their posterior modes below",
@@ -32,7 +32,7 @@ SIDE_BY_SIDE = ("reconstructions", "samples")
 """What is compared between runs."""
 
 
-def gallery_of_run(recorded: Recorded, *, leave_out: Sequence[str] = ()) -> str:
+def gallery_of_run(recorded: RunRecord, *, leave_out: Sequence[str] = ()) -> str:
     """Every PNG of the run's figures."""
     files = _pictures(recorded)
     if not files:
@@ -49,7 +49,7 @@ def gallery_of_run(recorded: Recorded, *, leave_out: Sequence[str] = ()) -> str:
     return "".join([*said, columns(small), *large, fold("Curves as training drew them", curves) if curves else ""])
 
 
-def gallery_of_runs(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
+def gallery_of_runs(runs: Sequence[RunRecord], labels: Sequence[str]) -> str:
     """The same picture of every run, side by side."""
     parts = []
     for stem in SIDE_BY_SIDE:
@@ -61,7 +61,7 @@ def gallery_of_runs(runs: Sequence[Recorded], labels: Sequence[str]) -> str:
     return "".join(parts)
 
 
-def _pictures(recorded: Recorded) -> list[Path]:
+def _pictures(recorded: RunRecord) -> list[Path]:
     order = {stem: place for place, stem in enumerate(CAPTIONS)}
     return sorted(recorded.run.figures.glob("*.png"), key=lambda file: (order.get(file.stem, len(order)), file.stem))
 

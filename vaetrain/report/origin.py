@@ -8,14 +8,14 @@ from typing import Any
 
 from vaetrain.command_line import flatten
 from vaetrain.report.page import absent, code, columns, fold, paragraph, subheading, table
-from vaetrain.report.recorded import Recorded
 from vaetrain.report.values import exact, inner, shown_value
+from vaetrain.runs.record import RunRecord
 
 MAX_CLASSES_SHOWN = 12
 """Longer tables of classes are folded."""
 
 
-def configuration_of_run(recorded: Recorded) -> str:
+def configuration_of_run(recorded: RunRecord) -> str:
     """A table for each section of config.yaml, and the file to copy."""
     if recorded.config is None:
         return absent(recorded.why_not(recorded.run.config_file, "vaetrain/train.py writes it."))
@@ -30,7 +30,7 @@ def configuration_of_run(recorded: Recorded) -> str:
     return columns(tables) + fold("config.yaml, which --config reads back", code(text))
 
 
-def dataset_of_run(recorded: Recorded) -> str:
+def dataset_of_run(recorded: RunRecord) -> str:
     """What the training and validation images are."""
     dataset = recorded.dataset
     if dataset is None:
@@ -54,7 +54,7 @@ def dataset_of_run(recorded: Recorded) -> str:
     return "".join(parts)
 
 
-def provenance_of_run(recorded: Recorded) -> str:
+def provenance_of_run(recorded: RunRecord) -> str:
     """The command, the code, the machine, the packages; of resumes what they add."""
     provenance = recorded.provenance
     if provenance is None:

@@ -9,8 +9,8 @@ from typing import Any
 from vaetrain.command_line import flatten
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.page import absent, caution, fold, paragraph, side_by_side, subheading, table
-from vaetrain.report.recorded import Recorded, number
 from vaetrain.report.values import inner, number_text, shown_value
+from vaetrain.runs.record import RunRecord, number
 
 MEANINGS = {
     "val/elbo_nats": "lower bound on log p(x), nats per image; larger is better",
@@ -72,7 +72,7 @@ PRIOR_COLUMNS = {
 """Of the table of priors; those that no prior has are left out."""
 
 
-def scores_of_run(recorded: Recorded) -> str:
+def scores_of_run(recorded: RunRecord) -> str:
     """All of evaluation.json."""
     scores = recorded.evaluation
     if scores is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from vaetrain.command_line import flatten, plain
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.record import RunRecord
 
 SECTIONS = ("config", "data", "code", "packages", "machine", "results")
 """In the order of the table."""
@@ -62,19 +62,19 @@ class Result:
         for file in (run.provenance_file, run.dataset_file):
             if not file.is_file():
                 raise FileNotFoundError(f"{run.path} has no {file.name}, so nobody knows what made this run")
-        provenance, metrics = _read_json(run.provenance_file), tuple(run.metrics())
-        validations = [record for record in metrics if record["split"] == "val"]
+        provenance, recorded = _read_json(run.provenance_file), RunRecord.read(run.path)
+        metrics, validations = recorded.metrics, recorded.split("val")
         results: dict[str, Any] = {}
         if metrics:
             results |= {"step": metrics[-1]["step"], "images_seen": metrics[-1]["images_seen"]}
         if validations:
-            results |= {name: value for name, value in validations[-1].items() if name.startswith("val/")}
+            results |= {name: value for name, value in recorded.last_validation.items() if name.startswith("val/")}
             elbos = [record["val/elbo_nats"] for record in validations if record.get("val/elbo_nats") is not None]
             results |= {"best val/elbo_nats": max(elbos)} if elbos else {}
         if run.evaluation_file.is_file():
             results |= {f"evaluation {name}": value for name, value in _scores(_read_json(run.evaluation_file)).items()}
-        if speeds := [record["perf/images_per_s"] for record in metrics if record.get("perf/images_per_s")]:
-            results["median perf/images_per_s"] = statistics.median(speeds)
+        if recorded.images_per_s is not None:
+            results["median perf/images_per_s"] = recorded.images_per_s
         return cls._of(run.path, plain(run.config()), _read_json(run.dataset_file), provenance, results, metrics)
 
     @classmethod

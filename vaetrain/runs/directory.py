@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run; see design.md's "Run directory" for what each file holds."""
+    """The paths of one run; docs/runs.md says what each file holds."""
 
     path: Path
 

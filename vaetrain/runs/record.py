@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from vaetrain.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RunRecord:
     """A run's files, each None where it is missing or damaged."""
 
     run: RunDirectory
@@ -30,7 +31,7 @@ class Recorded:
     """By name of the file, what is wrong with it."""
 
     @classmethod
-    def read(cls, path: Path) -> Recorded:
+    def read(cls, path: Path) -> RunRecord:
         """Read a run directory.
 
         Raises FileNotFoundError, saying what to name instead, when it is none, and ValueError when its format is a later one.
@@ -54,11 +55,27 @@ class Recorded:
 
     def split(self, name: str) -> list[dict[str, Any]]:
         """The records of a split."""
-        return [record for record in self.metrics if record.get("split") == name]
+        return records_of(self.metrics, name)
+
+    @property
+    def last_validation(self) -> dict[str, Any]:
+        """The last record of split val; {} before there is one."""
+        return next(reversed(self.split("val")), {})
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Median speed of training, over its records."""
+        speeds = [record["perf/images_per_s"] for record in self.metrics if record.get("perf/images_per_s")]
+        return statistics.median(speeds) if speeds else None
 
     def why_not(self, file: Path, remedy: str) -> str:
         """A sentence about a file that could not be had."""
         return self.faults.get(file.name) or f"There is no {file.name}: {remedy}"
+
+
+def records_of(metrics: Iterable[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """Those of a split: train, val or event."""
+    return [record for record in metrics if record.get("split") == split]
 
 
 def number(value: Any) -> float:
