@@ -30,12 +30,10 @@ def remote(tiny_shards, server):
     return DataConfig(f"{server.url}shards/")
 
 
-@pytest.fixture(params=["local", "url", "url with a cache", "pipe"])
+@pytest.fixture(params=["local", "url", "url with a cache"])
 def data(request, tiny_shards, tmp_path):
     if request.param == "local":
         return DataConfig(str(tiny_shards))
-    if request.param == "pipe":
-        return DataConfig(f"pipe:cat {tiny_shards}/{{}}", allow_pipe=True)
     remote = request.getfixturevalue("remote")
     return replace(remote, cache_dir=tmp_path / "cache") if request.param.endswith("cache") else remote
 

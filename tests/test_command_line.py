@@ -70,6 +70,12 @@ def test_a_wrong_yaml_is_refused_naming_the_file(yaml_file, text, message):
     assert message in str(error.value)
 
 
+def test_the_config_of_an_older_run_is_read_unless_it_asks_for_what_is_no_more(yaml_file):
+    assert yaml_arguments(yaml_file("data: {train: a, allow_pipe: false}"), Config) == ["--data.train", "a"]
+    with pytest.raises(ValueError, match=r"unknown key data\.allow_pipe"):
+        yaml_arguments(yaml_file("data: {train: a, allow_pipe: true}"), Config)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -115,7 +115,7 @@ REFUSALS = {
     "shards": ("vaetrain/train.py --data.train nowhere", "shard set nowhere does not exist"),
     "val": ("vaetrain/train.py {tiny} --data.val nowhere", "shard set nowhere does not exist"),
     "val split": ("vaetrain/train.py {tiny} --data.val {train_alone}", "has no val split, only train"),
-    "pipe": ("vaetrain/train.py {tiny} --data.val pipe:echo", "would run the shell command `echo`"),
+    "pipe": ("vaetrain/train.py {tiny} --data.val pipe:echo", "would run a shell command"),
     "image size": ("vaetrain/train.py {tiny} --model.image-size 32", "pass --model.image-size 16"),
     "channels": ("vaetrain/train.py {tiny} --model.in-channels 1", "pass --model.in-channels 3"),
     "class": ("vaetrain/train.py {tiny} --data.classes unicorn", "--data.classes unicorn: "),

@@ -42,9 +42,6 @@ class VerifyConfig:
     resident_gib: float = 4.0
     """--data.resident-gib: auto picks resident up to this size of a decoded split (GiB)."""
 
-    allow_pipe: bool = False
-    """--data.allow-pipe: accept pipe:COMMAND in place of a URL."""
-
     global_batch_size: int | None = None
     """--train.global-batch-size: images per optimizer step over all processes; None: the largest up to 64 that divides among them
     and that the train split fills."""
@@ -87,7 +84,7 @@ def data_config(config: VerifyConfig, num_workers: int) -> DataConfig:
     """What training would be given."""
     return DataConfig(
         train=config.dir, val=config.val, classes=config.classes, reader=config.reader, num_workers=num_workers,
-        resident_gib=config.resident_gib, allow_pipe=config.allow_pipe,
+        resident_gib=config.resident_gib,
     )  # fmt: skip
 
 

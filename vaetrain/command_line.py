@@ -41,6 +41,10 @@ def parse(cls: type[T], description: str | None, argv: Sequence[str] | None = No
     return tyro.cli(cls, description=help_text, args=[*saved, *arguments], config=markers)
 
 
+GIVEN_UP = {"data.allow_pipe": False}
+"""Keys that configs of older runs have, with the values that changed nothing: those are passed over."""
+
+
 def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
     """Take every `--config FILE` and `--config=FILE` out of a command line."""
     rest: list[str] = []
@@ -75,6 +79,8 @@ def yaml_arguments(file: Path, cls: type) -> list[str]:
     known = known_keys(cls)
     arguments: list[str] = []
     for key, value in flatten(content):
+        if key in GIVEN_UP and value == GIVEN_UP[key]:
+            continue
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else f"; valid keys: {', '.join(sorted(known))}"

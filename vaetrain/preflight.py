@@ -98,7 +98,7 @@ def check_run(path: Path) -> RunDirectory:
 def check_split(config: DataConfig, split: Literal["train", "val"], model: ModelConfig | None = None) -> int | None:
     """Images that `config` keeps of a split, which fit `model` if that is given; None for a shard set behind a URL."""
     location = config.location(split)
-    if remote_folder(location, allow_pipe=config.allow_pipe) is not None:
+    if remote_folder(location) is not None:
         return None
     manifest = ShardSet.open(location).manifest
     if model is not None:

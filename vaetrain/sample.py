@@ -164,7 +164,7 @@ def fitted_prior(config: SampleConfig, trained: TrainedModel, accelerator: Accel
     with contextlib.ExitStack() as opened:
 
         def reader_of(split: Literal["train", "val"]) -> Reader:
-            reader = open_split(replace(data, allow_pipe=False), accelerator, split)
+            reader = open_split(data, accelerator, split)
             opened.callback(reader.close)
             return reader
 

@@ -53,9 +53,6 @@ class DataConfig:
     cache_gib: float = 20.0
     """Size of that folder at most (GiB): the shards that were not used for longest make room."""
 
-    allow_pipe: bool = False
-    """Accept pipe:COMMAND in place of a URL: COMMAND runs in a shell for every file, whose name stands for {} in it."""
-
     horizontal_flip: bool = True
     """Mirror each training image left to right with probability 1/2, on the device."""
 

@@ -33,9 +33,6 @@ class EvaluateConfig:
     data: str | None = None
     """Shard set to score against (both splits); None: where the run found its own."""
 
-    allow_pipe: bool = False
-    """Accept pipe:COMMAND for it, which runs COMMAND in a shell; never because the run, which may be another's, did."""
-
     batch_size: int = 64
     """Images per forward pass and process."""
 
@@ -86,8 +83,7 @@ class EvaluateConfig:
 
     def data_of(self, trained_on: DataConfig) -> DataConfig:
         """What is scored against, of a run that was trained on `trained_on`."""
-        data = replace(trained_on, allow_pipe=self.allow_pipe)
-        return data if self.data is None else replace(data, train=self.data, val=None)
+        return trained_on if self.data is None else replace(trained_on, train=self.data, val=None)
 
     def __post_init__(self) -> None:
         """Refuse to score nothing, to keep samples that are not drawn, and samples that cannot be."""

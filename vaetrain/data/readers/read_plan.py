@@ -184,9 +184,7 @@ def _open(config: DataConfig, split: Literal["train", "val"]) -> tuple[ShardSet,
 
 
 def _choose(config: DataConfig, selection: Selection) -> tuple[Literal["indexed", "resident", "stream"], str]:
-    folder = remote_folder(
-        config.location("train" if selection.split == "train" else "val"), allow_pipe=config.allow_pipe
-    )
+    folder = remote_folder(config.location("train" if selection.split == "train" else "val"))
     return choose_reader(config, selection, remote=folder is not None)
 
 

@@ -6,17 +6,10 @@ ValueError that none will. Waiting is bounded in every case. No torch here.
 
 from __future__ import annotations
 
-import os
 import re
-import select
-import shlex
-import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from http.client import HTTPException, HTTPResponse
 from threading import Thread
@@ -67,8 +60,6 @@ def connect(folder: str, name: str, start: int, stop: int | None, timeout_s: flo
     A connection is broken off that brings nothing for `timeout_s` seconds, or for HTTP_TIMEOUT_S if that is less.
     """
     scheme = folder.partition(":")[0].lower()
-    if scheme == "pipe":
-        return CommandConnection(folder, name, timeout_s)
     if scheme in ("http", "https"):
         return HttpConnection(folder + name, start, stop, min(timeout_s, HTTP_TIMEOUT_S))
     return FsspecConnection(folder + name, start, timeout_s)
@@ -213,50 +204,3 @@ def _in_thread(call: Callable[[], Any]) -> Future[Any]:
     # Not an executor, whose threads the interpreter waits for at its end.
     Thread(target=run, daemon=True).start()
     return future
-
-
-class CommandConnection:
-    """What a shell command prints, `{}` in it standing for the file's name. Its failures are final."""
-
-    def __init__(self, pipe: str, name: str, timeout_s: float) -> None:
-        self.at, self.seekable = 0, False
-        self.num_bytes: int | None = None
-        self._command = pipe.partition(":")[2].replace("{}", shlex.quote(name))
-        self._timeout_s = timeout_s
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 closed in close()
-        # A session of its own, so that close() reaches all that the shell has started.
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", self._command],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._said, start_new_session=True,
-        )  # fmt: skip
-
-    def receive(self, view: memoryview) -> int:
-        """See Connection; raises ValueError when the command ends with another status than 0."""
-        assert self._process.stdout is not None
-        output = self._process.stdout.fileno()
-        if not select.select([output], [], [], self._timeout_s)[0]:
-            raise ValueError(f"`{self._command}` has printed nothing for {self._timeout_s:.2g} s")
-        received = os.readv(output, [view])
-        if not received:
-            self._check_status()
-        self.at += received
-        return received
-
-    def _check_status(self) -> None:
-        try:
-            status = self._process.wait(self._timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(f"`{self._command}` has closed its output and does not end") from error
-        if status:
-            self._said.seek(0)
-            lines = self._said.read(1 << 16).decode(errors="replace").strip().splitlines()
-            raise ValueError(f"`{self._command}` ended with exit status {status}{': ' + lines[-1] if lines else ''}")
-
-    def close(self) -> None:
-        """See Connection."""
-        assert self._process.stdout is not None
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.stdout.close()
-        self._process.wait()
-        self._said.close()

@@ -2,7 +2,6 @@
 
 https://HOST/FOLDER/     urllib, with ranges where the server knows them
 s3:// gs:// hf:// …      fsspec and the package that it has for the scheme
-pipe:COMMAND             what a shell command prints, where that is allowed
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ class RemoteShards:
     """The shards behind a URL, with or without a cache on this node; picklable."""
 
     folder: str
-    """URL with its trailing slash, or pipe:COMMAND."""
+    """URL with its trailing slash."""
 
     cache: ShardCache | None = None
     """None: nothing is kept."""
@@ -187,9 +186,9 @@ class RemoteShards:
     def of(cls, config: DataConfig, location: str) -> RemoteShards | None:
         """What a location names, read the way the configuration says; None: a path.
 
-        Raises ValueError for what is asked and only local shards can do, and for a pipe: that was not allowed.
+        Raises ValueError for what is asked and only local shards can do.
         """
-        folder = remote_folder(location, allow_pipe=config.allow_pipe)
+        folder = remote_folder(location)
         if folder is None:
             return None
         if config.reader in ("indexed", "resident"):
