@@ -43,10 +43,10 @@ class Training:
         self.model = nn.Conv2d(32, 32, 3).to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-        self.meters = Meters(("loss",), torch.device("cpu"))
+        self.meters = Meters(("loss",), accelerator)
         self.checkpoints = Checkpoints(
             self.run, config, accelerator, model=self.model, ema=self.ema, optimizer=self.optimizer, meters=self.meters,
-            judge=SpikeDetector(None, torch.device("cpu")),
+            spikes=SpikeDetector(None, torch.device("cpu")),
         )  # fmt: skip
         self.progress = Progress()
 
@@ -67,7 +67,7 @@ class Training:
     def state(self) -> dict[str, object]:
         moments = [state[name].clone() for state in self.optimizer.state.values() for name in sorted(state)]
         weights = [value.clone() for module in (self.model, self.ema) for value in module.state_dict().values()]
-        meters = [value.clone() for value in self.meters.state(self.checkpoints.accelerator).values()]
+        meters = [value.clone() for value in self.meters.state_dict().values()]
         return {"tensors": [*weights, *moments, *meters], "progress": copy.copy(self.progress)}
 
 

@@ -24,7 +24,7 @@ SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--t
 
 
 def judge_all(judge, norms):
-    return [tuple(int(verdict) for verdict in judge.judge(torch.tensor(norm))) for norm in norms]
+    return [tuple(int(verdict) for verdict in judge.detect(torch.tensor(norm))) for norm in norms]
 
 
 def test_a_norm_far_above_the_recent_ones_is_skipped():
@@ -54,7 +54,7 @@ def test_it_goes_on_from_its_state():
     one, other = SpikeDetector(100.0, CPU), SpikeDetector(100.0, CPU)
     norms = torch.rand(70, generator=torch.Generator().manual_seed(0)).tolist()
     judge_all(one, norms)
-    other.load_state(one.state())
+    other.load_state_dict(one.state_dict())
     assert judge_all(one, [30.0, 80.0]) == judge_all(other, [30.0, 80.0])
     assert torch.equal(one.mean_log_norm, other.mean_log_norm)
 

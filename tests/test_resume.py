@@ -125,14 +125,14 @@ def test_running_sums_go_on_with_another_number_of_processes():
         "exploded_steps": torch.tensor([0.0, 0.0]),
         "streak": torch.tensor([1.0, 1.0]), "longest_streak": torch.tensor([4.0, 4.0]),
     }  # fmt: skip
-    meters = Meters(("loss",), torch.device("cpu"))
-    meters.restore(saved, alone)
-    assert {name: value.tolist() for name, value in meters.state(alone).items()} == {
+    meters = Meters(("loss",), alone)
+    meters.load_state_dict(saved)
+    assert {name: value.tolist() for name, value in meters.state_dict().items()} == {
         "loss": [8], "num_images": [4], "skipped_steps": [1], "exploded_steps": [0], "streak": [1], "longest_streak": [4],
     }  # fmt: skip
-    interval = meters.fetch(alone)
+    interval = meters.fetch()
     assert (interval.means, interval.skipped_steps, interval.longest_streak) == ({"loss": 2.0}, 1, 4)
-    assert meters.fetch(alone).longest_streak == 1
+    assert meters.fetch().longest_streak == 1
 
 
 def test_a_streak_of_skipped_steps_survives_a_resume(train_tiny, monkeypatch):

@@ -78,8 +78,8 @@ class Training:
             file.write_text("{}\n")
         self.checkpoints = Checkpoints(
             run, CheckpointConfig(keep_last=1), self.accelerator,
-            model=self.vae, ema=self.ema.module, optimizer=self.optimizer, meters=Meters((), device),
-            judge=SpikeDetector(None, device),
+            model=self.vae, ema=self.ema.module, optimizer=self.optimizer, meters=Meters((), self.accelerator),
+            spikes=SpikeDetector(None, device),
         )  # fmt: skip
         self.progress = Progress()
 

@@ -117,7 +117,7 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
             logger.bar.moved_to(progress.images_seen)
             if schedule.record_is_due(progress):
                 control.enter("waiting for the device and the others, to log")
-                window = meters.fetch(accelerator)  # the one wait for the device, once per logging interval
+                window = meters.fetch()  # the one wait for the device, once per logging interval
                 diverged = note_steps(progress, window, config.train.max_nonfinite_steps)
                 performance = stopwatch.lap(accelerator, progress.images_seen)
                 logger.log_training(progress, window, performance, beta=beta, lr=lr)

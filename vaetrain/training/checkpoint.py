@@ -50,28 +50,15 @@ class CheckpointNotWritten(OSError):
 
 
 @runtime_checkable  # for the type checks of the tests
-class RunningSums(Protocol):
-    """What every process sums up between training records."""
-
-    def state(self, accelerator: Accelerator) -> dict[str, Tensor]:
-        """Every sum of every process, (processes,) each; a collective."""
-        ...
-
-    def restore(self, saved: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-        """Go on from what `state` returned, on this or another number of processes."""
-        ...
-
-
-@runtime_checkable  # for the type checks of the tests
 class Stateful(Protocol):
     """A few tensors of the training loop that an exact resume needs."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Them by name; they are not written to afterwards."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Them by name; they are not written to afterwards. A collective."""
         ...
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` returned."""
         ...
 
 
@@ -90,8 +77,8 @@ class Checkpoints:
         model: nn.Module,
         ema: nn.Module,
         optimizer: torch.optim.Optimizer,
-        meters: RunningSums,
-        judge: Stateful,
+        meters: Stateful,
+        spikes: Stateful,
         reading: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = run
@@ -103,7 +90,7 @@ class Checkpoints:
         self.ema = ema
         self.optimizer = optimizer
         self.meters = meters
-        self.judge = judge
+        self.spikes = spikes
         self.reading = reading
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
         self.writer = SnapshotWriter()
@@ -125,13 +112,13 @@ class Checkpoints:
         Waits for the one before it. Raises CheckpointNotWritten, here or in the calls that follow, when one fails.
         """
         self.newest_step = progress.step
-        meters = self.meters.state(self.accelerator)
+        meters = self.meters.state_dict()
         if not self.accelerator.is_main_process:
             return
         optimizer, groups = split_optimizer_state(self.optimizer)
         tensors = {
             "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer, "meters": meters,
-            "judge": self.judge.state(),
+            "judge": self.spikes.state_dict(),
         }  # fmt: skip
         state = {
             "format_version": FORMAT_VERSION,
@@ -178,8 +165,8 @@ class Checkpoints:
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         if state["format_version"] >= 2:
-            self.meters.restore(load_file(checkpoint / "meters.safetensors"), self.accelerator)
-            self.judge.load_state(load_file(checkpoint / "judge.safetensors"))
+            self.meters.load_state_dict(load_file(checkpoint / "meters.safetensors"))
+            self.spikes.load_state_dict(load_file(checkpoint / "judge.safetensors"))
         progress = Progress(**state["progress"])
         if checkpoint.parent != self.folder:  # another run's: its best checkpoint is not among ours
             progress.best_score = progress.best_step = None

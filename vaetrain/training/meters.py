@@ -33,8 +33,10 @@ class LogWindow:
 class Meters:
     """Sums that stay on the device until `fetch` brings them all to the host in one synchronisation."""
 
-    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+    def __init__(self, names: tuple[str, ...], accelerator: Accelerator) -> None:
         self.names = names
+        self.accelerator = accelerator
+        device = accelerator.device
         self.sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
         self.streak = torch.zeros((), dtype=torch.float64, device=device)
         self.longest = torch.zeros_like(self.streak)
@@ -53,11 +55,11 @@ class Meters:
         """Add what a step showed."""
         self.add(result.num_images, result.skipped, result.spiked, **result.sums)
 
-    def fetch(self, accelerator: Accelerator) -> LogWindow:
+    def fetch(self) -> LogWindow:
         """The interval that ends now; start the next. A collective and a synchronisation with the device."""
         # The streak is the same on every process, so its sum is too.
         everything = sum_over_processes(
-            accelerator, torch.cat([self.sums, self.streak[None], self.longest[None]])
+            self.accelerator, torch.cat([self.sums, self.streak[None], self.longest[None]])
         ).tolist()
         *totals, num_images, skipped_steps, exploded_steps, streak, longest = everything
         self.sums.zero_()
@@ -66,30 +68,30 @@ class Meters:
             means={
                 name: total / num_images if num_images else None for name, total in zip(self.names, totals, strict=True)
             },
-            skipped_steps=round(skipped_steps / accelerator.num_processes),
-            exploded_steps=round(exploded_steps / accelerator.num_processes),
-            longest_streak=round(longest / accelerator.num_processes),
-            skip_streak=round(streak / accelerator.num_processes),
+            skipped_steps=round(skipped_steps / self.accelerator.num_processes),
+            exploded_steps=round(exploded_steps / self.accelerator.num_processes),
+            longest_streak=round(longest / self.accelerator.num_processes),
+            skip_streak=round(streak / self.accelerator.num_processes),
         )
 
     def reset(self) -> None:
         """Forget everything, the running streak of skipped steps too."""
         self.sums, self.streak, self.longest = map(torch.zeros_like, (self.sums, self.streak, self.longest))
 
-    def state(self, accelerator: Accelerator) -> dict[str, Float[Tensor, " processes"]]:
+    def state_dict(self) -> dict[str, Float[Tensor, " processes"]]:
         """Every sum of the running interval as every process has it; a collective."""
         row = torch.cat([self.sums, self.streak[None], self.longest[None]])
-        return dict(zip(self.columns, accelerator.gather(row[None]).T, strict=True))
+        return dict(zip(self.columns, self.accelerator.gather(row[None]).T, strict=True))
 
-    def restore(self, saved: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-        """Go on with the interval of `state`; on another number of processes the main one has all totals."""
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on with the interval of `state_dict`; on another number of processes the main one has all totals."""
         if saved.keys() != set(self.columns):  # --log.noise-scale was changed: the interval begins anew
             return
         rows = torch.stack([saved[name] for name in self.columns], dim=1).to(self.sums)
-        if len(rows) == accelerator.num_processes:
-            row = rows[accelerator.process_index]
+        if len(rows) == self.accelerator.num_processes:
+            row = rows[self.accelerator.process_index]
         else:
             totals = rows[:, : len(self.names) + 1].sum(0)
             # Steps are skipped by all processes together: those counts are the same in every row.
-            row = torch.cat([totals * accelerator.is_main_process, rows[0, len(totals) :]])
+            row = torch.cat([totals * self.accelerator.is_main_process, rows[0, len(totals) :]])
         self.sums, self.streak, self.longest = row[:-2].clone(), row[-2].clone(), row[-1].clone()

@@ -28,7 +28,7 @@ class SpikeDetector:
         self.num_taken = torch.zeros((), dtype=torch.float64, device=device)
         self.mean_log_norm = torch.zeros_like(self.num_taken)
 
-    def judge(self, grad_norm: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def detect(self, grad_norm: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """1 or 0 on the device: whether the step is to be skipped, and whether that is for a finite but exploding gradient."""
         log_norm = grad_norm.detach().double().clamp_min(1e-30).log()
         finite = torch.isfinite(log_norm)
@@ -41,11 +41,11 @@ class SpikeDetector:
         self.mean_log_norm = self.mean_log_norm + torch.where(taken, share * excess, 0.0)
         return (~taken).float(), spiked.float()
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps; `judge` makes new tensors and never writes to these."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; `detect` makes new tensors and never writes to these."""
         return {"num_taken": self.num_taken, "mean_log_norm": self.mean_log_norm}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a saved state."""
         self.num_taken = state["num_taken"].to(self.num_taken)
         self.mean_log_norm = state["mean_log_norm"].to(self.mean_log_norm)

@@ -50,11 +50,11 @@ def start_run(
     train_reader, val_reader = readers
     assert step.ema is not None
     assert step.spikes is not None
-    meters = Meters(step.names_of_sums, accelerator.device)
+    meters = Meters(step.names_of_sums, accelerator)
     reading = ReadOrder.of(train_reader, step.layout)
     checkpoints = Checkpoints(
         run, config.checkpoint, accelerator, model=step.vae, ema=step.ema.module, optimizer=step.optimizer.optimizer,
-        meters=meters, judge=step.spikes, reading=asdict(reading),
+        meters=meters, spikes=step.spikes, reading=asdict(reading),
     )  # fmt: skip
     dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.spikes import SpikeDetector, skip_where
 
 
+@runtime_checkable  # for the type checks of the tests
 class Engine(Protocol):
     """What a step needs of Accelerate: which arithmetic, and how gradients of several processes become one."""
 
@@ -62,6 +63,7 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
 class LossTerm(Protocol):
     """A part of the loss beyond the ELBO, by a name under which training logs it (train/NAME)."""
 
@@ -192,7 +194,7 @@ class TrainStep:
         skipped = spiked = torch.zeros((), device=self.engine.device)
         if self.spikes:
             # The reduced gradient is the same on all processes, so all skip together; the decision never leaves the device.
-            skipped, spiked = self.spikes.judge(grad_norm)
+            skipped, spiked = self.spikes.detect(grad_norm)
             skip_where(skipped, getattr(self.optimizer, "optimizer", self.optimizer), self.engine.scaler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
