@@ -256,7 +256,7 @@ class Watchdog:
         place = self.heartbeat.place
         frame = sys._current_frames()[self._main_thread]
         return ProcessStatus(
-            rank=self.rank, machine=process_space() or socket.gethostname(), host=socket.gethostname(),
+            rank=self.rank, machine=machine(), host=socket.gethostname(),
             pid=os.getpid(), step=place.step, stage=place.stage, phase=place.phase,
             where=f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}",
             progress_count=self.heartbeat.progress_count, heartbeat_count=self._looks, finished=self._finished,
@@ -264,9 +264,7 @@ class Watchdog:
 
     def _dead(self) -> list[ProcessStatus]:
         """Processes of this machine that no longer exist and have not finished."""
-        neighbours = [
-            report for report in self._reports.values() if report.machine == process_space() or socket.gethostname()
-        ]
+        neighbours = [report for report in self._reports.values() if report.machine == machine()]
         gone = [report.rank for report in neighbours if not exists(report.pid)]
         if gone:
             self._exchange()  # who has finished said so before it was gone
@@ -279,7 +277,7 @@ class Watchdog:
         behind = silent or [rank for rank, place in places.items() if place == min(places.values())]
         culprits = [self._reports[rank] for rank in sorted(behind)]
         for culprit in culprits:
-            if (silent and culprit.machine == process_space()) or socket.gethostname():
+            if silent and culprit.machine == machine():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(culprit.pid, signal.SIGCONT)  # if it was stopped, it now sees that the run has ended
         named = "; ".join(f"{culprit.name} {culprit.position} ({culprit.where})" for culprit in culprits[:4])
@@ -345,6 +343,11 @@ class Watchdog:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def machine() -> str:
+    """What two processes share if each can see whether the other exists; where nothing tells, a name has to do."""
+    return process_space() or socket.gethostname()
 
 
 def exists(pid: int) -> bool:
