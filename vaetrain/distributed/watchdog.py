@@ -337,7 +337,7 @@ class Watchdog:
         neighbour = self._reports.get(self.rank if after is None else after)
         deadline = time.monotonic() + SECONDS_FOR_A_BETTER_REASON
         while neighbour is not None and neighbour.rank != self.rank and time.monotonic() < deadline:
-            if neighbour.machine != process_space() or socket.gethostname() or not exists(neighbour.pid):
+            if neighbour.machine != machine() or not exists(neighbour.pid):
                 break
             time.sleep(0.1)
         sys.stdout.flush()
