@@ -316,7 +316,7 @@ def test_arguments_that_do_not_fit_are_refused(options: dict[str, Any], message:
 
 def test_plans_without_groups_are_those_of_older_versions() -> None:
     """So that shards that an older version has begun are completed, and found complete."""
-    from vaetrain.data.sharding.plan import Plan
+    from vaetrain.data.sharding.plan import ShardingPlan
 
-    plan = Plan.of(ShardingConfig("faces", Path("out"), size=64, val_count=300))
+    plan = ShardingPlan.of(ShardingConfig("faces", Path("out"), size=64, val_count=300))
     assert plan.digest == "c9dfe7c4397f41b9fcdc66236c888c01bcda2e910622f0d0e5865fd2ff6249df"

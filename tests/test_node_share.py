@@ -144,7 +144,7 @@ def test_damage_found_by_one_process_stops_all(damaged_shards, position):
 
 HOLD = """
 import json, sys
-from vaetrain.data.readers.shared_array import NodeShare
+from vaetrain.data.readers.shared_array import SharedArray
 
 def gather(integers):
     print(json.dumps([int(integer) for integer in integers]), flush=True)
@@ -153,7 +153,7 @@ def gather(integers):
 rank, size = map(int, sys.argv[1:])
 share = SharedArray.agree(size, rank, gather)
 array = share.memory_array((size,))
-with share.together():
+with share.fill_collectively():
     array[share.part :: share.num_parts] = rank + 1
 print(json.dumps([int(array.sum(dtype="i8")), share.description]), flush=True)
 input()

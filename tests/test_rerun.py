@@ -135,8 +135,8 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
 
     git("init", "-q")
     assert git_state(tmp_path) == (None, None)
-    for name in ("file", "vaetrain/runs/directory.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("file", "vaetrain/runs/provenance.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before\n")
     git("add", ".")
     git("commit", "-qm", "x")
@@ -155,8 +155,8 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
     assert uncommitted_changes(tmp_path) == b""
 
     # An environment inside somebody's repository: its revision says nothing about the code there.
-    (tmp_path / ".venv" / "vaetrain").mkdir(parents=True)
-    (tmp_path / ".venv" / "vaetrain" / "directory.py").touch()
+    (tmp_path / ".venv" / "vaetrain" / "runs").mkdir(parents=True)
+    (tmp_path / ".venv" / "vaetrain" / "runs" / "provenance.py").touch()
     assert git_state(tmp_path / ".venv") == (None, None)
     assert uncommitted_changes(tmp_path / ".venv") == b""
 

@@ -75,7 +75,7 @@ def test_bombs_are_refused_by_what_they_declare(tmp_path: Path, monkeypatch: pyt
     assert archive.stat().st_size < 5000
     with pytest.raises(UnusableArchiveError, match=r"would unpack to 1,200,000 bytes, more than the 1,048,576"):
         unpacked(archive, tmp_path / "out")
-    monkeypatch.setattr(unpack, "MAX_IMAGE_BYTES", 100_000)
+    monkeypatch.setattr(unpack, "MAX_UNZIPPED_BYTES", 100_000)
     with pytest.raises(UnusableArchiveError, match=r"'train/cat/0.jpg' is declared as 400,000 bytes"):
         unpacked(archive, tmp_path / "out")
     monkeypatch.setattr(unpack, "MAX_MEMBERS", 2)

@@ -56,7 +56,7 @@ class Run:
         try:
             recorded = RunRecord.read(folder)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder} is no run directory: {error}") from error
+            raise ValueError(str(error)) from error
         config, validation = recorded.config or {}, recorded.last_validation
         if validation.get(SCORE) is None:
             raise ValueError(f"{folder} has no validation with {SCORE}")

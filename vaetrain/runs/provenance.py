@@ -90,7 +90,7 @@ def git_state(source: Path) -> tuple[str | None, bool | None]:
 
 def require_tracked(source: Path) -> None:
     """Raise CalledProcessError unless git tracks this very file in `source`."""
-    command = ["git", "-C", str(source), "ls-files", "--error-unmatch", "vaetrain/runs/directory.py"]
+    command = ["git", "-C", str(source), "ls-files", "--error-unmatch", "vaetrain/runs/provenance.py"]
     subprocess.run(command, capture_output=True, check=True, timeout=10)
 
 
