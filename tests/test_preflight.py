@@ -18,6 +18,7 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.readers.stream_order import workers_for
+from vaetrain.training import step
 
 
 def nothing(folder):
@@ -76,7 +77,7 @@ def test_unfit_data_is_refused_before_the_model_is_built(
     def build(*_):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(train, "VAE", build)
+    monkeypatch.setattr(step, "VAE", build)
     folder = shutil.copytree(tiny_shards, tmp_path / "shards")
     damage(folder)
     own = f"--data.train {folder} --run-dir {tmp_path}/run --data.reader {kind} --data.num-workers 0".split()

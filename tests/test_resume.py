@@ -220,7 +220,7 @@ def test_the_order_of_places_to_start_from(train_tiny, capsys, monkeypatch, tmp_
     third = train_tiny("--seed", 1, run_dir="third", epochs=1)
     capsys.readouterr()
     patches = iter([b"first", b"second", b"third"])
-    monkeypatch.setattr("vaetrain.runs.provenance.uncommitted_changes", lambda _: next(patches))
+    monkeypatch.setattr("vaetrain.runs.directory.uncommitted_changes", lambda _: next(patches))
     own = train_tiny("--resume", other, "--init-from", third, run_dir="own", epochs=2)
     assert f"resuming from {other / 'checkpoints' / 'step-00000005'}" in capsys.readouterr().out
     train_tiny("--resume", other, "--init-from", third, run_dir="own", epochs=3)
