@@ -266,5 +266,6 @@ def test_progress_is_a_bar_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(progress_bar, "SECONDS_TO_BAR", 0)
     make("faces", tmp_path / "out", num_images=9, images_per_shard=4)
     assert "sharding: 100%|" in capsys.readouterr().err

@@ -18,6 +18,9 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
+SECONDS_TO_BAR = 0.5
+"""Work that takes less shows no bar."""
+
 SECONDS_TO_FIRST_LINE = 2.0
 """Work that is done sooner says nothing where there is no terminal."""
 SECONDS_BETWEEN_LINES = 10.0
@@ -130,7 +133,7 @@ class ProgressBar:
                 unit=f" {self.unit}",
                 unit_scale=1 / self._scale,
                 smoothing=0.05,
-                delay=0.5,
+                delay=SECONDS_TO_BAR,
                 leave=self.total is not None and _SPEAKER.is_idle,
                 bar_format=None if self.total is not None else "{desc}: {elapsed} {postfix}",
             )
