@@ -50,9 +50,7 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
     or FileExistsError for what the user can mend, and FloatingPointError when training diverged.
     """
     control = control or Control.of(config)
-    with (
-        contextlib.ExitStack() as opened
-    ):  # what is closed however it ends: readers, lock, the checkpoint being written
+    with contextlib.ExitStack() as opened:  # closed however it ends: readers, lock, the checkpoint being written
         config = precision.resolved(config, accelerator)
 
         # Data: an epoch is whole global batches; the length of training is whole global batches.
@@ -82,10 +80,8 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
         batches = stopwatch.timing(train_reader.train_batches(config.seed, progress.images_seen, layout))
         while True:
             control.begin(progress.step)
-            if control.should_stop(
-                checkpoints.longest_save_s
-            ):  # before a validation that may be due: a resume makes up for it
-                checkpoints.save(progress)
+            if control.should_stop(checkpoints.longest_save_s):
+                checkpoints.save(progress)  # without a validation that may be due: a resume makes up for it
                 break
             validated = schedule.validation_is_due(progress)
             if validated:
