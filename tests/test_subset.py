@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
 
 from linear_gaussian import MemoryReader
+from vaetrain.data.config import DataConfig
+from vaetrain.data.readers import batch as batch_module
+from vaetrain.data.readers import stream
 from vaetrain.data.readers.order import epoch_order
+from vaetrain.data.readers.reader import open_reader
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.subset import choose_images, subset_batches
 
@@ -42,6 +48,30 @@ def test_every_chosen_image_is_read_once_in_whole_batches(num_images, batch_size
             assert batch.images.flatten().tolist() == batch.indices.tolist()
             seen += batch.indices.tolist()
     assert sorted(seen) == chosen.tolist()
+
+
+@pytest.mark.parametrize("kind", ["indexed", "resident", "stream"])
+def test_a_subset_is_read_and_no_other_image(kind, tiny_shards, monkeypatch):
+    positions, decoded = np.array([1, 2, 30, 77]), []
+    config = DataConfig(str(tiny_shards), reader=kind, num_workers=0)
+    with closing(open_reader(config, "train", device=torch.device("cpu"))) as reader:
+        everything = reader.first(100)
+        original = batch_module.decode_image
+
+        def counting(selection, encoded, position, out):
+            decoded.append(position)
+            original(selection, encoded, position, out)
+
+        for module in (batch_module, stream):
+            monkeypatch.setattr(module, "decode_image", counting)
+        subset = reader.subset(positions)
+        found = [each for rank in range(2) for each in subset.eval_batches(3, rank, 2)]
+        indices = torch.cat([each.indices for each in found])
+        assert sorted(indices.tolist()) == [0, 1, 2, 3]
+        assert torch.equal(torch.cat([each.images for each in found]), everything.images[positions[indices]])
+        assert torch.equal(torch.cat([each.labels for each in found]), everything.labels[positions[indices]])
+        assert len(decoded) == (0 if kind == "resident" else 4)
+        assert torch.equal(subset.subset(np.array([1, 3])).first(2).images, everything.images[[2, 77]])
 
 
 def test_an_estimate_is_mean_and_standard_error_and_survives_a_large_offset(accelerator):
