@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -41,6 +42,7 @@ class SharedMemory:
     def _map_file(self, file: io.FileIO, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self._file = file
+        weakref.finalize(self, file.close)  # found by the cycle collector, a file would warn that nobody closed it
         self._map = mmap.mmap(file.fileno(), num_bytes)
 
     @property
