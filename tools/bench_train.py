@@ -54,13 +54,13 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.distributed import processes
+from vaetrain.distributed.processes import in_use
 from vaetrain.machine import cpu_model
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.elbo import negative_elbo
 from vaetrain.train import train
 from vaetrain.training import precision
-from vaetrain.training.precision import in_use
 
 MODEL = ModelConfig(
     patch_size=2, base_channels=32, channel_mult=(1, 2, 4), num_res_blocks=1, latent="vector", latent_channels=64

@@ -54,11 +54,12 @@ class Run:
     def read(cls, folder: Path) -> Run:
         """Raises ValueError, naming the folder, when it holds no run that has been validated."""
         try:
-            recorded = RunRecord.read(folder)
+            recorded = RunRecord.read(folder).require_whole()
         except FileNotFoundError as error:
             raise ValueError(str(error)) from error
-        config, validation = recorded.config or {}, recorded.last_validation
-        if validation.get(SCORE) is None:
+        config = recorded.config or {}
+        validation = next((each for each in reversed(recorded.split("val")) if each.get(SCORE) is not None), None)
+        if validation is None:
             raise ValueError(f"{folder} has no validation with {SCORE}")
         return cls(
             float(config["optim"]["lr"]), int(config["train"]["global_batch_size"]), int(validation["images_seen"]),

@@ -15,7 +15,7 @@ Scores = dict[str, float]
 
 def scores_of(run: Path) -> Scores:
     """The last validation record and the evaluation; what each prior scored stands under PRIOR/eval/…"""
-    recorded = RunRecord.read(run)
+    recorded = RunRecord.read(run).require_whole()
     found = dict(recorded.last_validation)
     if recorded.evaluation is not None:
         found |= recorded.evaluation

@@ -31,6 +31,7 @@ from vaetrain.machine import num_cores
 # free their last tensors (torch 2.15). So it is imported above, before there is a group; tests/test_exit.py.
 
 T = TypeVar("T")
+Precision = Literal["fp32", "bf16", "fp16"]
 
 TIMEOUT_S = 600.0
 """A collective that waits longer ends the command: the other side is dead or stuck."""
@@ -61,7 +62,7 @@ def join(timeout_s: float = TIMEOUT_S) -> PartialState:
 
 
 def start(
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
     *,
     log_with: Sequence[str] = (),
     project_dir: Path | None = None,
@@ -98,6 +99,12 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
     accelerator.free_memory()
     gc.collect()  # a wrapped model refers to itself, and Accelerate collects before it lets go
     accelerator.end_training()
+
+
+def in_use(accelerator: Accelerator) -> Precision:
+    """The arithmetic that an accelerator computes in."""
+    name: Precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    return name
 
 
 def control_group(timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup | None:

@@ -63,7 +63,7 @@ class Result:
             if not file.is_file():
                 raise FileNotFoundError(f"{run.path} has no {file.name}, so nobody knows what made this run")
         provenance, recorded = _read_json(run.provenance_file), RunRecord.read(run.path)
-        metrics, validations = recorded.metrics, recorded.split("val")
+        metrics, validations = tuple(run.metrics()), recorded.split("val")
         results: dict[str, Any] = {}
         if metrics:
             results |= {"step": metrics[-1]["step"], "images_seen": metrics[-1]["images_seen"]}

@@ -40,10 +40,13 @@ def provenance(accelerator: Accelerator | None, dataset_fingerprint: str | None)
     """
     device, num_processes, precision = "cpu", 1, "fp32"
     if accelerator is not None:
-        from vaetrain.distributed.processes import device_name  # here, since it brings torch, which --help does without
+        from vaetrain.distributed.processes import (  # here, since it brings torch, which --help does without
+            device_name,
+            in_use,
+        )
 
         device, num_processes = device_name(accelerator.device), accelerator.num_processes
-        precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+        precision = in_use(accelerator)
     revision, dirty = git_state(Path(__file__).parents[2])
     return {
         "git_revision": revision,

@@ -68,6 +68,12 @@ class RunRecord:
         speeds = [record["perf/images_per_s"] for record in self.metrics if record.get("perf/images_per_s")]
         return statistics.median(speeds) if speeds else None
 
+    def require_whole(self) -> RunRecord:
+        """Itself; raises ValueError, naming them, where files are damaged."""
+        if self.faults:
+            raise ValueError(f"{self.run.path}: {' '.join(self.faults.values())}")
+        return self
+
     def why_not(self, file: Path, remedy: str) -> str:
         """A sentence about a file that could not be had."""
         return self.faults.get(file.name) or f"There is no {file.name}: {remedy}"

@@ -16,7 +16,7 @@ from vaetrain.training.progress import Progress
 
 
 def note_steps(progress: Progress, window: LogWindow, max_nonfinite_steps: int) -> bool:
-    """Count an interval's skipped steps; whether so many were in a row that training must go back."""
+    """Count a window's skipped steps; whether so many were in a row that training must go back."""
     progress.skipped_steps += window.skipped_steps
     progress.exploded_steps += window.exploded_steps
     diverged = window.longest_streak >= max_nonfinite_steps

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vaetrain.config import Config, PrecisionName
 from vaetrain.distributed import processes
-from vaetrain.distributed.processes import TIMEOUT_S
+from vaetrain.distributed.processes import TIMEOUT_S, in_use
 from vaetrain.machine import cpu_model
 
 C = TypeVar("C", bound=Config)
@@ -127,9 +127,3 @@ def resolved(config: C, accelerator: Accelerator) -> C:
     if config.train.precision != "auto":
         return config
     return replace(config, train=replace(config.train, precision=in_use(accelerator)))
-
-
-def in_use(accelerator: Accelerator) -> PrecisionName:
-    """The arithmetic that an accelerator computes in."""
-    name: PrecisionName = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    return name

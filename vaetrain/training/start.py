@@ -48,12 +48,11 @@ def start_run(
     `readers` are those of the training and the validation split. Raises what `hold`, `resume_point` and `load_weights` do.
     """
     train_reader, val_reader = readers
-    assert step.ema is not None
     assert step.spikes is not None
     meters = Meters(step.names_of_sums, accelerator)
     reading = ReadOrder.of(train_reader, step.layout)
     checkpoints = Checkpoints(
-        run, config.checkpoint, accelerator, model=step.vae, ema=step.ema.module, optimizer=step.optimizer.optimizer,
+        run, config.checkpoint, accelerator, model=step.vae, ema=step.averaged, optimizer=step.optimizer.optimizer,
         meters=meters, spikes=step.spikes, reading=asdict(reading),
     )  # fmt: skip
     dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
@@ -67,7 +66,7 @@ def start_run(
     opened.enter_context(checkpoints)
     progress = checkpoints.load(resumed_from) if resumed_from else Progress()
     if config.init_from and not resumed_from:
-        load_weights(config.init_from, step.vae, step.ema.module)
+        load_weights(config.init_from, step.vae, step.averaged)
     if accelerator.is_main_process:
         made_by = provenance(accelerator, train_reader.manifest.fingerprint)
         made_by |= origin(run, config, resumed_from)

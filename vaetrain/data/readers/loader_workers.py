@@ -104,7 +104,7 @@ class WorkerPool:
                 yield batch
 
     def _receive(self, batches: Iterator[BatchOrError], workers: _LoaderWorkers) -> Iterator[BatchOrError]:
-        # The watching thread must not be what keeps the crew, and with it the worker processes.
+        # The watching thread must not be what keeps the loader, and with it the worker processes.
         progress, stuck_readers, end = workers.progress, workers.stuck_readers, self._ending(workers.progress)
 
         def give_up(reader: int) -> None:

@@ -107,22 +107,20 @@ class StallDetector:
     """
 
     def __init__(self, progress: ReaderProgress, timeout_s: float, every_s: float) -> None:
-        self._whereabouts = progress
+        self._progress = progress
         self._timeout_s, self._every_s = timeout_s, every_s
         self._notes = progress.notes()
         self._waited_s: Float[np.ndarray, " readers"] = np.zeros(progress.num_readers)
 
     def look(self) -> None:
         """To be called every `every_s`."""
-        notes = self._whereabouts.notes()
+        notes = self._progress.notes()
         self._waited_s = np.where(notes == self._notes, self._waited_s + self._every_s, 0.0)
         self._notes = notes
 
     def stuck(self) -> list[int]:
         """Readers that have been at the same image for too long."""
-        return [
-            int(reader) for reader in np.flatnonzero((self._waited_s >= self._timeout_s) & self._whereabouts.busy())
-        ]
+        return [int(reader) for reader in np.flatnonzero((self._waited_s >= self._timeout_s) & self._progress.busy())]
 
 
 @contextmanager
