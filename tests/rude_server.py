@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from vaetrain.data.remote.download import Patience
+from vaetrain.data.remote.remote_file import Persistence
 
-HASTY = Patience(timeout_s=0.3, attempts=3, first_wait_s=0.01, longest_wait_s=0.02)
+HASTY = Persistence(timeout_s=0.3, attempts=3, first_wait_s=0.01, longest_wait_s=0.02)
 CONTENT = bytes(range(256)) * 12_289  # three mebibytes and a bit
 
 
@@ -26,6 +26,7 @@ class Behaviour:
     has_length: bool = True
     stall_s: float = 0.0  # between two pieces of the body
     wrong_range: bool = False
+    longest_range: int | None = None
     requests: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -81,7 +82,10 @@ class Server:
                 asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 if not asked or not behaviour.ranges or self.headers.get("If-Range") not in (None, behaviour.etag):
                     return None, end
-                return int(asked[1]), min(end, int(asked[2] or end))
+                last = int(asked[2] or end)
+                if behaviour.longest_range:
+                    last = min(last, int(asked[1]) + behaviour.longest_range - 1)
+                return int(asked[1]), min(end, last)
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -94,7 +94,7 @@ def test_afhq_is_resumed_checked_unpacked_and_noted(server: Server, fetch: Calla
     content = afhq_zip(tmp_path / "a.zip").read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     url = server.add("afhq.zip", content=content, drop_after=[20_000, 0, 0])
-    with pytest.raises(ValueError, match="given up after 3 attempts"):
+    with pytest.raises(ValueError, match="given up after 3 attempt"):
         fetch(url, sha256)
     assert here(tmp_path) == ["a.zip", "afhq.partial"]  # nothing looks finished
     line = fetch(url, sha256)

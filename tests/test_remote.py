@@ -25,7 +25,8 @@ from vaetrain.data.readers.read_plan import ReadPlan
 from vaetrain.data.readers.reader import Reader, open_reader
 from vaetrain.data.remote import cache as shard_cache
 from vaetrain.data.remote import connection
-from vaetrain.data.remote.remote import Persistence, RemoteFile, RemoteShards
+from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.data.remote.remote_file import Persistence, RemoteFile
 from vaetrain.data.remote.url import remote_folder
 from vaetrain.files import READ_BYTES
 
@@ -36,7 +37,9 @@ LAYOUT = BatchLayout(20, 10, 0, 1)
 
 
 def file_on(folder: str, name: str, **options: Any) -> RemoteFile:
-    return RemoteFile(folder, name, **{"stop": len(CONTENT), "num_bytes": len(CONTENT), "persistence": HASTY} | options)
+    return RemoteFile(
+        folder + name, **{"stop": len(CONTENT), "num_bytes": len(CONTENT), "persistence": HASTY} | options
+    )
 
 
 def everything(file: RemoteFile) -> bytes:
@@ -115,7 +118,7 @@ def test_a_stalling_server_is_given_up_in_the_time_stated(server: Server, stall_
 
 
 def test_the_default_persistence_is_well_below_thirty_seconds() -> None:
-    assert connection.HTTP_TIMEOUT_S < Persistence().give_up_s < shard_cache.STUCK_S < 25
+    assert Persistence().timeout_s < Persistence().give_up_s < shard_cache.STUCK_S < 25
 
 
 def test_a_file_of_another_size_and_a_wrong_range_are_refused(server: Server) -> None:

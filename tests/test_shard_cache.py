@@ -21,7 +21,8 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.format.manifest import Shard
 from vaetrain.data.remote import cache as shard_cache
 from vaetrain.data.remote.cache import ShardCache
-from vaetrain.data.remote.remote import Persistence, RemoteFile, RemoteShards
+from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.data.remote.remote_file import Persistence, RemoteFile
 
 HASTY = Persistence(attempts=3, first_wait_s=0.01, longest_wait_s=0.02)
 SIZE = 200_000
@@ -259,5 +260,5 @@ def test_a_full_disk_is_one_readable_line(
 def test_bytes_that_arrive_are_the_files(server: Server) -> None:
     """What the tests above rest on: without a cache, the same reading."""
     server.add("a.tar", content=content_of(1))
-    with RemoteFile(server.url, "a.tar", persistence=HASTY) as file:
+    with RemoteFile(f"{server.url}a.tar", persistence=HASTY) as file:
         assert file.readall() == content_of(1)

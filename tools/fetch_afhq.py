@@ -15,9 +15,10 @@ from typing import Literal
 from tyro.conf import Positional
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.data.remote.download import PATIENCE, Patience, download, readable_disk_errors
+from vaetrain.data.remote.download import PERSISTENCE, download
+from vaetrain.data.remote.remote_file import Persistence
 from vaetrain.data.remote.unzip import UnusableArchiveError, unpack_images
-from vaetrain.files import sha256_of_file
+from vaetrain.files import readable_disk_errors, sha256_of_file
 from vaetrain.strict_json import from_json
 
 NOTE_NAME = "source.json"
@@ -104,7 +105,7 @@ class SourceNote:
     """Images by split and class."""
 
 
-def fetch(config: FetchAfhqConfig, release: Release, patience: Patience = PATIENCE) -> str:
+def fetch(config: FetchAfhqConfig, release: Release, persistence: Persistence = PERSISTENCE) -> str:
     """Make the folder `config.out`, whole or not at all; returns the closing line.
 
     The zip and what is unpacked of it lie in OUT.partial until everything is checked; a later run resumes the download.
@@ -118,7 +119,7 @@ def fetch(config: FetchAfhqConfig, release: Release, patience: Patience = PATIEN
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{config.out} is not empty and holds no AFHQ; name a new folder, or empty this one")
     partial = out.with_name(f"{out.name}.partial")
-    archive, sha256 = _archive(config, release, partial, patience)
+    archive, sha256 = _archive(config, release, partial, persistence)
     is_official = None if release.sha256 is None else sha256 == release.sha256
     if not is_official:
         reason = (
@@ -145,13 +146,15 @@ def fetch(config: FetchAfhqConfig, release: Release, patience: Patience = PATIEN
     return _closing_line(config, release)
 
 
-def _archive(config: FetchAfhqConfig, release: Release, partial: Path, patience: Patience) -> tuple[Path, str]:
+def _archive(config: FetchAfhqConfig, release: Release, partial: Path, persistence: Persistence) -> tuple[Path, str]:
     if config.archive is not None:
         if not config.archive.is_file():
             raise FileNotFoundError(f"{config.archive} does not exist; leave --archive out to download it")
         return config.archive, sha256_of_file(config.archive)
     archive = partial / f"afhq_{config.version}.zip"
-    sha256 = download([release.url], archive, sha256=release.sha256, max_bytes=release.max_bytes, patience=patience)
+    sha256 = download(
+        [release.url], archive, sha256=release.sha256, max_bytes=release.max_bytes, persistence=persistence
+    )
     return archive, sha256
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.data.remote.download import PATIENCE, Patience, download
+from vaetrain.data.remote.download import PERSISTENCE, download
+from vaetrain.data.remote.remote_file import Persistence
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -39,12 +40,16 @@ def fetch(
     out: Path,
     mirrors: Sequence[str] = MIRRORS,
     files: Mapping[str, str] = FILES,
-    patience: Patience = PATIENCE,
+    persistence: Persistence = PERSISTENCE,
 ) -> str:
     """Put the files into `out`; returns the closing line."""
     for name, sha256 in files.items():
         download(
-            [mirror + name for mirror in mirrors], out / name, sha256=sha256, max_bytes=MAX_BYTES, patience=patience
+            [mirror + name for mirror in mirrors],
+            out / name,
+            sha256=sha256,
+            max_bytes=MAX_BYTES,
+            persistence=persistence,
         )
     return (
         f"MNIST's 70,000 digits are in {out}; next: python tools/make_shards.py {out} datasets/mnist --size 28 --gray"

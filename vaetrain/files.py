@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 READ_BYTES = 1 << 20
@@ -37,3 +41,21 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def readable_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses while `path` is written into a ValueError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "choose a folder that can be written"
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; {remedy}, then run it again") from error
+
+
+def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise ValueError when so many bytes more do not fit."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise ValueError(f"{what} needs {num_bytes:,} bytes in {folder}, which has {free:,}; free some space")

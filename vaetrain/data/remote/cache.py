@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vaetrain.data.format.manifest import Shard
-from vaetrain.data.remote.download import readable_disk_errors
-from vaetrain.files import READ_BYTES
+from vaetrain.files import READ_BYTES, readable_disk_errors
 
 # More than the 15 s after which a process gives a download up, and so lets go of it.
 STUCK_S = 20.0

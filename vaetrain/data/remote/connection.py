@@ -1,7 +1,10 @@
-"""One attempt to read a remote file from some byte on: over HTTP, through fsspec, or from a command's output.
+"""One attempt to read a remote file from some byte on: over HTTP, or through fsspec.
 
-A connection is told where to start and hands over what comes next. BrokenOffError means that another attempt may succeed, a
-ValueError that none will. Waiting is bounded in every case. No torch here.
+A connection is told where to start and hands over what comes next. BrokenOffError means that another attempt may succeed,
+UnavailableError that none will. Waiting is bounded in every case. No torch here.
+
+HTTP is ours because fsspec's client does not hold: it hands over another range of bytes than the one asked for without a
+word, takes 503 for a missing file, and cannot start over where a server knows no ranges (docs/LOG.md, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from email.message import Message
 from functools import partial
 from http.client import HTTPException, HTTPResponse
 from threading import Thread
@@ -17,16 +21,23 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from vaetrain.data.remote.download import TRANSIENT_STATUS
-
-HTTP_TIMEOUT_S = 6.0
-PROGRESS_BYTES = 1 << 16  # what an HTTP server must bring in that time
+PROGRESS_BYTES = 1 << 16  # what an HTTP server must bring within the timeout
+TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+RANGE_NOT_SATISFIABLE = 416
 # A request to an object store takes some 50 ms however little it asks for.
 FSSPEC_CHUNK_BYTES = 1 << 21
 
 
 class BrokenOffError(Exception):
     """This connection is over; another may bring the rest."""
+
+
+class UnavailableError(ValueError):
+    """No attempt will bring this file."""
+
+
+class CannotContinueError(UnavailableError):
+    """What the other side sends does not go on where the bytes end that are here."""
 
 
 @runtime_checkable  # for the type checks of the tests
@@ -42,6 +53,12 @@ class Connection(Protocol):
     seekable: bool
     """Whether another connection could start in the middle of the file."""
 
+    version: str
+    """What stands for these very bytes (a strong ETag, or when they were last modified); "" where nothing does."""
+
+    content_type: str
+    """What the other side calls it; "" where it does not."""
+
     def receive(self, view: memoryview) -> int:
         """Fill some of `view` with what comes next and say how much; 0: the file ends here.
 
@@ -54,58 +71,55 @@ class Connection(Protocol):
         ...
 
 
-def connect(folder: str, name: str, start: int, stop: int | None, timeout_s: float) -> Connection:
-    """Open file `name` of a remote folder, at byte `start` where that can be; byte `stop` will not be asked for.
-
-    A connection is broken off that brings nothing for `timeout_s` seconds, or for HTTP_TIMEOUT_S if that is less.
-    """
-    scheme = folder.partition(":")[0].lower()
-    if scheme in ("http", "https"):
-        return HttpConnection(folder + name, start, stop, min(timeout_s, HTTP_TIMEOUT_S))
-    return FsspecConnection(folder + name, start, timeout_s)
+def is_http(url: str) -> bool:
+    """Whether a URL is read by HttpConnection."""
+    return url.partition(":")[0].lower() in ("http", "https")
 
 
 class HttpConnection:
-    """A GET request, for a range of bytes where the server knows ranges."""
+    """A GET request, for a range of bytes where the server knows ranges.
 
-    def __init__(self, url: str, start: int, stop: int | None, timeout_s: float) -> None:
+    A connection is broken off that brings less than PROGRESS_BYTES in `timeout_s` seconds. With `version`, the whole file
+    is asked for in place of the range if it has another one by now.
+    """
+
+    def __init__(self, url: str, start: int, stop: int | None, timeout_s: float, version: str = "") -> None:
         headers = {"User-Agent": "vaetrain", "Accept-Encoding": "identity"}
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+            if version:
+                headers["If-Range"] = version
         self._timeout_s = timeout_s
         self._broken: str | None = None
-        try:
-            self._response: HTTPResponse = urlopen(Request(url, headers=headers), timeout=timeout_s)
-        except HTTPError as error:
-            error.close()
-            said = f"the server answers {error.code} {error.reason}"
-            if error.code in TRANSIENT_STATUS:
-                raise BrokenOffError(said) from error
-            raise ValueError(said) from error
-        except (OSError, HTTPException) as error:
-            raise BrokenOffError(f"no answer ({error})") from error
+        self._end: int | None
+        self.num_bytes: int | None
+        self._response = _answer(url, headers, start, timeout_s)
         headers_there = self._response.headers
-        self.seekable = self._response.status == 206
-        if self.seekable:
+        self.content_type = headers_there.get_content_type()
+        self.version = _version_in(headers_there)
+        self.seekable = self._response.status != 200
+        if self._response.status == RANGE_NOT_SATISFIABLE:
+            self.at = self._end = self.num_bytes = start
+        elif self.seekable:
             answered = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers_there.get("Content-Range", ""))
             if not answered or int(answered[1]) != start:
                 self.close()
-                raise BrokenOffError("the server answers with another range of bytes than the one asked for")
+                raise CannotContinueError("the server answers with another range of bytes than the one asked for")
             self.at = start
-            self._end: int | None = int(answered[2]) + 1
+            self._end = int(answered[2]) + 1
             self.num_bytes = int(answered[3]) if answered[3] != "*" else None
         else:
             length = headers_there.get("Content-Length", "")
             self.at = 0
-            self._end = self.num_bytes = int(length) if length.isdecimal() else None
-            if self._end is None:
-                self._end = stop  # an answer without a length is over when the connection ends, whatever ended it
+            self.num_bytes = int(length) if length.isdecimal() else None
+            # An answer without a length is over when the connection ends, whatever ended it.
+            self._end = stop if self.num_bytes is None else self.num_bytes
 
     def receive(self, view: memoryview) -> int:
         """See Connection. What has come before the connection breaks is handed over first."""
-        view = view[:PROGRESS_BYTES]
+        view = view[: PROGRESS_BYTES if self._end is None else min(PROGRESS_BYTES, self._end - self.at)]
         late, received = time.monotonic() + self._timeout_s, 0
-        while received < len(view) and self._broken is None:
+        while received < len(view) and self._broken is None and self.at != self._end:
             try:
                 chunk = self._response.read1(len(view) - received)
             except (OSError, HTTPException) as error:
@@ -129,6 +143,31 @@ class HttpConnection:
         self._response.close()
 
 
+def _answer(url: str, headers: dict[str, str], start: int, timeout_s: float) -> HTTPResponse | HTTPError:
+    """A server's answer with the bytes, or one that says that the file ends at `start`."""
+    try:
+        response: HTTPResponse = urlopen(Request(url, headers=headers), timeout=timeout_s)
+    except HTTPError as error:
+        error.close()
+        if error.code == RANGE_NOT_SATISFIABLE and start:
+            if error.headers.get("Content-Range") == f"bytes */{start}":
+                return error
+            raise CannotContinueError(f"the file there ends before byte {start:,}") from error
+        said = f"the server answers {error.code} {error.reason}"
+        if error.code in TRANSIENT_STATUS:
+            raise BrokenOffError(said) from error
+        raise UnavailableError(said) from error
+    except (OSError, HTTPException) as error:
+        raise BrokenOffError(f"no answer ({error})") from error
+    return response
+
+
+def _version_in(headers: Message) -> str:
+    # A weak ETag promises the same meaning, not the same bytes.
+    etag: str = headers.get("ETag", "")
+    return etag if etag.startswith('"') else headers.get("Last-Modified", "")
+
+
 class FsspecConnection:
     """A file opened by the package that fsspec has for its scheme, read one chunk ahead.
 
@@ -139,6 +178,7 @@ class FsspecConnection:
         self._timeout_s = timeout_s
         self._file = self._result(_in_thread(partial(_open_with_fsspec, url, start)))
         self.at, self.num_bytes, self.seekable = start, getattr(self._file, "size", None), True
+        self.version = self.content_type = ""
         self._chunk = memoryview(b"")
         self._next = _in_thread(partial(self._file.read, FSSPEC_CHUNK_BYTES))
 
@@ -167,10 +207,10 @@ class FsspecConnection:
                 or f"it took over {self._timeout_s:.2g} s to open it or to bring {FSSPEC_CHUNK_BYTES:,} bytes"
             )
             raise BrokenOffError(said) from error
-        except ValueError:
-            raise
+        except ValueError as error:
+            raise UnavailableError(str(error)) from error
         except (FileNotFoundError, PermissionError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
+            raise UnavailableError(f"{type(error).__name__}: {error}") from error
         except Exception as error:  # each package has errors of its own
             raise BrokenOffError(f"{type(error).__name__}: {error}") from error
 

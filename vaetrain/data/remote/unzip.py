@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from vaetrain.data.remote.download import check_free_space, readable_disk_errors
+from vaetrain.files import check_free_space, readable_disk_errors
 from vaetrain.progress_bar import ProgressBar
 
 IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.(jpe?g|png)", re.IGNORECASE | re.ASCII)
