@@ -146,7 +146,7 @@ class Runs:
 
 def scramble_global_generators() -> None:
     """Leave all global generators in another state at every step: nothing may draw from them."""
-    original = vaetrain.training.step.noise_of_global_batch
+    original = vaetrain.training.step.noise_of_training
 
     def scrambled(*arguments: object) -> object:
         seed = int.from_bytes(os.urandom(4))
@@ -155,7 +155,7 @@ def scramble_global_generators() -> None:
         random.seed(seed)
         return original(*arguments)
 
-    vaetrain.training.step.noise_of_global_batch = scrambled
+    vaetrain.training.step.noise_of_training = scrambled
 
 
 def main(folder: Path, shards: Path) -> None:

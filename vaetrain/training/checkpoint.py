@@ -41,8 +41,9 @@ from vaetrain.training.async_writer import SnapshotWriter, Tensors
 from vaetrain.training.progress import Progress
 from vaetrain.training.retention import Retention, put_in_place
 
-FORMAT_VERSION = 2
-"""1, from before there were meters.safetensors and the version of vaetrain in state.json, is read too."""
+FORMAT_VERSION = 3
+"""Weights of 1 (no meters.safetensors, no version of vaetrain in state.json) and 2 (noise of whole global batches) are read;
+training does not go on from them (`check_resumable`)."""
 
 
 class CheckpointNotWritten(OSError):
@@ -164,9 +165,8 @@ class Checkpoints:
         restore_optimizer_state(self.optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if state["format_version"] >= 2:
-            self.meters.load_state_dict(load_file(checkpoint / "meters.safetensors"))
-            self.spikes.load_state_dict(load_file(checkpoint / "judge.safetensors"))
+        self.meters.load_state_dict(load_file(checkpoint / "meters.safetensors"))
+        self.spikes.load_state_dict(load_file(checkpoint / "judge.safetensors"))
         progress = Progress(**state["progress"])
         if checkpoint.parent != self.folder:  # another run's: its best checkpoint is not among ours
             progress.best_score = progress.best_step = None
@@ -302,6 +302,18 @@ def check(checkpoint: Path) -> None:
         raise NewerFormatError(
             f"{checkpoint} has format {state['format_version']}, and this vaetrain ({package_version('vaetrain')}) reads up "
             f"to {FORMAT_VERSION}; use vaetrain {state['vaetrain']}, which wrote it, or a later one"
+        )
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Refuse, with ValueError, to go on from a checkpoint of an older format: its training drew other noise."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state["format_version"] < FORMAT_VERSION:
+        writer = state.get("vaetrain") or f"of the git revision in {checkpoint / 'provenance.json'}"
+        raise ValueError(
+            f"{checkpoint} has format {state['format_version']}, in which noise was drawn otherwise, so that going on would be "
+            f"another training; go on with vaetrain {writer}, which wrote it, or begin a new run with its weights: "
+            f"--init-from {checkpoint} --run-dir NEW. evaluate.py, sample.py and export.py read it as it is"
         )
 
 

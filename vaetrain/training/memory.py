@@ -90,7 +90,6 @@ def train_on_dummies(
         # DDP's buckets hold every gradient once more.
         [torch.empty_like(weight) for weight in vae.parameters()] if accelerator.num_processes > 1 else None,
         torch.empty(data_bytes_on(device, config.data), dtype=torch.uint8, device=device),
-        torch.empty(config.train.global_batch_size, *model.latent_shape, device=device),  # the noise of all processes
     ]
     ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
     if config.train.compile:

@@ -16,7 +16,7 @@ from vaetrain.config import Config, PrecisionName
 from vaetrain.data.readers.read_order import ReadOrder
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training.checkpoint import best, check, find, load_into, newest_good, warn_of_damage
+from vaetrain.training.checkpoint import best, check, check_resumable, find, load_into, newest_good, warn_of_damage
 
 
 def resume_point(
@@ -26,7 +26,7 @@ def resume_point(
 
     Warns of damaged checkpoints on stderr. Raises FileExistsError when there is one and `--resume never` was given, and
     ValueError when it is of another model, order of data (`check_reading` too) or data set, when all checkpoints are
-    damaged, or when a later vaetrain wrote them.
+    damaged, or when a later or much earlier vaetrain wrote them.
     """
     run.check_format()
     run.check_resume(config.resume)
@@ -43,6 +43,7 @@ def resume_point(
         check(checkpoint)
     if checkpoint is None:
         return None
+    check_resumable(checkpoint)
     saved = parse(Config, None, ["--config", str(checkpoint / "config.yaml")])
     fixed: list[tuple[str, Any, Any]] = [
         ("--model.*", saved.model, config.model),

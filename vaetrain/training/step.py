@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vaetrain.config import Config
 from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.order import BatchLayout
-from vaetrain.distributed.randomness import noise_of_global_batch
+from vaetrain.distributed.randomness import noise_of_training
 from vaetrain.model.autoencoder import VAE, ElboTerms
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.elbo import negative_elbo, rate
@@ -158,21 +158,19 @@ class TrainStep:
     ) -> None:
         """Forward and backward of the global batch that begins at position `images_seen`; tells what it is entering."""
         config, layout, device = self.config, self.layout, self.engine.device
-        noise, mirrored = noise_of_global_batch(
-            config.seed, images_seen, layout.global_batch_size, config.model.latent_shape, device
-        )
         self.optimizer.zero_grad()
         sums = []
-        for number, part in enumerate(layout.positions(0), start=1):
+        for number, positions in enumerate(layout.positions(images_seen), start=1):
+            noise, mirrored = noise_of_training(config.seed, positions, config.model.latent_shape, device)
             entering("waiting for data")
             pixels = next(batches).images.to(device, non_blocking=True)  # uint8 until here
             entering("forward")
             if config.data.horizontal_flip:
-                pixels = flip(pixels, mirrored[part])
+                pixels = flip(pixels, mirrored)
             x = from_uint8(pixels, self.vae.likelihood.pixel_range).contiguous(memory_format=torch.channels_last)
             is_last = number == layout.grad_accum_steps
             with contextlib.nullcontext() if is_last else self.engine.no_sync(self.model):
-                terms = self.model(x, noise[part])
+                terms = self.model(x, noise)
                 losses = negative_elbo(terms.distortion, terms.kl, beta, config.objective.free_bits)
                 further = [term(x, terms) for term in self.terms]
                 loss = sum(further, start=losses).sum()
