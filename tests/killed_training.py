@@ -89,38 +89,45 @@ class Runs:
         for process in self.start(name, num_processes):
             _, status = os.waitpid(process, 0)
             if status:
-                logs = "".join(log.read_text() for log in self.folder.glob(f"{name}.*.log"))
-                raise SystemExit(f"{name} ended with {status}\n{logs}")
+                raise SystemExit(f"{name} ended with {status}\n{self.logs(name)}")
 
-    def kill(self, name: str, num_processes: int, until: Callable[[], bool], delay_s: float) -> None:
-        """Train until `until` holds, and a random part of `delay_s` longer; then SIGKILL all processes."""
+    def logs(self, name: str) -> str:
+        """What the processes of a run have printed."""
+        return "".join(log.read_text() for log in self.folder.glob(f"{name}.*.log"))
+
+    def kill(self, name: str, num_processes: int, until: Callable[[], bool], delay_s: float) -> bool:
+        """Train until `until` holds, and a random part of `delay_s` longer; then SIGKILL all processes. False: it was over."""
         processes = self.start(name, num_processes)
         deadline = time.monotonic() + 300
-        while not until():
+        while not until() and os.waitid(os.P_PID, processes[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             assert time.monotonic() < deadline, f"{name} does not come to where it is to be killed"
             time.sleep(0.001)
         time.sleep(self.random.uniform(0, delay_s))
         for process in processes:
             os.kill(process, signal.SIGKILL)
-        for process in processes:
-            _, status = os.waitpid(process, 0)
-            if not os.WIFSIGNALED(status):
-                raise SystemExit(f"{name} ended with {status} before it was killed")
+        statuses = [os.waitpid(process, 0)[1] for process in processes]
+        failed = [status for status in statuses if status and not os.WIFSIGNALED(status)]
+        if failed:
+            raise SystemExit(f"{name} ended with {failed} before it was killed\n{self.logs(name)}")
+        return all(statuses)
 
     def kill_often(self, name: str, num_processes: int) -> None:
-        """Kill while it starts, during a save, and anywhere in the steps after one."""
+        """Kill while it starts, during a save, and anywhere in the steps after one. A busy machine may be at the end before."""
         two_steps_s = 2 * self.seconds_per_step(f"whole{num_processes}")
         for number in range(NUM_KILLS[num_processes]):
             newest = self.newest_step(name)
             if number % 4 == 0:
                 start_until = time.monotonic() + self.random.uniform(0, 1)
-                self.kill(name, num_processes, partial(self.has_saved_after, name, newest, start_until), 0)
+                killed = self.kill(name, num_processes, partial(self.has_saved_after, name, newest, start_until), 0)
             elif number % 4 == 1:
                 before = self.asides(name)
-                self.kill(name, num_processes, partial(self.is_saving, name, before), 0.004)
+                killed = self.kill(name, num_processes, partial(self.is_saving, name, before), 0.004)
                 self.kills_during_a_save += bool(self.asides(name) - before)  # unless the save was over by then
             else:
-                self.kill(name, num_processes, partial(self.has_saved_after, name, newest), two_steps_s)
+                killed = self.kill(name, num_processes, partial(self.has_saved_after, name, newest), two_steps_s)
+            if not killed:
+                assert number >= NUM_KILLS[num_processes] / 2, f"{name} was over after {number} kills"
+                return
 
     def has_saved_after(self, name: str, step: int, or_at: float = math.inf) -> bool:
         """Whether there is a checkpoint of a step after `step`, or the clock is past `or_at`."""
