@@ -3,11 +3,15 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from launching import run_here
 from test_use import read_samples
 from vaetrain import sample as sample_module
+from vaetrain.data.format.encode import png
+from vaetrain.data.format.writer import ShardWriter
 from vaetrain.sample import SampleConfig, sample
+from vaetrain.sampling.encode import with_png
 from vaetrain.sampling.sample_set import RankShard
 
 
@@ -18,16 +22,16 @@ class Killed(BaseException):
 def sample_and_count(config, accelerator, monkeypatch, killed_after=10**9):
     """Draw samples; have the command end, as by a signal, when it has made so many. Returns how many were made."""
     made = []
-    png = sample_module.png
+    write = ShardWriter.write
 
-    def png_or_die(image):
+    def write_or_die(*arguments):
         if len(made) == killed_after:
             raise Killed
-        made.append(image)
-        return png(image)
+        made.append(arguments)
+        write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_module, "png", png_or_die)
+        patch.setattr(ShardWriter, "write", write_or_die)
         sample(config, accelerator)
     return len(made)
 
@@ -126,3 +130,19 @@ def test_what_makes_no_sense_is_said_before_anything_is_loaded(capsys):
     assert run_here("vaetrain/sample.py", *asked) == 2
     said = capsys.readouterr()
     assert "leave it at 1" in said.out + said.err
+
+
+def test_images_are_encoded_as_they_are_and_in_order_while_the_next_are_drawn():
+    drawn = []
+
+    def blocks():
+        for start in (0, 20, 40):
+            drawn.append(start)
+            yield range(start, start + 20), torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
+
+    for number, (indices, images, files) in enumerate(with_png(blocks())):
+        assert drawn == [0, 20, 40][: number + 2]
+        assert indices == range(20 * number, 20 * number + 20)
+        assert list(files) == [png(image) for image in images]
+    assert number == 2
+    assert list(with_png(iter(()))) == []

@@ -81,7 +81,6 @@ from dataclasses import replace
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from vaetrain.data.format.encode import png
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.data.readers.reader import Reader, open_split
 from vaetrain.distributed import processes
@@ -91,6 +90,7 @@ from vaetrain.priors.saved import SavedPrior
 from vaetrain.progress_bar import ProgressBar
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.provenance import provenance
+from vaetrain.sampling.encode import with_png
 from vaetrain.sampling.generate import generate
 from vaetrain.sampling.manifest import content_of, manifest_of
 from vaetrain.sampling.sample_set import RankShard, is_finished, refuse_other_content, write_manifest, write_request
@@ -138,15 +138,13 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
     with ShardWriter(config.out, share.prefix, config.images_per_shard, first_shard=len(whole)) as writer:
         blocks = generate(
             trained.vae, accelerator, config.num_images, seed=config.seed, temperature=config.temperature,
-            batch_size=config.batch_size, prior=saved.prior if saved else None, first_block=num_whole // config.batch_size,
+            batch_size=config.batch_size, prior=saved.prior if saved else None, skip=num_whole,
         )  # fmt: skip
         with ProgressBar("sampling", len(share.indices()), done=num_whole, quiet=share.rank != 0) as bar:
-            to_skip = num_whole % config.batch_size  # a shard may end within a block
-            for indices, images in blocks:
-                for index, image in zip(indices[to_skip:], images[to_skip:].cpu(), strict=True):
-                    writer.write(f"{index:08d}", png(image), "png", {"index": index, "seed": config.seed})
-                bar.update(len(indices) - to_skip)
-                to_skip = 0
+            for indices, _, files in with_png(blocks):
+                for index, file in zip(indices, files, strict=True):
+                    writer.write(f"{index:08d}", file, "png", {"index": index, "seed": config.seed})
+                bar.update(len(indices))
     shards = gather_object([plain(shard) for shard in [*whole, *writer.shards]])
     if accelerator.is_main_process:
         made_by = provenance(accelerator, trained.dataset["train"]["fingerprint"])

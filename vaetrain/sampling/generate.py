@@ -24,23 +24,25 @@ def generate(
     temperature: float,
     batch_size: int,
     prior: Prior | None = None,
-    first_block: int = 0,
+    skip: int = 0,
 ) -> Iterator[tuple[range, UInt8[Tensor, "b c h w"]]]:
     """This process's blocks of the sample set (prior, seed, temperature): their image numbers and uint8 pixels.
 
     Decoder means at latents from `prior` (default: the standard normal), rounded to the nearest of 256 levels. Block j
-    holds images j·batch_size …; process r makes the blocks j ≡ r, from its own block number `first_block` on. Every block
+    holds images j·batch_size …; process r makes the blocks j ≡ r, without the first `skip` of its images. Every block
     is drawn and decoded whole, the last one too, so that an image's bits depend neither on the number of images nor on
     that of processes. (On `batch_size` they may: a matrix product of another shape may round differently.)
     """
     prior = prior or StandardNormal(vae.config.latent_shape)
     device = next(vae.parameters()).device
     stride = accelerator.num_processes * batch_size
-    for start in range(accelerator.process_index * batch_size + first_block * stride, num_images, stride):
+    blocks_to_skip, skip = divmod(skip, batch_size)
+    for start in range(accelerator.process_index * batch_size + blocks_to_skip * stride, num_images, stride):
         z = prior.sample(seed, range(start, start + batch_size), temperature)
         images = vae.decode(z.to(device))
         indices = range(start, min(start + batch_size, num_images))
-        yield indices, vae.likelihood.to_uint8(images[: len(indices)])
+        yield indices[skip:], vae.likelihood.to_uint8(images[skip : len(indices)])
+        skip = 0
 
 
 def gather_samples(

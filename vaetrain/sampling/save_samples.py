@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from vaetrain.command_line import plain
-from vaetrain.data.format.encode import png
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.metrics.features import NumberedImages
+from vaetrain.sampling.encode import with_png
 from vaetrain.sampling.manifest import differences
 from vaetrain.sampling.sample_set import write_manifest
 
@@ -62,9 +62,9 @@ def _writing(
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     with ShardWriter(aside, f"rank-{accelerator.process_index:04d}") as writer:
-        for indices, block in images:
-            for index, image in zip(indices, block.cpu(), strict=True):
-                writer.write(f"{int(index):08d}", png(image), "png", {"index": int(index), "seed": seed})
+        for indices, block, files in with_png(images):
+            for index, file in zip(indices, files, strict=True):
+                writer.write(f"{int(index):08d}", file, "png", {"index": int(index), "seed": seed})
             yield indices, block
     shards = gather_object([plain(shard) for shard in writer.shards])
     if accelerator.is_main_process:
