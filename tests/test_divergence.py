@@ -17,7 +17,7 @@ from vaetrain.training.figures import mark_incidents
 from vaetrain.training.meters import LogWindow
 from vaetrain.training.progress import Progress
 from vaetrain.training.schedule import learning_rate_at
-from vaetrain.training.spikes import STEPS_BEFORE_JUDGING, SpikeDetector, skip_where
+from vaetrain.training.spikes import STEPS_BEFORE_JUDGING, SpikeDetector, skipping
 
 CPU = torch.device("cpu")
 SPOILT = ("--train.max-nonfinite-steps", 5, "--optim.schedule", "constant", "--train.ema-half-life-images", 0)
@@ -65,22 +65,25 @@ def test_a_skipped_step_changes_neither_weights_nor_moments(scaled):
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
 
-    def step(skipped):
-        weight.grad = torch.full((3,), 8.0 if scaled else 1.0)
-        if scaler is None:
-            skip_where(torch.tensor(skipped), optimizer, None)
-            optimizer.step()
-            return
-        scaler.scale(torch.zeros(()))
-        scaler.unscale_(optimizer)
-        skip_where(torch.tensor(skipped), optimizer, scaler)
-        scaler.step(optimizer)
+    def step(skipped, gradient=1.0):
+        weight.grad = torch.full((3,), gradient * (8.0 if scaler else 1.0))
+        with skipping(torch.tensor(skipped), optimizer):
+            if scaler is None:
+                optimizer.step()
+                return
+            scaler.scale(torch.zeros(()))
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
         scaler.update()
 
     step(0.0)
     before = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
     assert not torch.equal(before[0], torch.ones(3))
     step(1.0)
+    if scaler:
+        assert scaler.get_scale() == 8, "a spike does not lower the scale"
+        step(0.0, gradient=torch.inf)
+        assert scaler.get_scale() == 4
     assert torch.equal(weight, before[0])
     assert torch.equal(optimizer.state[weight]["exp_avg"], before[1])
     step(0.0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -51,15 +52,21 @@ class SpikeDetector:
         self.mean_log_norm = state["mean_log_norm"].to(self.mean_log_norm)
 
 
-def skip_where(
-    skipped: Float[Tensor, ""], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
-) -> None:
-    """Make the next step of a fused optimizer leave weights and moments alone if `skipped` is 1, unseen by the host.
+@contextmanager
+def skipping(skipped: Float[Tensor, ""], optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, a step of this fused optimizer leaves weights and moments alone if `skipped` is 1, unseen by the host.
 
-    A gradient scaler brings its own verdict along, to which this one is added; it also lowers the scale.
+    A gradient scaler's own verdict counts as well, and is the only one that lowers its scale: a spike says nothing about that.
     """
-    if scaler is None:
-        optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        return
-    for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-        torch.maximum(found, skipped, out=found)
+
+    def add_verdict(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        found = getattr(optimizer, "found_inf", None)  # the scaler's
+        optimizer.found_inf = skipped if found is None else torch.maximum(found, skipped)  # type: ignore[attr-defined]
+
+    hook = optimizer.register_step_pre_hook(add_verdict)
+    try:
+        yield
+    finally:
+        hook.remove()
+        if hasattr(optimizer, "found_inf"):
+            del optimizer.found_inf

@@ -33,7 +33,7 @@ from vaetrain.training.augment import flip
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.noise_scale import NOISE_METERS, GradientNoiseProbe, GradientNorms
 from vaetrain.training.optimizer import build_optimizer
-from vaetrain.training.spikes import SpikeDetector, skip_where
+from vaetrain.training.spikes import SpikeDetector, skipping
 
 
 @runtime_checkable  # for the type checks of the tests
@@ -193,10 +193,10 @@ class TrainStep:
         if self.spikes:
             # The reduced gradient is the same on all processes, so all skip together; the decision never leaves the device.
             skipped, spiked = self.spikes.detect(grad_norm)
-            skip_where(skipped, getattr(self.optimizer, "optimizer", self.optimizer), self.engine.scaler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        with skipping(skipped, getattr(self.optimizer, "optimizer", self.optimizer)):
+            self.optimizer.step()
         if self.ema:
             self.ema.update(self.vae, self.layout.global_batch_size, images_seen, skipped)
         totals = dict(zip(self.names_of_totals, self._totals, strict=True))
