@@ -11,9 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from html_document import Document
-from vaetrain.report.axis import Axis, round_step, without_outliers
+from vaetrain.report.axis import Axis, round_step
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.values import number_text
+from vaetrain.runs.curves import without_outliers
 
 NAN = math.nan
 

@@ -251,6 +251,17 @@ def test_the_dark_is_dark(show):
     assert dark[0] < 150 < 500 < dark[1]
 
 
+def test_paper_is_light_and_takes_two_charts_beside_each_other(run, show):  # noqa: F811
+    """Whatever the screen is: pale text on white paper is not read, nor are charts blown up to the width of a page."""
+    opened = show(report([run]), color_scheme="dark")
+    opened.tab.set_viewport_size({"width": 718, "height": 1000})  # A4 less its margins
+    opened.tab.emulate_media(media="print")
+    assert opened.tab.evaluate("getComputedStyle(document.body).color") == "rgb(34, 38, 43)"
+    loss, distortion = (opened.chart(title).bounding_box() for title in ("Loss", "Distortion"))
+    assert loss["y"] == distortion["y"]
+    assert loss["x"] + loss["width"] < distortion["x"]
+
+
 @pytest.mark.parametrize(
     ("points", "options"),
     [

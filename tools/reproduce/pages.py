@@ -18,6 +18,7 @@ from vaetrain.files import replace_file
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.document import report
 from vaetrain.report.page import Section, absent, code, links, page, paragraph, picture, side_by_side, table, verdict
+from vaetrain.runs.curves import DISTORTION, RATE, line_of
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.sweeps.results import SEED
 from vaetrain.sweeps.runner import TrialRun
@@ -202,22 +203,14 @@ def _score_table(scores: Scores, priors: Sequence[str]) -> Table:
 
 
 def _curves(run: Path) -> list[str]:
-    records = RunDirectory(run).metrics()
-
-    def series(label: str, split: str, name: str) -> Series:
-        points = [
-            (record["epoch"], record[name])
-            for record in records
-            if record["split"] == split and record.get(name) is not None
-        ]
-        return Series(label, tuple((float(x), float(y)) for x, y in points))
-
-    losses = [series("training", "train", "train/distortion_nats"), series("validation", "val", "val/distortion_nats")]
-    rates = [series("training", "train", "train/rate_nats"), series("validation", "val", "val/rate_nats")]
-    charts = [chart("Distortion", losses, x="epoch", y="nats per image")]
-    if any(y > 0 for line in rates for _, y in line.points):
-        charts.append(chart("Rate (KL)", rates, x="epoch", y="nats per image"))
-    return charts
+    metrics = RunDirectory(run).metrics()
+    drawn = {
+        curve: [Series(label, line_of(metrics, metric)) for label, metric in curve.lines]
+        for curve in (DISTORTION, RATE)
+    }
+    if not any(y > 0 for line in drawn[RATE] for _, y in line.points):
+        del drawn[RATE]
+    return [chart(curve.title, series, x="epoch", y=curve.y) for curve, series in drawn.items()]
 
 
 def _write(

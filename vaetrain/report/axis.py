@@ -14,9 +14,6 @@ LARGEST, SMALLEST = 1e250, 1e-250
 FAR = 1000.0
 """Lengths of an axis; no line is seen to bend there."""
 
-MIN_FOR_CLIPPING = 10
-"""Values; the range of fewer holds all of them."""
-
 
 @dataclass(frozen=True)
 class Axis:
@@ -99,11 +96,3 @@ def power_text(exponent: int) -> str:
 def superscript(number: int) -> str:
     """A whole number as an exponent."""
     return str(number).translate(SUPERSCRIPTS)
-
-
-def without_outliers(values: Sequence[float]) -> list[float]:
-    """The values without the first, enormous ones (over twice the rest, the rest being 97%), which would flatten the rest."""
-    if len(values) <= MIN_FOR_CLIPPING:
-        return list(values)
-    lower = sorted(values)[: max(2, math.ceil(0.97 * len(values)))]
-    return lower if max(values) > 2 * max(map(abs, lower)) else list(values)

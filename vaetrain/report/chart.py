@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from vaetrain.report.axis import LARGEST, Axis, without_outliers
+from vaetrain.report.axis import LARGEST, Axis
 from vaetrain.report.values import number_text
+from vaetrain.runs.curves import without_outliers
 
 WIDTH, HEIGHT = 720, 380
 """In SVG units; chart.js draws anew for the width that there is."""

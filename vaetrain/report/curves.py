@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 from vaetrain.report.chart import Series, chart
 from vaetrain.report.page import absent, fold, paragraph, side_by_side, table
 from vaetrain.report.values import number_text
-from vaetrain.runs.record import RunRecord, number, points
+from vaetrain.runs.curves import DISTORTION, LOSS, NEGATED, RATE, Curve, line_of
+from vaetrain.runs.record import RunRecord, number
 
 MAX_POINTS = 2000
 """Of a line; of more, each stretch keeps its lowest and its highest."""
@@ -22,23 +22,10 @@ PLACE = ("step", "images_seen", "epoch", "split")
 """What every record carries besides its metrics."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A chart that every run has: which metrics, under which names."""
-
-    title: str
-    y: str
-    lines: tuple[tuple[str, str], ...]
-    """(label, metric)."""
-
-    log_y: bool = False
-
-
 CURVES = (
-    Curve("Loss", "nats per image", (("training: distortion + β · rate", "train/loss"), ("validation: −ELBO", "−val/elbo_nats"))),
-    Curve("Distortion, −log p(x|z)", "nats per image",
-          (("training", "train/distortion_nats"), ("validation", "val/distortion_nats"))),
-    Curve("Rate, KL(q(z|x) ‖ p(z))", "nats per image", (("training", "train/rate_nats"), ("validation", "val/rate_nats"))),
+    LOSS,
+    DISTORTION,
+    RATE,
     Curve("ELBO", "nats per image", ((AVERAGED, "val/elbo_nats"), (RAW, "val_raw/elbo_nats"))),
     Curve("PSNR of reconstructions", "dB", ((AVERAGED, "val/psnr_db"), (RAW, "val_raw/psnr_db"))),
     Curve("SSIM of reconstructions", "SSIM", ((AVERAGED, "val/ssim"), (RAW, "val_raw/ssim"))),
@@ -83,7 +70,7 @@ def curves_of_run(recorded: RunRecord) -> str:
     fault = recorded.faults.get(recorded.run.metrics_file.name)
     constants: dict[str, float] = {}
     first = [drawn for curve in CURVES if (drawn := _draw(recorded, curve, constants))]
-    known = {metric.removeprefix("−") for curve in (*CURVES, *FURTHER) for _, metric in curve.lines}
+    known = {metric.removeprefix(NEGATED) for curve in (*CURVES, *FURTHER) for _, metric in curve.lines}
     others = [Curve(name, name, ((name, name),)) for name in _metric_names(recorded) if name not in known]
     further = [drawn for curve in (*FURTHER, *others) if (drawn := _draw(recorded, curve, constants))]
     parts = [absent(fault) if fault else "", _incidents(recorded)]
@@ -102,7 +89,8 @@ def curves_of_runs(runs: Sequence[RunRecord], labels: Sequence[str]) -> str:
     for curve in COMPARED:
         [(title, metric)] = curve.lines
         series = [
-            Series(label, _line(recorded, metric, "images_seen")) for recorded, label in zip(runs, labels, strict=True)
+            Series(label, thinned(line_of(recorded.metrics, metric, "images_seen")))
+            for recorded, label in zip(runs, labels, strict=True)
         ]
         if any(math.isfinite(y) for line in series for _, y in line.points):
             drawn.append(chart(title, series, x="images seen", y=curve.y, log_y=curve.log_y))
@@ -128,7 +116,7 @@ def _draw(recorded: RunRecord, curve: Curve, constants: dict[str, float]) -> str
     """The chart; empty when there is no finite value, and when there is nothing to see but one value again and again."""
     series, values = [], []
     for label, metric in curve.lines:
-        line = _line(recorded, metric, "epoch")
+        line = thinned(line_of(recorded.metrics, metric))
         finite = [y for _, y in line if math.isfinite(y)]
         if finite:
             series.append(Series(label, line))
@@ -139,13 +127,6 @@ def _draw(recorded: RunRecord, curve: Curve, constants: dict[str, float]) -> str
         constants[curve.lines[0][1]] = values[0]
         return ""
     return chart(curve.title, series, x="epoch", y=curve.y, log_y=curve.log_y)
-
-
-def _line(recorded: RunRecord, metric: str, x: str) -> tuple[tuple[float, float], ...]:
-    sign = -1 if metric.startswith("−") else 1
-    return thinned(
-        [(place, sign * value) for place, value in points(list(recorded.metrics), x, metric.removeprefix("−"))]
-    )
 
 
 def _metric_names(recorded: RunRecord) -> list[str]:

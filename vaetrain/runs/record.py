@@ -89,7 +89,7 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def points(records: list[dict[str, Any]], x: str, y: str) -> tuple[tuple[float, float], ...]:
+def points(records: Iterable[dict[str, Any]], x: str, y: str) -> tuple[tuple[float, float], ...]:
     """(x, y) of the records that name both; NaN where a value is null."""
     return tuple((number(record[x]), number(record[y])) for record in records if x in record and y in record)
 

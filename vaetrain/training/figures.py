@@ -21,14 +21,17 @@ from torchvision.utils import make_grid, save_image
 
 from vaetrain.data.readers.reader import Reader
 from vaetrain.model.autoencoder import VAE
+from vaetrain.runs.curves import DISTORTION, LOSS, RATE, Curve, line_of, without_outliers
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.record import records_of
 from vaetrain.training.logger import RunLogger
 from vaetrain.training.progress import Progress
 
 SECONDS_BETWEEN_DRAWINGS = 60
 """Drawing costs some two seconds; short epochs need not pay it every time. The end of training always draws."""
 
-TRAIN_COLOUR, VAL_COLOUR, OTHER_COLOUR, INCIDENT_COLOUR = "#4c72b0", "#dd8452", "#8c8c8c", "#c44e52"
+OTHER_COLOUR, INCIDENT_COLOUR = "#8c8c8c", "#c44e52"
+TRAINING, VALIDATION = {"color": "#4c72b0"}, {"color": "#dd8452", "marker": "o"}
 
 
 class RunFigures:
@@ -94,33 +97,22 @@ def save_interpolations(vae: VAE, x: Float[Tensor, "b c h w"], file: Path, num_s
 
 def save_curves(metrics: Sequence[dict[str, Any]], folder: Path) -> None:
     """losses.png and kl.png: training and validation over epochs, as in the lecture; nats per image."""
-    train = [record for record in metrics if record["split"] == "train"]
-    val = [record for record in metrics if record["split"] == "val"]
-
     with plt.style.context(
         {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     ):
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-        negative_elbo = [
-            (r["epoch"], r["val/distortion_nats"] + r["val/rate_nats"]) for r in val if finite(r, "val/distortion_nats")
-        ]
-        draw_curve(axes[0], points(train, "train/loss"), "training: distortion + β · rate", TRAIN_COLOUR)
-        draw_curve(axes[0], negative_elbo, "validation: −ELBO", VAL_COLOUR, marker="o")
-        axes[0].set(title="Loss", xlabel="epoch", ylabel="nats per image")
-        draw_curve(axes[1], points(train, "train/distortion_nats"), "training", TRAIN_COLOUR)
-        draw_curve(axes[1], points(val, "val/distortion_nats"), "validation", VAL_COLOUR, marker="o")
-        mark_incidents(axes[0], train, [record for record in metrics if record["split"] == "event"])
-        axes[1].set(title="Distortion, −log p(x|z)", xlabel="epoch", ylabel="nats per image")
+        draw(axes[0], metrics, LOSS)
+        draw(axes[1], metrics, DISTORTION)
+        mark_incidents(axes[0], records_of(metrics, "train"), records_of(metrics, "event"))
         finish(figure, list(axes), folder / "losses.png")
 
         figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
-        draw_curve(axis, points(train, "train/rate_nats"), "training", TRAIN_COLOUR)
-        draw_curve(axis, points(val, "val/rate_nats"), "validation", VAL_COLOUR, marker="o")
-        axis.set(title="Rate, KL(q(z|x) ‖ p(z))", xlabel="epoch", ylabel="nats per image")
-        if len({record["train/beta"] for record in train}) > 1:
+        draw(axis, metrics, RATE)
+        beta = line_of(metrics, "train/beta")
+        if len({value for _, value in beta}) > 1:
             right = axis.twinx()
             right.grid(False)
-            draw_curve(right, points(train, "train/beta"), "β (right)", OTHER_COLOUR, linestyle="--")
+            draw_line(right, beta, "β (right)", color=OTHER_COLOUR, linestyle="--")
             right.set_ylim(bottom=0)
         finish(figure, [axis], folder / "kl.png")
 
@@ -138,30 +130,27 @@ def mark_incidents(axis: Any, train: Sequence[dict[str, Any]], events: Sequence[
             )  # fmt: skip
 
 
-def finite(record: dict[str, Any], name: str) -> bool:
-    """Whether a record has a number under a name; non-finite values were written as null."""
-    return record.get(name) is not None
+def draw(axis: Any, metrics: Sequence[dict[str, Any]], curve: Curve) -> None:
+    """Draw a curve's two lines, training and validation."""
+    for (label, metric), style in zip(curve.lines, (TRAINING, VALIDATION), strict=True):
+        draw_line(axis, line_of(metrics, metric), label, **style)
+    axis.set(title=curve.title, xlabel="epoch", ylabel=curve.y)
 
 
-def points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(epoch, value) of the records that have a value."""
-    return [(record["epoch"], record[name]) for record in records if finite(record, name)]
-
-
-def draw_curve(axis: Any, curve: Sequence[tuple[float, float]], label: str, colour: str, **style: Any) -> None:
-    """Add one labelled line to an axis."""
-    axis.plot(
-        [x for x, _ in curve], [y for _, y in curve], label=label, color=colour, linewidth=1.6, markersize=3, **style
-    )
+def draw_line(axis: Any, line: Sequence[tuple[float, float]], label: str, **style: Any) -> None:
+    """Add a labelled line through the finite values, if there are any: an autoencoder has no ELBO."""
+    if finite := [(x, y) for x, y in line if math.isfinite(y)]:
+        axis.plot(*zip(*finite, strict=True), label=label, linewidth=1.6, markersize=3, **style)
 
 
 def finish(figure: Any, axes: Sequence[Any], file: Path) -> None:
     """Keep the first, enormous losses from flattening the rest; then legend and save."""
     for axis in axes:
         values = [y for line in axis.get_lines() for y in line.get_ydata()]
-        later = sorted(values)[: max(2, math.ceil(0.97 * len(values)))]
-        if len(values) > 10 and max(values) > 2 * max(map(abs, later)):
-            axis.set_ylim(top=max(later) + 0.05 * (max(later) - min(values)))
-    figure.axes[0].legend(frameon=False)
+        later = without_outliers(values)
+        if len(later) < len(values):
+            axis.set_ylim(top=max(later) + 0.05 * (max(later) - min(later)))
+    if figure.axes[0].get_legend_handles_labels()[0]:  # none where no loss was finite
+        figure.axes[0].legend(frameon=False)
     figure.savefig(file, dpi=120)
     plt.close(figure)
