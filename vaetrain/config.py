@@ -16,7 +16,7 @@ from vaetrain.data.config import DataConfig
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.config import ObjectiveConfig
 
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,11 @@ class TrainConfig:
     precision: PrecisionName = "auto"
     """Arithmetic of the network; densities, weights and optimizer stay fp32. auto: that of the run that is resumed; otherwise bf16
     where all devices compute it natively (GPUs from compute capability 8.0, CPUs on which it is measured to be faster), else
-    fp32. fp16 needs a GPU."""
+    fp32. fp32 is IEEE; tf32 rounds the factors of its products to 10 bits of mantissa (GPUs from 8.0). fp16 needs a GPU."""
+
+    deterministic: bool = False
+    """Use only algorithms that give the same bits every time: then resumes and reruns are exact on GPUs, too. Slower there. CPUs
+    are exact without."""
 
     compile: bool = False
     """Compile the model with torch.compile: a minute at the start for a faster step."""

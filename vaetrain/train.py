@@ -136,7 +136,7 @@ def main(config: Config) -> None:
     with user_errors():
         accelerator = precision.start(
             config.train.precision, kept=recorded_precision(config), log_with=config.log.trackers,
-            project_dir=config.run_dir, timeout_s=longest_wait_s,
+            project_dir=config.run_dir, timeout_s=longest_wait_s, deterministic=config.train.deterministic,
         )  # fmt: skip
         config = precision.resolved(config, accelerator)
         control = Control(heartbeat, StopRequest(longest_wait_s), time_limit)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from vaetrain.distributed import arithmetic
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.machine import num_cores
 
@@ -31,7 +32,7 @@ from vaetrain.machine import num_cores
 # free their last tensors (torch 2.15). So it is imported above, before there is a group; tests/test_exit.py.
 
 T = TypeVar("T")
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 TIMEOUT_S = 600.0
 """A collective that waits longer ends the command: the other side is dead or stuck."""
@@ -67,12 +68,19 @@ def start(
     log_with: Sequence[str] = (),
     project_dir: Path | None = None,
     timeout_s: float = TIMEOUT_S,
+    deterministic: bool = False,
 ) -> Accelerator:
-    """`join` the others and compute in this arithmetic; call once, first. For one that fits the machine see precision.start."""
+    """`join` the others and compute in this arithmetic; call once, first. For one that fits the machine see precision.start.
+
+    `deterministic`: with algorithms only that give the same bits every time.
+    """
     join(timeout_s)
+    arithmetic.set_tf32(precision == "tf32")
+    if deterministic:
+        arithmetic.be_deterministic()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision="no" if precision in ("fp32", "tf32") else precision,
         log_with=list(log_with) or None,
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
@@ -103,7 +111,9 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
 
 def in_use(accelerator: Accelerator) -> Precision:
     """The arithmetic that an accelerator computes in."""
-    name: Precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    if accelerator.mixed_precision == "no":
+        return "tf32" if arithmetic.tf32_is_set() else "fp32"
+    name: Precision = accelerator.mixed_precision
     return name
 
 

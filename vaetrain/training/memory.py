@@ -165,8 +165,8 @@ class InArithmetic(nn.Module):
 
 def arithmetic(device: torch.device, precision: PrecisionName) -> torch.autocast:
     """Autocast of this precision, whatever the accelerator's own is."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def data_bytes_on(device: torch.device, config: DataConfig) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vaetrain.config import Config, PrecisionName
 from vaetrain.distributed import processes
+from vaetrain.distributed.arithmetic import TF32_CAPABILITY
 from vaetrain.distributed.processes import TIMEOUT_S, in_use
 from vaetrain.machine import cpu_model
 
@@ -63,14 +64,16 @@ def choose(asked: PrecisionName, *, kept: PrecisionName | None = None) -> Choice
     """The arithmetic to compute in, the same on every process; None where what was asked for needs no comment. A collective.
 
     `asked` may be auto: then that of the run that is resumed, `kept`, or the one that fits the devices of all processes. Raises
-    ValueError for fp16 without a GPU.
+    ValueError for fp16 or tf32 without a GPU that has it.
     """
     if asked == "fp16" and not torch.cuda.is_available():
         raise ValueError("--train.precision fp16 needs a GPU and there is none; use auto, fp32 or bf16")
+    if asked == "tf32" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= TF32_CAPABILITY):
+        raise ValueError("--train.precision tf32 needs a GPU of compute capability 8.0 or more; use auto, fp32 or bf16")
     named = asked if asked != "auto" else gather_object([kept])[0] or "auto"
     goes_on = asked == "auto" and named != "auto"
     why = "as the run that goes on has it" if goes_on else "as asked for"
-    if named in ("fp32", "fp16"):
+    if named in ("fp32", "tf32", "fp16"):
         return Choice(named, why) if goes_on else None
     # On a node of several kinds of GPU, or processors, all follow the least of them.
     devices = gather_object([computes_bf16_natively()])
