@@ -60,7 +60,7 @@ demo: setup
 	@echo "All of it, in a browser: runs/demo/report.html"
 
 test: setup
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check $(SRC)
