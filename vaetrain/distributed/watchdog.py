@@ -49,6 +49,8 @@ SECONDS_TO_ANSWER = 10.0
 """A process whose thread has not been heard for so long is stopped or lost, should nobody make progress."""
 FIRST_STEP_S = 1800.0
 """Patience with the first step of a compiled model, in seconds."""
+SECONDS_TO_SPEAK_FIRST = 60.0
+"""So much longer processes wait for each other than the watchdog is patient: it knows who is missing, and where."""
 
 SECONDS_TO_BE_HEARD = 3.0
 """How long the process that speaks waits, before it leaves, for the others to see it; rank 0 may keep the store."""
@@ -67,6 +69,11 @@ class Position:
     """Phases entered since."""
     phase: str
     """What it does there, in words."""
+
+
+def longest_wait_s(timeout_s: float, start_timeout_s: float) -> float:
+    """Seconds after which a process gives up waiting for another, in a collective or not, should no watchdog have spoken."""
+    return max(timeout_s + FIRST_STEP_S, start_timeout_s) + SECONDS_TO_SPEAK_FIRST
 
 
 class Heartbeat:

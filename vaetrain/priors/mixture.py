@@ -15,7 +15,7 @@ from vaetrain.distributed.randomness import mixed_seed
 from vaetrain.model.prior import standard_normal_log_density
 from vaetrain.priors.aggregate import AggregatePosterior, Posteriors
 from vaetrain.priors.config import PriorFitConfig
-from vaetrain.priors.gaussian import WhitePrior
+from vaetrain.priors.gaussian import WhitenedCodes, WhitePrior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import ProgressBar
 
@@ -87,15 +87,17 @@ class MixturePrior(WhitePrior):
         return super().tensors() | own
 
 
-def fit_mixture(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[MixturePrior, dict[str, Any]]:
+def fit_mixture(
+    aggregate: AggregatePosterior, config: PriorFitConfig, whitening: Whitening
+) -> tuple[MixturePrior, dict[str, Any]]:
     """Mixtures of full and of diagonal covariances; the one under which held-out codes are most likely is kept.
 
     The number of components rises until that likelihood falls. Raises ValueError when all are more than there are codes.
     """
-    whitening = Whitening.of(aggregate)
-    rank = min(config.leading_dims, aggregate.train.mean.shape[1])
-    codes = whitening.whiten(fit_codes(aggregate, mixed_seed(config.seed, FIT_DRAW)))[:, :rank]
-    selection = aggregate.selection_codes(config.seed)
+    num_dims = aggregate.train.mean.shape[1]
+    rank = min(config.leading_dims, num_dims)
+    codes = whitening.whiten(fit_codes(aggregate, mixed_seed(config.seed, FIT_DRAW)), rank)
+    selection = WhitenedCodes.of(aggregate.selection_codes(config.seed), whitening, rank)
     numbers = [components for components in sorted(config.gmm_components) if components <= len(codes)]
     if not numbers:
         raise ValueError(
@@ -111,7 +113,7 @@ def fit_mixture(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[
                     codes, components, covariance, mixed_seed(config.seed) % 2**32
                 )
                 prior = MixturePrior(aggregate.latent_shape, whitening, mixture)
-                score = float(prior.log_density(selection).mean()) / selection.shape[1]
+                score = selection.nats_per_dim(mixture.log_density(selection.leading), num_dims)
                 candidates.append(prior)
                 tried.append({**facts, "selection_nats_per_dim": score})
                 bar.update(components)
@@ -140,10 +142,11 @@ def expectation_maximisation(
     # With several threads of OpenBLAS, which spin while they wait, a fit beside other work took seven times the CPU time.
     with warnings.catch_warnings(), threadpool_limits(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the held-out likelihood judges where it stopped
-        model.fit(codes.numpy())
+        model.fit(codes.cpu().numpy())
     covariances = torch.from_numpy(model.covariances_)
     choleskys = torch.linalg.cholesky(covariances) if covariance == "full" else covariances.sqrt().diag_embed()
-    mixture = Mixture(torch.from_numpy(model.weights_), torch.from_numpy(model.means_), choleskys)
+    tensors = (torch.from_numpy(model.weights_), torch.from_numpy(model.means_), choleskys)
+    mixture = Mixture(*(tensor.to(codes.device) for tensor in tensors))
     return mixture, {"covariance": covariance, "components": components, "em_iterations": int(model.n_iter_)}
 
 
