@@ -139,7 +139,10 @@ def test_the_longest_wait_is_longer_than_any_patience():
 def test_evaluation_and_sampling_take_their_time_from_an_option(tmp_path):
     assert time_given(evaluate, EvaluateConfig(tmp_path, timeout_s=7.0)) == (7.0, "--timeout-s")
     assert time_given(sample_main, SampleConfig(tmp_path, tmp_path, timeout_s=7.0)) == (7.0, "--timeout-s")
-    for make in (lambda: EvaluateConfig(tmp_path, timeout_s=0.0), lambda: SampleConfig(tmp_path, tmp_path, timeout_s=0.0)):
+    for make in (
+        lambda: EvaluateConfig(tmp_path, timeout_s=0.0),
+        lambda: SampleConfig(tmp_path, tmp_path, timeout_s=0.0),
+    ):
         with pytest.raises(ValueError, match="--timeout-s is 0.0; it must be positive"):
             make()
 

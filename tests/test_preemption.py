@@ -155,7 +155,10 @@ class Ring:
             self.clock += step_s
             if step % 10 == 9:
                 for number, stop in enumerate(self.stops):
-                    stop._measured_at = stop._measured_at and (stop._measured_at[0], stop._measured_at[1] + 1e-3 * number)
+                    stop._measured_at = stop._measured_at and (
+                        stop._measured_at[0],
+                        stop._measured_at[1] + 1e-3 * number,
+                    )
                     stop.measure(step + 1)
         return None
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.mixture import GaussianMixture
 from torch.distributions import MultivariateNormal
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +23,7 @@ from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
 from vaetrain.priors.fit import fit_prior, fitted_priors, nats_per_dim, prior_table, priors_for
 from vaetrain.priors.flow import build_flow
 from vaetrain.priors.gaussian import WhitenedCodes
+from vaetrain.priors.mixture import expectation_maximisation
 from vaetrain.priors.whitening import Whitening
 from vaetrain.runs.directory import RunDirectory
 
@@ -128,9 +130,7 @@ def test_priors_are_fitted_where_the_model_is(fit_all, accelerator, monkeypatch)
     fit, *_ = fit_all
     devices, made = [], []
     original, of = AggregatePosterior.to, Whitening.of.__func__
-    monkeypatch.setattr(
-        AggregatePosterior, "to", lambda self, device: devices.append(device) or original(self, device)
-    )
+    monkeypatch.setattr(AggregatePosterior, "to", lambda self, device: devices.append(device) or original(self, device))
     monkeypatch.setattr(Whitening, "of", classmethod(lambda cls, aggregate: made.append(1) or of(cls, aggregate)))
     fit(["gaussian", "gmm", "flow"])
     assert devices == [accelerator.device]
@@ -173,6 +173,20 @@ def test_mixture_recovers_a_mixture():
     assert float(prior.log_density(grid).exp().sum()) * 0.1**2 == pytest.approx(1, abs=0.01)
     with pytest.raises(ValueError, match="all more than the 5 codes"):
         fit_prior("gmm", aggregate_of(codes[:10]), PriorFitConfig(gmm_components=(6, 7)))
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_em_finds_what_scikit_learn_finds(ring_codes, covariance):
+    codes = ring_codes[:600].double()
+    mixture, facts = expectation_maximisation(codes, 6, covariance, 7)
+    theirs = GaussianMixture(
+        6, covariance_type=covariance, reg_covar=1e-3, max_iter=60, init_params="k-means++", random_state=7
+    ).fit(codes.numpy())
+    assert facts == {"covariance": covariance, "components": 6, "em_iterations": theirs.n_iter_}
+    assert 2 < theirs.n_iter_ < 60
+    assert mixture.weights == pytest.approx(theirs.weights_, rel=1e-9)
+    assert mixture.means == pytest.approx(theirs.means_, rel=1e-9, abs=1e-9)
+    assert mixture.log_density(codes) == pytest.approx(theirs.score_samples(codes.numpy()), rel=1e-9)
 
 
 def test_flow_and_mixture_find_what_a_gaussian_cannot(ring_codes):

@@ -148,7 +148,7 @@ def fit_prior(
     config: PriorFitConfig,
     whitening: Callable[[], Whitening] | None = None,
 ) -> tuple[Prior, dict[str, Any]]:
-    """Fit one prior in this process, on the aggregate's device (EM on the CPU), where it stays until it is saved.
+    """Fit one prior in this process, on the aggregate's device, where it stays until it is saved.
 
     The same aggregate and settings give the same fit on the same device. `whitening` gives that of the aggregate, if it is to be
     computed once for several priors. Returns with the prior what was tried and chosen.
