@@ -90,6 +90,8 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
     """
     yield
     exchange.meet("all processes to finish")
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize(accelerator.device)  # sums with the others may still be under way
     exchange.leave()
     accelerator.free_memory()
     gc.collect()  # a wrapped model refers to itself, and Accelerate collects before it lets go

@@ -127,6 +127,11 @@ class ProcessStatus:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
 
     @property
+    def waits_for_others(self) -> bool:
+        """It is not at work itself (exchange.py)."""
+        return self.where.startswith("exchange.py:")
+
+    @property
     def position(self) -> str:
         """For messages."""
         return self.phase if self.step < 0 else f"at step {self.step}, {self.phase}"
@@ -282,6 +287,7 @@ class Watchdog:
         silent = [rank for rank, heard in self._heard.items() if self._seconds - heard > to_answer]
         places = {rank: (report.step, report.stage) for rank, report in self._reports.items()}
         behind = silent or [rank for rank, place in places.items() if place == min(places.values())]
+        behind = [rank for rank in behind if not self._reports[rank].waits_for_others] or behind
         culprits = [self._reports[rank] for rank in sorted(behind)]
         for culprit in culprits:
             if silent and culprit.machine == machine():

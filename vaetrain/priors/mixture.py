@@ -160,8 +160,9 @@ def expectation_maximisation(
     responsibilities = codes.new_zeros(len(codes), components)
     responsibilities[torch.from_numpy(starts).long(), torch.arange(components)] = 1.0
     weights, means, scales = maximise(codes, responsibilities, covariance)
-    likelihood, iteration = -math.inf, 0
-    for iteration in range(1, MAX_ITERATIONS + 1):
+    likelihood, iterations = -math.inf, 0
+    for _ in range(MAX_ITERATIONS):
+        iterations += 1
         joint = log_joint(codes, weights, means, scales)
         evidence = joint.logsumexp(dim=1, keepdim=True)
         weights, means, scales = maximise(codes, (joint - evidence).exp(), covariance)
@@ -169,7 +170,7 @@ def expectation_maximisation(
         if abs(likelihood - before) < TOLERANCE:
             break
     mixture = Mixture(weights, means, scales if covariance == "full" else scales.diag_embed())
-    return mixture, {"covariance": covariance, "components": components, "em_iterations": iteration}
+    return mixture, {"covariance": covariance, "components": components, "em_iterations": iterations}
 
 
 def maximise(
