@@ -5,7 +5,6 @@ Gloo asks for the address of the host's own name, which on many machines is loop
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import struct
@@ -47,9 +46,9 @@ def choose_interface(
     over which no other machine is reached: then it is the interface of the `default` route, or the only one there is besides.
     Raises ValueError where neither tells.
     """
-    if not several_machines or not ipaddress.ip_address(own).is_loopback or means_loopback(main_host):
+    if not several_machines or not is_loopback(own) or means_loopback(main_host):
         return next((name for name, address in addresses.items() if address == own), None)
-    outward = [name for name, address in addresses.items() if not ipaddress.ip_address(address).is_loopback]
+    outward = [name for name, address in addresses.items() if not is_loopback(address)]
     if default in outward:
         return default
     if len(outward) == 1:
@@ -61,12 +60,14 @@ def choose_interface(
     )
 
 
+def is_loopback(address: str) -> bool:
+    """Whether an IPv4 address reaches this machine alone."""
+    return address.startswith("127.")
+
+
 def means_loopback(host: str) -> bool:
     """Whether a host was written as this very machine: all processes are meant to be on it, in trials of several "machines"."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(host) or host in ("localhost", "::1")
 
 
 def own_address_towards(host: str) -> str | None:
