@@ -30,6 +30,7 @@ from vaetrain.config import OptimConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_split
 from vaetrain.distributed import processes
+from vaetrain.distributed.watchdog import longest_wait_s
 from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.directory import write_json
@@ -261,7 +262,10 @@ def report(accelerator: Accelerator, text: str) -> None:
 def main(config: ScaleConfig) -> None:
     """Join the other processes and measure."""
     with user_errors():
-        accelerator = precision.start(config.train.precision)
+        waits_s = longest_wait_s(config.train.timeout_s, config.train.start_timeout_s)
+        accelerator = precision.start(
+            config.train.precision, timeout_s=waits_s, timeout_option="--train.timeout-s, --train.start-timeout-s"
+        )
         config = resolved(config, accelerator)
         with suggest_on_oom(config, accelerator), processes.finishing(accelerator):
             scale(config, accelerator)
