@@ -12,7 +12,7 @@ from einops.layers.torch import Rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from vaetrain.model.blocks import Attention, Downsample, ResBlock, Upsample, group_norm
+from vaetrain.model.blocks import Attention, Downsample, GroupNorm, ResBlock, Upsample
 from vaetrain.model.config import ModelConfig
 from vaetrain.model.likelihood import build_likelihood, from_uint8
 from vaetrain.model.posterior import DiagonalGaussian, PointMass, Posterior
@@ -37,7 +37,7 @@ class ConvEncoder(nn.Module):
                 self.blocks.append(ResBlock(width, width))
                 if resolution in config.attention_resolutions:
                     self.blocks.append(Attention(width))
-        self.norm_out = group_norm(channels[-1])
+        self.norm_out = GroupNorm(channels[-1])
         outputs = num_moments * config.latent_channels
         self.out: nn.Module
         if len(config.latent_shape) == 3:
@@ -78,7 +78,7 @@ class ConvDecoder(nn.Module):
                 self.blocks.append(ResBlock(width, width))
                 if resolution in config.attention_resolutions:
                     self.blocks.append(Attention(width))
-        self.norm_out = group_norm(channels[-1])
+        self.norm_out = GroupNorm(channels[-1])
         outputs = config.in_channels * params_per_channel * config.patch_size**2
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
 
