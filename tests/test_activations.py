@@ -124,3 +124,45 @@ def test_a_norm_of_low_precision_sums_in_float32():
         found = norm(x.contiguous(memory_format=memory_format))
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), norm(x.float()), rtol=2**-7, atol=2**-7)
+
+
+LARGE = ModelConfig(
+    image_size=256, patch_size=2, base_channels=64, channel_mult=(1, 2, 4, 4), attention_resolutions=(16,)
+)
+
+
+def test_checkpointed_levels_keep_a_fraction_of_the_bytes():
+    everything, top, none = (
+        forward(replace(LARGE, checkpoint_levels=levels)).saved_mib for levels in ((), (0, 1), (0, 1, 2, 3))
+    )
+    assert top < everything / 2
+    assert none < everything / 4
+
+
+@pytest.mark.parametrize("latent", ["spatial", "vector"])
+def test_checkpointed_gradients_are_the_same_to_the_bit(latent):
+    small = ModelConfig(
+        image_size=16, base_channels=16, channel_mult=(1, 2), num_res_blocks=1, latent=latent, latent_channels=4,
+        attention_resolutions=(8,),
+    )  # fmt: skip
+    gradients = []
+    for levels in ((), (0,), (0, 1)):
+        torch.manual_seed(0)
+        vae = VAE(replace(small, checkpoint_levels=levels)).to(memory_format=torch.channels_last)
+        for name, parameter in vae.named_parameters():
+            if parameter.eq(0).all() and name.endswith("weight"):  # where branches start at zero, no gradient goes back
+                nn.init.normal_(parameter, std=0.1)
+        images = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+        terms = vae(images, torch.randn(2, *small.latent_shape))
+        (terms.distortion.sum() + terms.kl.sum()).backward()
+        gradients.append({name: parameter.grad for name, parameter in vae.named_parameters()})
+    for found in gradients[1:]:
+        assert found.keys() == gradients[0].keys()
+        for name, gradient in found.items():
+            assert gradient is not None
+            assert gradient.equal(gradients[0][name]), name
+
+
+def test_levels_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"--model.checkpoint-levels \[4\] are no levels of this model; it has \[0, 1"):
+        ModelConfig(checkpoint_levels=(0, 4))

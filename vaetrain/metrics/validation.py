@@ -61,7 +61,9 @@ def validate(
         x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
         noise = noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape).to(x.device)
         with accelerator.autocast():
-            terms = vae(x, noise)
+            terms = vae.forward(
+                x, noise
+            )  # uncompiled: without gradients, and at the last batch's size, it would compile anew
             recon = vae.likelihood.to_unit(vae.reconstruct(x))
         unit = vae.likelihood.to_unit(x)
         scores: tuple[Tensor, ...] = (
