@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -17,9 +18,12 @@ from together import succeed_together
 from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config, TrainConfig
 from vaetrain.data.config import DataConfig
+from vaetrain.data.readers.batch import Batch
+from vaetrain.data.readers.order import BatchLayout
 from vaetrain.training import compilation
 from vaetrain.training.compilation import compile_in_place, explaining_failure, missing_compiler, resolved
 from vaetrain.training.resume import recorded_compile
+from vaetrain.training.step import TrainStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -119,6 +123,22 @@ def test_gradients_that_cuda_graphs_replay_are_added_to_tensors_of_the_models_ow
     other = nn.Linear(2, 2)
     compile_in_place(other, "default")
     assert all(parameter.grad is None for parameter in other.parameters())
+
+
+@pytest.mark.parametrize(("mode", "its_own"), [("reduce-overhead", True), ("default", False)])
+def test_steps_add_to_those_tensors(monkeypatch, accelerator, mode, its_own):
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+    settings = config("--model.kind", "dense", "--model.image-size", "4", "--train.compile", mode)
+    step = TrainStep.build(settings, BatchLayout.of(4, 2, 0, 1), accelerator)
+    before = {parameter: parameter.grad for parameter in step.vae.parameters()}
+    numbers = torch.zeros(2, dtype=torch.int64)
+    batches = itertools.repeat(Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), numbers, numbers))
+    for images_seen in (0, 4):
+        step.accumulate(batches, images_seen, beta=1.0)
+        step.update(1e-3, images_seen + 4)
+    assert all((parameter.grad is before[parameter]) == its_own for parameter in step.vae.parameters())
+    assert all(parameter.grad.ne(0).any() for parameter in step.vae.parameters())
+    accelerator.free_memory()
 
 
 def test_a_run_records_its_mode_and_is_found_by_who_goes_on(copy_of_tiny_run):

@@ -72,6 +72,7 @@ def compile_in_place(model: nn.Module, mode: CompileMode | bool) -> None:
 def explaining_failure(config: Config) -> Iterator[None]:
     """Turn a failure to compile inside into a ValueError that says how to go without."""
     from torch._dynamo.exc import TorchDynamoException  # which takes seconds to import, and the first optimizer does
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     try:
         yield
@@ -79,5 +80,5 @@ def explaining_failure(config: Config) -> Iterator[None]:
         cause = " ".join(str(error).splitlines()[:2]) or type(error).__name__  # which backend, and what it raised
         raise ValueError(
             f"torch.compile failed with --train.compile {config.train.compile}; pass --train.compile False to train "
-            f"uncompiled ({cause})"
+            f"uncompiled, or delete {cache_dir()} if an earlier start was killed while it compiled ({cause})"
         ) from error
