@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def as_they_are(x: Tensor) -> torch.autocast:
+def as_they_are(x: Tensor) -> AbstractContextManager[object]:
     """Inside, activations like `x` keep their dtype.
 
     On CUDA autocast makes them float32 around every norm and upsampling, which moves and keeps twice the bytes.
     """
-    return torch.autocast(x.device.type, enabled=False)
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class GroupNorm(nn.GroupNorm):
