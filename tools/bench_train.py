@@ -115,7 +115,9 @@ def make_images(config: BenchConfig, folder: Path) -> None:
     )
 
 
-def vaetrain_loop(config: BenchConfig, accelerator: Accelerator, folder: Path, *, compiled: bool) -> Callable[[], float]:
+def vaetrain_loop(
+    config: BenchConfig, accelerator: Accelerator, folder: Path, *, compiled: bool
+) -> Callable[[], float]:
     """Images per second that vaetrain/train.py itself records: reader, flips, EMA, schedules, meters and clipping."""
     runs = iter(range(1000))
 
