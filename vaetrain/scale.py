@@ -42,10 +42,9 @@ from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
 from vaetrain.scaling.measure_noise import MeasuredNoise, measure_noise, noise_micro_batch
 from vaetrain.scaling.probe import Probe, probe
-from vaetrain.training import precision
+from vaetrain.training import compilation, precision
 from vaetrain.training.memory import suggest_on_oom
 from vaetrain.training.noise_scale import NoiseScale
-from vaetrain.training.precision import resolved
 
 ASSUMED_GB_PER_S, ASSUMED_LATENCY_US = 10.0, 50.0
 """Of a network that nobody measured and nobody gave."""
@@ -266,7 +265,7 @@ def main(config: ScaleConfig) -> None:
         accelerator = precision.start(
             config.train.precision, timeout_s=waits_s, timeout_option="--train.timeout-s, --train.start-timeout-s"
         )
-        config = resolved(config, accelerator)
+        config = compilation.resolved(precision.resolved(config, accelerator), accelerator)
         with suggest_on_oom(config, accelerator), processes.finishing(accelerator):
             scale(config, accelerator)
 

@@ -29,13 +29,13 @@ from vaetrain.distributed.watchdog import FIRST_STEP_S, Heartbeat, Watchdog, lon
 from vaetrain.exit_codes import EXIT_STOPPED
 from vaetrain.metrics.validation import validate
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training import precision
+from vaetrain.training import compilation, precision
 from vaetrain.training.control import Control
 from vaetrain.training.divergence import note_steps, roll_back
 from vaetrain.training.figures import RunFigures
 from vaetrain.training.memory import suggest_on_oom
 from vaetrain.training.progress import Progress
-from vaetrain.training.resume import recorded_precision
+from vaetrain.training.resume import recorded_compile, recorded_precision
 from vaetrain.training.schedule import Schedule
 from vaetrain.training.start import start_run
 from vaetrain.training.step import TrainStep
@@ -51,7 +51,7 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
     """
     control = control or Control.of(config)
     with contextlib.ExitStack() as opened:  # closed however it ends: readers, lock, the checkpoint being written
-        config = precision.resolved(config, accelerator)
+        config = compilation.resolved(precision.resolved(config, accelerator), accelerator)
 
         # Data: an epoch is whole global batches; the length of training is whole global batches.
         control.enter("starting: opening the data")
@@ -144,6 +144,7 @@ def main(config: Config) -> None:
             deterministic=config.train.deterministic,
         )  # fmt: skip
         config = precision.resolved(config, accelerator)
+        config = compilation.resolved(config, accelerator, kept=recorded_compile(config))
         control = Control(heartbeat, StopRequest(waits_s), time_limit)
         watchdog = Watchdog(
             heartbeat, rank=accelerator.process_index, num_processes=accelerator.num_processes,
@@ -154,6 +155,7 @@ def main(config: Config) -> None:
             control.stop.on_signals(),
             watchdog,
             suggest_on_oom(config, accelerator),
+            compilation.explaining_failure(config),
             processes.finishing(accelerator),
         ):
             train(config, accelerator, control)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.distributed.nn.functional
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 from torch import distributed as dist
@@ -76,7 +76,10 @@ def start(
         mixed_precision="no" if precision in ("fp32", "tf32") else precision,
         log_with=list(log_with) or None,
         project_dir=project_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # one copy of the gradients instead of two
+        ],
     )
     if accelerator.is_main_process and accelerator.device.type == "cpu":
         cores, used = num_cores(), torch.get_num_threads() * processes_per_node()

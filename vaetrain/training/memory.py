@@ -27,6 +27,7 @@ from vaetrain.data.readers.resident import DEVICE_MEMORY_SHARE
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.remote.url import remote_folder
 from vaetrain.model.autoencoder import VAE, ElboTerms
+from vaetrain.training.compilation import compile_in_place
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.precision import resolved
@@ -99,7 +100,7 @@ def train_on_dummies(
     ]
     ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
     if config.train.compile:
-        vae.compile()
+        compile_in_place(vae, config.train.compile)
     alone = ThisProcess(device, config.train.precision)
     optimizer = ScaledOptimizer(build_optimizer(vae, config.optim), alone.scaler)
     layout = BatchLayout(micro_batch_size, micro_batch_size, rank=0, num_processes=1)
