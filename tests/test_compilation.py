@@ -66,7 +66,7 @@ def test_auto_compiles_on_a_gpu_where_all_have_a_compiler(monkeypatch, accelerat
     asked = Config(DataConfig("shards"))
     others = {"problem": None}
     monkeypatch.setattr(compilation, "missing_compiler", lambda device: None)
-    monkeypatch.setattr(compilation, "gather_object", lambda mine: [*mine, others["problem"]])
+    monkeypatch.setattr(compilation, "gather_objects", lambda mine, what: [*mine, others["problem"]])
     assert resolved(asked, accelerator).train.compile is False
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(Accelerator, "device", CUDA)
