@@ -109,13 +109,14 @@ def hosts():
             made.append(name)
         ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
         for rank, name in enumerate(names):
-            ip("-n", name, "address", "add", f"10.213.77.{rank + 1}/24", "dev", "cable")
+            ip("-n", name, "address", "add", f"192.168.213.{rank + 1}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 ip("-n", name, "link", "set", device, "up")
-            # `ip netns exec` shows it as /etc/hosts: the first host takes its own name for loopback, as Debian's do.
+            # `ip netns exec` shows it as /etc/hosts: the first host takes its own name for loopback, as Debian's do. Of two gloo
+            # processes the one with the higher address connects, so only addresses above 127 need the right one.
             own_hosts = HOSTS / name / "hosts"
             own_hosts.parent.mkdir(parents=True)
-            own_hosts.write_text(f"127.0.0.1 localhost\n{'10.213.77.1' if rank else '127.0.1.1'} {FIRST_HOST}\n")
+            own_hosts.write_text(f"127.0.0.1 localhost\n{'192.168.213.1' if rank else '127.0.1.1'} {FIRST_HOST}\n")
     except subprocess.CalledProcessError as error:
         remove_hosts(made)
         pytest.skip(f"two hosts need network namespaces, which cannot be made here: {error.stderr.strip()}")
