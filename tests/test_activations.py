@@ -20,6 +20,7 @@ from vaetrain.config import Config
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.blocks import GroupNorm
 from vaetrain.model.config import ModelConfig
+from vaetrain.runs.directory import RunDirectory
 
 MIB = 2**20
 NUM_IMAGES = 8
@@ -166,3 +167,14 @@ def test_checkpointed_gradients_are_the_same_to_the_bit(latent):
 def test_levels_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match=r"--model.checkpoint-levels \[4\] are no levels of this model; it has \[0, 1"):
         ModelConfig(checkpoint_levels=(0, 4))
+
+
+def test_a_run_goes_on_with_other_levels(copy_of_tiny_run, train_tiny):
+    losses = []
+    for name, levels in (("plain", []), ("checkpointed", ["--model.checkpoint-levels", 0, 1])):
+        copy_of_tiny_run(name)
+        run_dir = train_tiny(*levels, run_dir=name)
+        losses.append(
+            [record["train/loss"] for record in RunDirectory(run_dir).metrics() if record["split"] == "train"]
+        )
+    assert losses[0] == losses[1]
