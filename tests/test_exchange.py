@@ -182,7 +182,12 @@ def test_a_training_waits_after_each_work_of_the_main_process(events, tiny_shard
     saved = ["finish", "the main process to write the checkpoint before this one"]
     drawn = ["draw", "the main process to draw figures"]
     kept = [event for event in events if event in (*saved, *drawn) or "start" in event]
-    assert kept == ["the main process to write down the start", *2 * (saved + drawn), "finish"]
+    assert kept == [
+        "all processes to start",
+        "the main process to write down the start",
+        *2 * (saved + drawn),
+        "finish",
+    ]
 
 
 def test_sampling_waits_for_the_prior_and_the_folder(events, tiny_run, accelerator, tmp_path):

@@ -31,12 +31,8 @@ def resolved(config: C, accelerator: Accelerator, *, kept: CompileMode | bool | 
         return config
     mode, reason = gather_objects([kept], "all processes to start")[0], "as the run that goes on has it"
     if mode is None and accelerator.device.type == "cuda":
-        problem = next(
-            filter(
-                None, gather_objects([missing_compiler(accelerator.device)], "all processes to look for a compiler")
-            ),
-            None,
-        )
+        problems = gather_objects([missing_compiler(accelerator.device)], "all processes to look for a compiler")
+        problem = next(filter(None, problems), None)
         mode, reason = (False, problem) if problem else ("default", "on a GPU")
     if mode is None:
         mode = False
