@@ -54,8 +54,9 @@ def measure_noise(
     train = replace(config.train, micro_batch_size=micro)
     steps: list[Step] = []
     with short_training(replace(config, train=train), accelerator, reader, watch_noise=True) as training:
-        assert training.noise_probe is not None
-        small_batch = training.noise_probe.batch_size
+        probe = training.train_step.noise_probe
+        assert probe is not None
+        small_batch = probe.batch_size
         for number in range(options.num_steps):
             warmed = min(1.0, (number + 1) * batch / max(1, config.optim.warmup_images))
             steps.append(training.step(config.optim.lr * warmed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,7 @@ from vaetrain.config import Config
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.processes import sum_over_processes
-from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.config import beta_at
-from vaetrain.training.noise_scale import GradientNoiseProbe
-from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.step import TrainStep
 
 
@@ -45,14 +43,10 @@ class ShortTraining:
             config.train.global_batch_size, config.train.micro_batch_size,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
-        torch.manual_seed(config.seed)
-        vae = VAE(config.model).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        adamw = build_optimizer(vae, config.optim)
-        model, optimizer = accelerator.prepare(vae, adamw)
-        self.noise_probe = GradientNoiseProbe(model, adamw, layout, accelerator.num_processes) if watch_noise else None
-        self.train_step = TrainStep(
-            config, layout, accelerator, vae, model, optimizer, noise_probe=self.noise_probe, sums_in=torch.float64
-        )
+        # Uncompiled, since compiling takes a minute, and with whole gradients, which the noise scale needs.
+        train = replace(config.train, compile=False, gradient_compression=None)
+        watching = replace(config, train=train, log=replace(config.log, noise_scale=watch_noise))
+        self.train_step = TrainStep.build(watching, layout, accelerator, bare=True)
         self.images_seen = 0
         self._batches = reader.train_batches(config.seed, 0, layout)
 

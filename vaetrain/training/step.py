@@ -125,11 +125,14 @@ class TrainStep:
     """Of the totals over micro-batches."""
 
     @classmethod
-    def build(cls, config: Config, layout: BatchLayout, accelerator: Accelerator) -> TrainStep:
-        """A new model with seeded weights, and all that trains it. A collective."""
+    def build(cls, config: Config, layout: BatchLayout, accelerator: Accelerator, *, bare: bool = False) -> TrainStep:
+        """A new model with seeded weights, and all that trains it. A collective.
+
+        `bare`: without a moving average and without a step being skipped, and totals in float64, for a measurement.
+        """
         torch.manual_seed(config.seed)
         vae = VAE(config.model).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
+        ema = None if bare else ExponentialMovingAverage(vae, config.train.ema_half_life_images)
         if config.train.compile:
             compile_in_place(vae, config.train.compile)
         adamw = build_optimizer(vae, config.optim)
@@ -138,11 +141,12 @@ class TrainStep:
             model.broadcast_buffers = False  # which never change; as an argument torch 2.15 has it deprecated
             if config.train.gradient_compression == "bf16":
                 model.register_comm_hook(None, bf16_compress_hook)
-        spikes = SpikeDetector(config.train.skip_above, accelerator.device)
+        spikes = None if bare else SpikeDetector(config.train.skip_above, accelerator.device)
         noise_probe = None
         if config.log.noise_scale:
             noise_probe = GradientNoiseProbe(model, adamw, layout, accelerator.num_processes)
-        return cls(config, layout, accelerator, vae, model, optimizer, ema, spikes, noise_probe)
+        sums_in = torch.float64 if bare else torch.float32
+        return cls(config, layout, accelerator, vae, model, optimizer, ema, spikes, noise_probe, sums_in=sums_in)
 
     @property
     def averaged(self) -> VAE:
