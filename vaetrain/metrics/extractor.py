@@ -28,6 +28,7 @@ from torchvision.models import VGG16_Weights
 
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.weights import read_weights
+from vaetrain.upload import upload
 
 INCEPTION = "inception-v3-compat"
 
@@ -119,7 +120,7 @@ class FeatureExtractor:
 
         Raises ValueError when a user's module returns anything but a row of finite numbers for each image.
         """
-        images = images.to(self.device).expand(-1, 3, -1, -1)
+        images = upload(images, self.device).expand(-1, 3, -1, -1)
         # bf16 moves a FID by several points, and TF32 is on by default in cuDNN's convolutions.
         with (
             torch.autocast(self.device.type, enabled=False),

@@ -17,6 +17,7 @@ from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.shared_array import Gather, SharedArray
 from vaetrain.data.readers.worker_progress import ReaderProgress, end_process, mark_idle, stuck_message, watched
 from vaetrain.machine import available_memory
+from vaetrain.upload import upload
 
 # Of the device memory free before the model is built; the rest is for weights and activations.
 DEVICE_MEMORY_SHARE = 0.25
@@ -105,7 +106,7 @@ class ResidentReader:
             # other processes on the cores they waited for each other: 9,000. "clip": "raise" would copy once more.
             np.take(self._pixels.numpy(), positions, axis=0, out=out.numpy(), mode="clip")
         else:
-            out = torch.index_select(self._pixels, 0, rows.to(self._pixels.device))
+            out = torch.index_select(self._pixels, 0, upload(rows, self._pixels.device))
         return Batch(out.permute(0, 3, 1, 2), self._labels[rows], indices)
 
 
