@@ -44,7 +44,9 @@ from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.spikes import SpikeDetector
 from vaetrain.training.step import TrainStep
 
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")  # copy.deepcopy's
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Accessing the data pointer of FakeTensor:UserWarning"
+)  # copy.deepcopy's
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -264,7 +266,7 @@ def test_the_pretended_device_notes_what_makes_the_host_wait(gpu, do, noted):
 def test_the_pretended_device_refuses_what_mixes_devices(gpu):
     with pytest.raises(RuntimeError, match=r"same device|two devices"):
         torch.ones(3, device=CUDA) + torch.ones(3)
-    with pytest.raises(RuntimeError, match="dynamic|data-dependent|nonzero"):
+    with pytest.raises(RuntimeError, match=r"dynamic|data-dependent|nonzero"):
         torch.ones(3, device=CUDA).nonzero()
 
 
