@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from launching import TINY
@@ -23,17 +24,32 @@ from vaetrain.data.sharding.plan import ShardingConfig
 # their own two processes, take many times longer with two threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SLOWEST_FIRST = (
-    "test_resume", "test_report_in_a_browser", "test_watchdog", "test_preemption", "test_generation", "test_launch", "test_scoring",
-    "test_demo", "test_train", "test_reproduce", "test_rerun", "test_jobs", "test_parity", "test_probe", "test_scale",
-    "test_priors", "test_exit", "test_report", "test_sweep_runner", "test_divergence", "test_workers", "test_use",
+# Hypothesis would fail an example that takes more than 200 ms, as any does now and then on a machine that others use.
+settings.register_profile("no stopwatch", deadline=None)
+settings.load_profile("no stopwatch")
+
+SEVERAL_PROCESSES = (
+    "test_resume", "test_scale", "test_preemption", "test_train", "test_launch", "test_exit", "test_rerun", "test_watchdog",
+    "test_parity", "test_divergence", "test_sweep_runner", "test_damaged_data", "test_time_limit", "test_likelihood_scores",
+    "test_distributed",
 )  # fmt: skip
-"""Files that take longest, so that `make test`, which hands out whole files in order, does not end waiting for one of them."""
+"""Files whose tests start several processes that wait for each other: `make test` runs them one after the other, for two such
+tests at a time on two cores take more than twice as long."""
+
+SLOWEST_FIRST = (
+    "test_reproduce", "test_report_in_a_browser", "test_demo", "test_generation", "test_scoring", "test_jobs", "test_use",
+    "test_remote", "test_priors", "test_make_shards", "test_report", "test_fuzz_archives", "test_probe", "test_workers",
+)  # fmt: skip
+"""Of the other files those that take longest, so that `make test`, which hands out whole files in order, does not end waiting
+for one of them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: number for number, name in enumerate(SLOWEST_FIRST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    order = {name: number for number, name in enumerate((*SEVERAL_PROCESSES, *SLOWEST_FIRST))}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        group = "several processes" if item.path.stem in SEVERAL_PROCESSES else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,12 +13,14 @@ import vaetrain.train
 import vaetrain.training.step
 from vaetrain.config import Config, LogConfig, OptimConfig, TrainConfig
 from vaetrain.data.config import DataConfig
+from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.distributed import processes
 from vaetrain.metrics.validation import validate
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.training.figures import RunFigures
+from vaetrain.training.step import TrainStep
 
 NUM_STEPS = 20
 MODEL = ModelConfig(image_size=16, base_channels=16, channel_mult=(1, 2), num_res_blocks=1, latent_channels=4)
@@ -60,6 +62,20 @@ def train(accelerator: Accelerator, settings: Config) -> dict[str, object]:
         "elbos": [record["val_raw/elbo_nats"] for record in records if record["split"] == "val"],
         "apart": float((everybody - everybody[0]).abs().max()),
         "norm": float(weights.norm()),
+    }
+
+
+def how_gradients_are_reduced(accelerator: Accelerator, settings: Config) -> dict[str, bool]:
+    """What DDP does with a model that has a buffer (a fixed σ)."""
+    model = dataclasses.replace(settings.model, likelihood="gaussian-fixed")
+    layout = BatchLayout.of(32, None, accelerator.process_index, accelerator.num_processes)
+    uncompiled = dataclasses.replace(settings.train, compile=False)
+    wrapped = TrainStep.build(dataclasses.replace(settings, model=model, train=uncompiled), layout, accelerator).model
+    accelerator.free_memory()
+    assert list(wrapped.buffers())
+    return {
+        "into views of buckets": wrapped.gradient_as_bucket_view,
+        "with buffers": wrapped.will_sync_module_buffers(),
     }
 
 
@@ -106,6 +122,13 @@ def scenarios(shards: str, out: Path) -> None:
         }
         with patch.object(RunFigures, "draw"):  # which take longer than the trainings; once is enough
             results["accumulated"] = train(accelerator, config(shards, out / "accumulated", micro_batch_size=8))
+            compressed = config(shards, out / "compressed")
+            compressed = dataclasses.replace(
+                compressed, train=dataclasses.replace(compressed.train, gradient_compression="bf16")
+            )
+            results["compressed"] = train(accelerator, compressed)
+            if accelerator.num_processes > 1:
+                results["reduction"] = how_gradients_are_reduced(accelerator, config(shards, out))
             results["unwrapped"] = train_unwrapped(accelerator, config(shards, out / "unwrapped"))
         if accelerator.is_main_process:
             (out / "results.json").write_text(json.dumps(results))

@@ -115,7 +115,7 @@ def test_one_who_does_not_see_the_picture_gets_its_numbers():
     assert [cell.text for cell in document.all("td")] == ["3", "3", "2", "1.5000", "3"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.floats(), st.floats(), st.floats()), max_size=12),
     st.booleans(), st.booleans(), st.booleans(),

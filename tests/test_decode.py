@@ -69,7 +69,7 @@ def test_a_batch_is_written_in_place_and_nowhere_else():
 @pytest.mark.usefixtures("jpeg_decoder")
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 @given(data=st.data())
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_bytes_are_an_error_or_pixels_but_never_end_the_process(file_format, data):
     # One wrong byte in a PNG is enough for torchvision's decoder to end the process.
     content = encoded(file_format, noise())

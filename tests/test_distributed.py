@@ -1,29 +1,16 @@
 """Who the processes are, and how they reach each other."""
 
-import sys
-
 import pytest
 import torch
 
 from together import succeed_together
-from vaetrain.distributed import processes
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked")
-def test_the_interface_towards_a_host():
-    """tests/test_launch.py trains over it between two hosts."""
-    assert processes.interface_to("127.0.0.1") == "lo"
-
-
-@pytest.mark.parametrize("host", ["", "there.is.no.such.host.invalid"])
-def test_no_interface_towards_nowhere(host):
-    assert processes.interface_to(host) is None
+from vaetrain.distributed import exchange, processes
 
 
 def test_alone_there_is_no_group_and_no_store(accelerator):
     assert accelerator.num_processes == 1
     assert processes.control_group() is None
-    assert processes.shared_store() is None
+    assert exchange.shared_store() is None
 
 
 def test_only_processes_that_a_launcher_started_have_one(monkeypatch):
@@ -46,12 +33,12 @@ def fail_in_turn():
     accelerator = processes.start()
     with processes.finishing(accelerator):
         rank = accelerator.process_index
-        first = processes.problems_of_all("a bad file" if rank == 0 else "")
-        second = processes.problems_of_all(f"bad on {rank}")
-        third = processes.problems_of_all("")
+        first = exchange.problems_of_all("a bad file" if rank == 0 else "")
+        second = exchange.problems_of_all(f"bad on {rank}")
+        third = exchange.problems_of_all("")
         if rank == 0:
             with pytest.raises(TimeoutError, match="alone with it"):
-                processes.problems_of_all("alone with it", patience_s=1)
+                exchange.problems_of_all("alone with it", patience_s=1)
         print([first, second, third])
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -25,6 +26,7 @@ from vaetrain.distributed import processes
 from vaetrain.training.checkpoint import list_checkpoints
 
 SBATCH = ROOT / "launch" / "slurm.sbatch"
+HOSTS, FIRST_HOST = Path("/etc/netns"), "first-host"
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
@@ -110,6 +112,10 @@ def hosts():
             ip("-n", name, "address", "add", f"10.213.77.{rank + 1}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 ip("-n", name, "link", "set", device, "up")
+            # `ip netns exec` shows it as /etc/hosts: the first host takes its own name for loopback, as Debian's do.
+            own_hosts = HOSTS / name / "hosts"
+            own_hosts.parent.mkdir(parents=True)
+            own_hosts.write_text(f"127.0.0.1 localhost\n{'10.213.77.1' if rank else '127.0.1.1'} {FIRST_HOST}\n")
     except subprocess.CalledProcessError as error:
         remove_hosts(made)
         pytest.skip(f"two hosts need network namespaces, which cannot be made here: {error.stderr.strip()}")
@@ -123,6 +129,9 @@ def remove_hosts(names):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         ip("netns", "delete", name)
+        shutil.rmtree(HOSTS / name, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another test's are in it
+        HOSTS.rmdir()
 
 
 def ip(*arguments):
@@ -139,7 +148,10 @@ def training_losses(run_dir):
 
 
 def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
-    """launch/multinode.yaml on two hosts with a shared run directory, against one process on the same images."""
+    """launch/multinode.yaml on two hosts with a shared run directory, against one process on the same images.
+
+    The first takes its own name for loopback, over which gloo would wait for the second for ever.
+    """
     alone, together = tmp_path / "alone", tmp_path / "together"
     script_succeeds(*train_tiny(tiny_shards, alone))
     processes = []
@@ -147,7 +159,7 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
         processes.append(
             start(
                 *LAUNCH, "launch/multinode.yaml", "--num_machines", 2, "--num_processes", 2, "--machine_rank", rank,
-                "--main_process_ip", "10.213.77.1", "--main_process_port", 29500, *train_tiny(tiny_shards, together),
+                "--main_process_ip", FIRST_HOST, "--main_process_port", 29500, *train_tiny(tiny_shards, together),
                 within=(IP, "netns", "exec", host),
                 environment=NO_GPU,
             )

@@ -1,5 +1,7 @@
 """Out of memory: the message names the micro-batch that fits, found by trying."""
 
+import threading
+
 import pytest
 import torch
 
@@ -93,6 +95,51 @@ def test_the_frames_that_ran_out_of_memory_are_cleared_first(config, accelerator
     with pytest.raises(ValueError, match="advice"), suggest_on_oom(config, accelerator):
         train()
     assert seen == [0]
+
+
+def test_a_device_that_does_not_answer_is_not_waited_for(config, accelerator, monkeypatch):
+    """Beside a process that is gone a synchronisation may last for ever, and giving memory back is one, too."""
+    gone = threading.Event()
+    monkeypatch.setattr(micro_batch, "release_memory", lambda accelerator: gone.wait(100))
+    monkeypatch.setattr(micro_batch, "ADVICE_S", 0.2)
+    expected = (
+        r"out of memory with 24 images at a time in each process; what fits could not be tried out, the device did not answer "
+        r"within 0\.2 s: lower --train\.micro-batch-size \(CUDA out of memory"
+    )
+    with pytest.raises(ValueError, match=expected), suggest_on_oom(config, accelerator):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    gone.set()
+
+
+def test_what_goes_wrong_while_trying_is_said(config, accelerator, monkeypatch):
+    def broken(config, accelerator):
+        raise ArithmeticError("the moon")
+
+    monkeypatch.setattr(micro_batch, "advice", broken)
+    with pytest.raises(ArithmeticError, match="the moon"), suggest_on_oom(config, accelerator):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_advice_is_tried_out_on_this_processs_device(config, accelerator, monkeypatch):
+    """A thread begins on the first device, whichever its process computes on."""
+    chosen = []
+
+    class Device:
+        def __init__(self, device):
+            chosen.append(device)
+
+        def __enter__(self):
+            chosen.append("entered")
+
+        def __exit__(self, *_):
+            chosen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(micro_batch, "advice", lambda *_: chosen.append("advice") or "advice")
+    monkeypatch.setattr(type(accelerator), "device", property(lambda self: torch.device("cuda", 2)))
+    with pytest.raises(ValueError, match="advice"), suggest_on_oom(config, accelerator):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert chosen == [torch.device("cuda", 2), "entered", "advice", "left"]
 
 
 def test_only_want_of_memory_is_explained(config, accelerator):

@@ -19,6 +19,8 @@ from noise_scale_scenario import (
     norms_together,
 )
 from together import succeed_together
+from vaetrain.config import Config, LogConfig, TrainConfig
+from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.noise_scale import GradientNoiseProbe, NoiseScale, by_progress
@@ -173,6 +175,11 @@ def test_a_step_of_one_part_is_refused(train_tiny):
 def test_fp16_is_refused(train_tiny):
     with pytest.raises(SystemExit):
         train_tiny("--log.noise-scale", True, "--train.precision", "fp16")
+
+
+def test_compressed_gradients_are_refused():
+    with pytest.raises(ValueError, match=r"--train.gradient-compression bf16 sends others; use one of the two"):
+        Config(DataConfig("shards"), train=TrainConfig(gradient_compression="bf16"), log=LogConfig(noise_scale=True))
 
 
 def test_norms_are_taken_before_clipping(train_tiny):

@@ -42,6 +42,19 @@ def test_accumulation_trains_like_a_whole_batch(results):
     assert one["accumulated"]["grad_norms"] == pytest.approx(one["plain"]["grad_norms"], rel=1e-4)
 
 
+def test_gradients_are_reduced_in_place_and_buffers_are_left_alone(results):
+    _, two = results
+    assert two["reduction"] == {"into views of buckets": True, "with buffers": False}
+
+
+def test_compressed_gradients_differ_a_little_between_processes_and_weights_do_not(results):
+    one, two = results
+    assert one["compressed"]["losses"] == one["plain"]["losses"]  # nobody to send them to
+    assert two["compressed"]["losses"] == pytest.approx(two["plain"]["losses"], rel=1e-2)
+    assert two["compressed"]["losses"] != pytest.approx(two["plain"]["losses"], rel=1e-6)
+    assert two["compressed"]["apart"] == 0
+
+
 def test_training_moves(results):
     one, _ = results
     assert one["plain"]["losses"][-1] < 0.9 * one["plain"]["losses"][0]

@@ -63,7 +63,7 @@ def test_the_measurement_is_of_both_arithmetics(monkeypatch):
 
 def test_all_processes_follow_the_least_of_them(monkeypatch):
     devices = [(True, "new GPU"), (False, "old GPU"), (True, "new GPU")]
-    monkeypatch.setattr(precision, "gather_object", lambda mine: [None] if mine == [None] else devices)
+    monkeypatch.setattr(precision, "gather_objects", lambda mine, what: [None] if mine == [None] else devices)
     assert choose("auto") == precision.Choice("fp32", "old GPU")
 
 

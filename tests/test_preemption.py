@@ -16,7 +16,7 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.distributed import processes
-from vaetrain.distributed.preemption import SIGNALS, StopRequest
+from vaetrain.distributed.preemption import LONGEST_PAUSE_S, SIGNALS, StopRequest
 from vaetrain.exit_codes import EXIT_STOPPED
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.train import train
@@ -119,6 +119,102 @@ def test_an_orphan_stops(monkeypatch):
     assert stop.reason == "the end of its launcher"
     monkeypatch.undo()
     assert processes.launcher() is None  # nobody's child: closing the terminal's shell must not stop a training
+
+
+class Ring:
+    """Some processes of many, all in this one: each asks in its turn of a step, and what it waits for is the largest of all."""
+
+    def __init__(self, size, num_shown, monkeypatch):
+        self._size, self._rounds, self.num_questions = size, [], 0
+        monkeypatch.setattr("vaetrain.distributed.preemption.control_group", lambda timeout_s: self)
+        monkeypatch.setattr("vaetrain.distributed.preemption.dist.all_reduce", self._all_reduce)
+        self.clock = 100.0
+        monkeypatch.setattr("vaetrain.distributed.preemption.time.monotonic", lambda: self.clock)
+        self.stops = [StopRequest() for _ in range(num_shown)]
+
+    def size(self):
+        return self._size
+
+    def _all_reduce(self, tensor, operation, group, async_op):
+        assert async_op
+        if not self._rounds or len(self._rounds[-1]) == len(self.stops):
+            self._rounds.append([])
+            self.num_questions += 1
+        self._rounds[-1].append(tensor)
+        return Answer(self._rounds[-1], len(self.stops))
+
+    def train(self, steps, step_s, told_at=None):
+        """So many steps, after every tenth of which the processes know how long they took; the step at which all stop."""
+        for step in steps:
+            if step == told_at:
+                self.stops[1].reason = "SIGTERM"
+            agreed = [stop.agree() for stop in self.stops]
+            assert len(set(agreed)) == 1, "some stop and some go on"
+            if agreed[0]:
+                return step
+            self.clock += step_s
+            if step % 10 == 9:
+                for number, stop in enumerate(self.stops):
+                    stop._measured_at = stop._measured_at and (
+                        stop._measured_at[0],
+                        stop._measured_at[1] + 1e-3 * number,
+                    )
+                    stop.measure(step + 1)
+        return None
+
+
+class Answer:
+    def __init__(self, tensors, number):
+        self.tensors, self.number = tensors, number
+
+    def wait(self):
+        assert len(self.tensors) == self.number, "one waits for an answer to what others have not asked"
+        largest = torch.stack(self.tensors).amax(0)
+        for tensor in self.tensors:
+            tensor.copy_(largest)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "step_s", "num_questions"),
+    [
+        (2, 0.02, 400),  # few processes: at every step, as are long steps
+        (512, 8.0, 400),
+        (512, 0.1, 28),  # at the first twenty, whose time is not known, then every 5 s
+        (64, 0.1, 82),  # every 0.63 s
+    ],
+)
+def test_many_processes_ask_by_the_clock(monkeypatch, num_processes, step_s, num_questions):
+    ring = Ring(num_processes, 3, monkeypatch)
+    assert ring.train(range(400), step_s) is None
+    assert ring.num_questions == pytest.approx(num_questions, abs=3)
+
+
+@pytest.mark.parametrize("told_at", [1, 7, 25, 151, 199])
+@pytest.mark.parametrize(("num_processes", "step_s"), [(2, 0.02), (512, 0.1), (512, 0.7), (64, 0.001)])
+def test_all_stop_at_the_same_step_soon_however_seldom_they_ask(monkeypatch, num_processes, step_s, told_at):
+    ring = Ring(num_processes, 3, monkeypatch)
+    stopped = ring.train(range(100_000), step_s, told_at)
+    assert stopped is not None
+    assert (stopped - told_at) * step_s <= LONGEST_PAUSE_S + 2 * step_s
+    assert ring.stops[0].reason is None
+
+
+def test_the_time_limit_leaves_room_for_the_pause_between_questions(monkeypatch):
+    control = Control(stop=Ring(512, 1, monkeypatch).stops[0])
+    asked = []
+    monkeypatch.setattr(control.time_limit, "is_near", lambda seconds: asked.append(seconds) or False)
+    assert not control.should_stop(3.0)
+    assert asked == [3.0 + LONGEST_PAUSE_S]
+
+
+def test_the_loop_measures_its_steps():
+    control = Control()
+    control.begin(9)
+    control.forecast(100, 1.0, print)
+    control.begin(19)
+    control.forecast(100, 1.0, print)
+    assert control.stop._measured_at[0] == 20
+    assert 0 < control.stop._step_s < 60
 
 
 def test_decoding_workers_outlive_the_signal(tiny_shards):

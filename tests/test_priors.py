@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.mixture import GaussianMixture
 from torch.distributions import MultivariateNormal
+from torch.utils.flop_counter import FlopCounterMode
 
 from prior_scenario import FIT, scenario, scenario_together
 from together import succeed_together
@@ -20,6 +22,8 @@ from vaetrain.priors.codes import MeanCode, RandomCode
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
 from vaetrain.priors.fit import fit_prior, fitted_priors, nats_per_dim, prior_table, priors_for
 from vaetrain.priors.flow import build_flow
+from vaetrain.priors.gaussian import WhitenedCodes
+from vaetrain.priors.mixture import expectation_maximisation
 from vaetrain.priors.whitening import Whitening
 from vaetrain.runs.directory import RunDirectory
 
@@ -92,6 +96,61 @@ def test_leading_white_coordinates_are_those_of_the_widest_axes(gaussian_codes):
     assert whitening.log_volume == pytest.approx(float(volume))
 
 
+def test_leading_white_coordinates_are_whitened_alone():
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randn(400, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
+    whitening, z = Whitening.of(aggregate_of(codes, std=0.1)), codes[:16]
+    assert torch.allclose(whitening.whiten(z, 5), whitening.whiten(z)[:, :5], rtol=1e-12, atol=1e-12)
+    assert torch.equal(whitening.whiten(z, 40), whitening.whiten(z))
+    with FlopCounterMode(display=False) as counter:
+        whitening.whiten(z, 5)
+    assert counter.get_total_flops() == 2 * 16 * 40 * 5, "a matrix product with the leading axes alone"
+
+
+def test_a_fit_whitens_the_codes_that_judge_it_once(ring_codes, monkeypatch):
+    whitened = []
+    original = Whitening.whiten
+
+    def whiten(self, z, leading=None):
+        whitened.append((len(z), leading))
+        return original(self, z, leading)
+
+    monkeypatch.setattr(Whitening, "whiten", whiten)
+    aggregate = aggregate_of(ring_codes)
+    config = PriorFitConfig(flow_steps=110, gmm_components=(2, 3), leading_dims=2)
+    for name in ("flow", "gmm"):
+        _, details = fit_prior(name, aggregate, config)
+        assert len(details["selection_nats_per_dim" if name == "flow" else "tried"]) > 2
+        assert [leading for _, leading in whitened].count(None) == 1
+        assert {leading for _, leading in whitened} == {None, 2}
+        whitened.clear()
+
+
+def test_priors_are_fitted_where_the_model_is(fit_all, accelerator, monkeypatch):
+    fit, *_ = fit_all
+    devices, made = [], []
+    original, of = AggregatePosterior.to, Whitening.of.__func__
+    monkeypatch.setattr(AggregatePosterior, "to", lambda self, device: devices.append(device) or original(self, device))
+    monkeypatch.setattr(Whitening, "of", classmethod(lambda cls, aggregate: made.append(1) or of(cls, aggregate)))
+    fit(["gaussian", "gmm", "flow"])
+    assert devices == [accelerator.device]
+    assert len(made) == 1, "one whitening for all"
+
+
+def test_a_flow_is_fitted_on_the_codes_device_without_mixing_devices(monkeypatch):
+    """On the device meta nothing is computed, but every operation checks that its operands are all there."""
+    monkeypatch.setattr(WhitenedCodes, "nats_per_dim", lambda self, log_density, num_dims: float(len(log_density)))
+    monkeypatch.setattr(Whitening, "log_volume", 0.0)
+    eye = torch.eye(6, dtype=torch.float64, device="meta")
+    codes = Posteriors(torch.zeros(20, 6), torch.ones(20, 6))
+    aggregate = AggregatePosterior((6,), codes, codes).to(torch.device("meta"))
+    config = PriorFitConfig(flow_steps=3, leading_dims=1)  # in more, zuko asks where its masks are not zero
+    prior, details = fit_prior("flow", aggregate, config, lambda: Whitening(eye[0], eye, eye))
+    assert details["selection_nats_per_dim"] == [(0, 10.0), (3, 10.0)]
+    assert {tensor.device.type for name, tensor in prior.tensors().items() if name != "flow_rank"} == {"meta"}
+    assert prior.log_density(aggregate.heldout_codes(0)).device.type == "meta"
+
+
 def test_mixture_recovers_a_mixture():
     generator = torch.Generator().manual_seed(2)
     centres = torch.tensor([[0.0, 0], [8, 0], [0, 8], [8, 8]])
@@ -114,6 +173,20 @@ def test_mixture_recovers_a_mixture():
     assert float(prior.log_density(grid).exp().sum()) * 0.1**2 == pytest.approx(1, abs=0.01)
     with pytest.raises(ValueError, match="all more than the 5 codes"):
         fit_prior("gmm", aggregate_of(codes[:10]), PriorFitConfig(gmm_components=(6, 7)))
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_em_finds_what_scikit_learn_finds(ring_codes, covariance):
+    codes = ring_codes[:600].double()
+    mixture, facts = expectation_maximisation(codes, 6, covariance, 7)
+    theirs = GaussianMixture(
+        6, covariance_type=covariance, reg_covar=1e-3, max_iter=60, init_params="k-means++", random_state=7
+    ).fit(codes.numpy())
+    assert facts == {"covariance": covariance, "components": 6, "em_iterations": theirs.n_iter_}
+    assert 2 < theirs.n_iter_ < 60
+    assert mixture.weights == pytest.approx(theirs.weights_, rel=1e-9)
+    assert mixture.means == pytest.approx(theirs.means_, rel=1e-9, abs=1e-9)
+    assert mixture.log_density(codes) == pytest.approx(theirs.score_samples(codes.numpy()), rel=1e-9)
 
 
 def test_flow_and_mixture_find_what_a_gaussian_cannot(ring_codes):

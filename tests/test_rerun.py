@@ -109,6 +109,9 @@ def test_a_difference_is_refused_unless_allowed(recorded, capsys):
 def test_a_history_that_no_single_start_repeats_is_told(recorded):
     assert list(rerun.caveats(recorded)) == []
     first = recorded.provenance()
+    change(recorded, device="NVIDIA H100")
+    assert "GPU without --train.deterministic" in "\n".join(rerun.caveats(recorded))
+    change(recorded, device=first["device"])
     change(recorded, resumes=[{**first, "num_processes": 2, "git_revision": "c" * 40, "command": ["other"]}])
     assert len(list(rerun.caveats(recorded))) == 3
     change(recorded, num_processes=16, processes_per_node=8)

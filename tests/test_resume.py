@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,11 +61,6 @@ def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def killed_runs(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that needs `runs`, which take half a minute where nothing else runs: in one process of pytest-xdist."""
-    return pytest.mark.xdist_group("killed_runs")(test)
-
-
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take two seconds each time."""
@@ -83,7 +77,6 @@ def runs(tiny_shards, tmp_path_factory) -> Path:
     return folder
 
 
-@killed_runs
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_run_killed_often_equals_one_that_was_not(runs, num_processes):
     """Bit for bit, with SIGKILL at random moments and during saves, and global generators in disorder."""
@@ -100,14 +93,12 @@ def test_a_run_killed_often_equals_one_that_was_not(runs, num_processes):
     assert not list((killed / "checkpoints").glob(".*"))
 
 
-@killed_runs
 @pytest.mark.parametrize("change", ["1to2", "2to1"])
 def test_a_run_goes_on_with_another_number_of_processes(runs, change):
     assert losses(runs / f"from{change}") == pytest.approx(losses(runs / "whole1"), rel=1e-5)
     assert json.loads((runs / f"from{change}" / "provenance.json").read_text())["resumes"]
 
 
-@killed_runs
 def test_a_run_that_somebody_trains_is_refused_on_all_processes(runs):
     """And ends them: killed_training.py, which held the lock, has waited for both."""
     said = "".join((runs / f"locked.{rank}.log").read_text() for rank in range(2))

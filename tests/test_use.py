@@ -85,6 +85,8 @@ def test_an_export_loads_without_the_run(copy_of_tiny_run, accelerator, tmp_path
     trained = vaetrain.load(run_dir)
     run_dir.rename(tmp_path / "elsewhere")
     shipped = vaetrain.load(out)
+    for vae in (trained, shipped):  # as they were trained
+        assert vae.encoder.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     x = trained.from_uint8(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8))
     assert torch.equal(shipped.sample(3, seed=1), trained.sample(3, seed=1))
     assert torch.equal(shipped.reconstruct(x), trained.reconstruct(x))

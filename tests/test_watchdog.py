@@ -6,12 +6,13 @@ import os
 import re
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from torch.distributed import DistNetworkError, HashStore
 
 import vaetrain.distributed.stacks
+import vaetrain.distributed.watchdog
 from fault_scenarios import STEP, train_together
 from launching import TINY
 from vaetrain.distributed.watchdog import Heartbeat, Position, ProcessStatus, Watchdog
@@ -169,6 +170,27 @@ def test_a_process_that_has_lost_the_store_still_watches_itself(ends, tmp_path, 
     warning, error, *_ = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: rank 1: the store on far-away, the host of rank 0")
     assert re.search(r"no progress for 0\.6 s.*rank 1 \(.*at step 17.*; the store on far-away", error)
+
+
+def test_who_waits_for_another_is_not_to_blame(ends, tmp_path, capsys):
+    """The main process draws, at the same place as the others, who wait for it."""
+    store, heartbeat = HashStore(), Heartbeat()
+    here = vaetrain.distributed.watchdog.machine()
+    for rank, where in ((0, "figures.py:9"), (2, "exchange.py:108")):
+        report = ProcessStatus(rank, here, "host", os.getpid(), 17, 1, "checkpoint and figures", where, 1, 1, False)
+        store.set(f"vaetrain/report/{rank}", json.dumps(asdict(report)))
+    watchdog = Watchdog(heartbeat, rank=1, num_processes=3, store=store, folder=tmp_path, timeout_s=600.0)
+    heartbeat.begin(17)
+    heartbeat.enter("checkpoint and figures")
+    watchdog._exchange()
+    watchdog._reports[1] = replace(watchdog._reports[1], where="exchange.py:108")
+    said = watchdog._who_hangs(600.0)
+    assert re.search(
+        r"Furthest behind: rank 0 \(host, pid \d+\) at step 17, checkpoint and figures \(figures\.py:9\)\.", said
+    )
+    watchdog._reports[0] = replace(watchdog._reports[0], where="exchange.py:108")
+    assert "rank 0 (" in (said := watchdog._who_hangs(600.0)), "somebody is named though all wait"
+    assert "rank 2 (" in said
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,9 @@ class BenchConfig:
     rounds: int = 5
     """Rounds; every variant runs once in each."""
 
+    compile: bool = False
+    """Also train compiled, which takes minutes at the start."""
+
 
 if __name__ == "__main__":
     CONFIG = parse(BenchConfig, __doc__, flags=True)  # before the imports below, which take seconds
@@ -97,8 +100,8 @@ def bare_loop(config: BenchConfig, *, bf16: bool, channels_last: bool) -> Callab
     return measure
 
 
-def vaetrain_loop(config: BenchConfig, accelerator: Accelerator, folder: Path) -> Callable[[], float]:
-    """Images per second that vaetrain/train.py itself records: reader, flips, EMA, schedules, meters and clipping."""
+def make_images(config: BenchConfig, folder: Path) -> None:
+    """Shards of noise in FOLDER/shards."""
     originals = folder / "originals"
     originals.mkdir()
     rng = np.random.default_rng(0)
@@ -110,16 +113,22 @@ def vaetrain_loop(config: BenchConfig, accelerator: Accelerator, folder: Path) -
             str(originals), folder / "shards", size=config.image_size, val_count=config.batch_size, workers=1
         )
     )
+
+
+def vaetrain_loop(
+    config: BenchConfig, accelerator: Accelerator, folder: Path, *, compiled: bool
+) -> Callable[[], float]:
+    """Images per second that vaetrain/train.py itself records: reader, flips, EMA, schedules, meters and clipping."""
     runs = iter(range(1000))
 
     def measure() -> float:
-        run_dir = folder / f"run{next(runs)}"
+        run_dir = folder / f"run{next(runs)}-{compiled}"
         settings = Config(
             data=DataConfig(train=str(folder / "shards")),
             model=replace(MODEL, image_size=config.image_size),
             train=TrainConfig(
                 num_images=(config.steps + 1) * config.batch_size, val_every_epochs=1000,
-                global_batch_size=config.batch_size,
+                global_batch_size=config.batch_size, compile=compiled,
             ),
             log=LogConfig(every_steps=1, num_pictures=2),
             run_dir=run_dir,
@@ -145,12 +154,15 @@ def main(config: BenchConfig) -> None:
     accelerator = precision.start("auto")
     own = in_use(accelerator)
     with tempfile.TemporaryDirectory() as folder:
+        make_images(config, Path(folder))
         variants = {
-            "vaetrain": vaetrain_loop(config, accelerator, Path(folder)),
+            "vaetrain": vaetrain_loop(config, accelerator, Path(folder), compiled=False),
             "bare_bf16_channels_last": bare_loop(config, bf16=True, channels_last=True),
             "bare_fp32_channels_last": bare_loop(config, bf16=False, channels_last=True),
             f"bare_{own}_contiguous": bare_loop(config, bf16=own == "bf16", channels_last=False),
         }
+        if config.compile:
+            variants["vaetrain_compiled"] = vaetrain_loop(config, accelerator, Path(folder), compiled=True)
         speeds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(config.rounds):
             for name, measure in variants.items():
@@ -161,6 +173,9 @@ def main(config: BenchConfig) -> None:
         "channels_last_vs_contiguous": medians[f"bare_{own}_channels_last"] / medians[f"bare_{own}_contiguous"],
         "bf16_vs_fp32": medians["bare_bf16_channels_last"] / medians["bare_fp32_channels_last"],
     }
+    if config.compile:
+        # What a loop like most others' makes of the same network: uncompiled, contiguous, nothing besides the step.
+        ratios["compiled_vs_bare_contiguous"] = medians["vaetrain_compiled"] / medians[f"bare_{own}_contiguous"]
     device = processes.device_name(accelerator.device)
     processor = f" on {cpu_model()}" if accelerator.device.type == "cpu" else ""
     machine = f"{device}{processor}, {platform.machine()}, torch {torch.__version__}; vaetrain in {own}"

@@ -16,7 +16,8 @@ from vaetrain.data.config import DataConfig
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.config import ObjectiveConfig
 
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+CompileMode = Literal["auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,20 @@ class TrainConfig:
     precision: PrecisionName = "auto"
     """Arithmetic of the network; densities, weights and optimizer stay fp32. auto: that of the run that is resumed; otherwise bf16
     where all devices compute it natively (GPUs from compute capability 8.0, CPUs on which it is measured to be faster), else
-    fp32. fp16 needs a GPU."""
+    fp32. fp32 is IEEE; tf32 rounds the factors of its products to 10 bits of mantissa (GPUs from 8.0). fp16 needs a GPU."""
 
-    compile: bool = False
-    """Compile the model with torch.compile: a minute at the start for a faster step."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits every time: then resumes and reruns are exact on GPUs, too. Slower there. CPUs
+    are exact without."""
+
+    compile: bool | CompileMode = "auto"
+    """Compile the model: a minute or more at the start for a faster step. True and default: fused kernels. reduce-overhead: also
+    without the time to launch each, for small micro-batches. max-autotune: also the fastest of several kernels, after many
+    minutes; with -no-cudagraphs launched one by one. auto: that of the run that is resumed; otherwise default on a GPU where
+    there is a C compiler, and False on a CPU."""
+
+    gradient_compression: Literal["bf16"] | None = None
+    """Send gradients between processes in bf16: half the traffic, and two digits less of each. None: as they are, in fp32."""
 
     ema_half_life_images: int = 50_000
     """Images after which a weight's share in the exponential moving average has halved; 0: the average is the weights."""
@@ -131,6 +142,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse lengths and batches that mean nothing."""
+        if self.compile is True:  # as configs of older runs have it
+            object.__setattr__(self, "compile", "default")
         for name in ("epochs", "global_batch_size", "val_every_epochs", "max_nonfinite_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--train.{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
@@ -244,6 +257,11 @@ class Config:
         """Fill in the run directory; seeds are counted from 0."""
         if self.log.noise_scale and self.train.precision == "fp16":
             raise ValueError("--log.noise-scale cannot read fp16's scaled gradients; use --train.precision bf16")
+        if self.log.noise_scale and self.train.gradient_compression:
+            raise ValueError(
+                "--log.noise-scale reads gradients while they are reduced as they are, and --train.gradient-compression "
+                f"{self.train.gradient_compression} sends others; use one of the two"
+            )
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; it must not be negative")
         filled = os.path.expandvars(self.run_dir)

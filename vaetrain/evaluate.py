@@ -129,7 +129,7 @@ def print_scores(record: dict[str, Any]) -> None:
 def main(config: EvaluateConfig) -> None:
     """Join the other processes and score; exits with EXIT_INCOMPLETE when something is missing that was asked for."""
     with user_errors():
-        accelerator = precision.start(config.precision)
+        accelerator = precision.start(config.precision, timeout_s=config.timeout_s, timeout_option="--timeout-s")
         with processes.finishing(accelerator):
             record = evaluate(config, accelerator)
     if record.get("failed"):

@@ -77,7 +77,8 @@ def load(
             f"{folder}/config.json has format {content.get('format_version')}, this vaetrain reads {FORMAT_VERSION}; "
             "use the version named in it, or export the run again"
         )
-    vae = VAE(from_json(ModelConfig, content["model"], f"{folder}/config.json, model"))
+    model = {"checkpoint_levels": []} | content["model"]  # which exports did not have at first
+    vae = VAE(from_json(ModelConfig, model, f"{folder}/config.json, model"))
     checkpoints.load_into(vae, folder / "model.safetensors")
     return ready(vae, device)
 
@@ -107,8 +108,9 @@ def load_run(
 
 
 def ready(vae: VAE, device: str | torch.device) -> VAE:
-    """Move to the device, evaluation mode, no gradients."""
-    return vae.to(device).eval().requires_grad_(False)
+    """Move to the device, in the memory format of training; evaluation mode, no gradients."""
+    on_device: VAE = vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return on_device.eval().requires_grad_(False)
 
 
 def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path:

@@ -52,6 +52,9 @@ class SampleConfig:
     data: str | None = None
     """Shard set to fit the prior to: the one the run was trained on, if it has moved. None: where the run found it."""
 
+    timeout_s: float = 3600.0
+    """Seconds that processes wait for each other, as for the main one while it fits a prior, before all end."""
+
     fit: PriorFitConfig = field(default_factory=PriorFitConfig)
 
     def __post_init__(self) -> None:
@@ -59,6 +62,8 @@ class SampleConfig:
         for name in ("num_images", "batch_size", "images_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.timeout_s <= 0:
+            raise ValueError(f"--timeout-s is {self.timeout_s}; it must be positive")
         if self.temperature < 0:
             raise ValueError(f"--temperature is {self.temperature}; it must not be negative")
         if self.prior in ("mean-code", "random-code") and self.temperature != 1:
@@ -79,11 +84,10 @@ import contextlib
 from dataclasses import replace
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.data.readers.reader import Reader, open_split
-from vaetrain.distributed import processes
+from vaetrain.distributed import exchange, processes
 from vaetrain.export import TrainedModel, load_run
 from vaetrain.priors.fit import fitted_priors
 from vaetrain.priors.saved import SavedPrior
@@ -122,10 +126,10 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
     layout = {"images_per_shard": config.images_per_shard, "num_processes": accelerator.num_processes}
     request = {**what, **layout, "device": accelerator.device.type}
     refuse_other_content(config.out, request)
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    exchange.meet(f"all processes to look into {config.out}")  # nobody writes before everybody has
     if accelerator.is_main_process:
         write_request(config.out, request)
-    accelerator.wait_for_everyone()
+    exchange.meet(f"the main process to write into {config.out}")
     share = RankShard(
         accelerator.process_index,
         accelerator.num_processes,
@@ -145,7 +149,8 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
                 for index, file in zip(indices, files, strict=True):
                     writer.write(f"{index:08d}", file, "png", {"index": index, "seed": config.seed})
                 bar.update(len(indices))
-    shards = gather_object([plain(shard) for shard in [*whole, *writer.shards]])
+    mine = [plain(shard) for shard in [*whole, *writer.shards]]
+    shards = exchange.gather_objects(mine, "all processes to draw their samples")
     if accelerator.is_main_process:
         made_by = provenance(accelerator, trained.dataset["train"]["fingerprint"])
         write_manifest(config.out, manifest_of(what, saved, trained, made_by, shards))
@@ -172,7 +177,7 @@ def fitted_prior(config: SampleConfig, trained: TrainedModel, accelerator: Accel
 def main(config: SampleConfig) -> None:
     """Join the other processes and sample."""
     with user_errors():
-        accelerator = processes.start()
+        accelerator = processes.start(timeout_s=config.timeout_s, timeout_option="--timeout-s")
         with processes.finishing(accelerator):
             sample(config, accelerator)
 

@@ -30,6 +30,7 @@ from vaetrain.config import OptimConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_split
 from vaetrain.distributed import processes
+from vaetrain.distributed.watchdog import longest_wait_s
 from vaetrain.files import replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.directory import write_json
@@ -41,10 +42,9 @@ from vaetrain.scaling.lr_range import LrRange, lr_range
 from vaetrain.scaling.lr_trials import LrTrials, candidates, lr_trials
 from vaetrain.scaling.measure_noise import MeasuredNoise, measure_noise, noise_micro_batch
 from vaetrain.scaling.probe import Probe, probe
-from vaetrain.training import precision
+from vaetrain.training import compilation, precision
 from vaetrain.training.memory import suggest_on_oom
 from vaetrain.training.noise_scale import NoiseScale
-from vaetrain.training.precision import resolved
 
 ASSUMED_GB_PER_S, ASSUMED_LATENCY_US = 10.0, 50.0
 """Of a network that nobody measured and nobody gave."""
@@ -261,8 +261,11 @@ def report(accelerator: Accelerator, text: str) -> None:
 def main(config: ScaleConfig) -> None:
     """Join the other processes and measure."""
     with user_errors():
-        accelerator = precision.start(config.train.precision)
-        config = resolved(config, accelerator)
+        waits_s = longest_wait_s(config.train.timeout_s, config.train.start_timeout_s)
+        accelerator = precision.start(
+            config.train.precision, timeout_s=waits_s, timeout_option="--train.timeout-s, --train.start-timeout-s"
+        )
+        config = compilation.resolved(precision.resolved(config, accelerator), accelerator)
         with suggest_on_oom(config, accelerator), processes.finishing(accelerator):
             scale(config, accelerator)
 

@@ -23,19 +23,19 @@ from accelerate import Accelerator
 
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_split
-from vaetrain.distributed import processes
+from vaetrain.distributed import exchange, processes
 from vaetrain.distributed.preemption import StopRequest
-from vaetrain.distributed.watchdog import FIRST_STEP_S, Heartbeat, Watchdog
+from vaetrain.distributed.watchdog import FIRST_STEP_S, Heartbeat, Watchdog, longest_wait_s
 from vaetrain.exit_codes import EXIT_STOPPED
 from vaetrain.metrics.validation import validate
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.training import precision
+from vaetrain.training import compilation, precision
 from vaetrain.training.control import Control
 from vaetrain.training.divergence import note_steps, roll_back
 from vaetrain.training.figures import RunFigures
 from vaetrain.training.memory import suggest_on_oom
 from vaetrain.training.progress import Progress
-from vaetrain.training.resume import recorded_precision
+from vaetrain.training.resume import recorded_compile, recorded_precision
 from vaetrain.training.schedule import Schedule
 from vaetrain.training.start import start_run
 from vaetrain.training.step import TrainStep
@@ -51,7 +51,7 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
     """
     control = control or Control.of(config)
     with contextlib.ExitStack() as opened:  # closed however it ends: readers, lock, the checkpoint being written
-        config = precision.resolved(config, accelerator)
+        config = compilation.resolved(precision.resolved(config, accelerator), accelerator)
 
         # Data: an epoch is whole global batches; the length of training is whole global batches.
         control.enter("starting: opening the data")
@@ -97,9 +97,11 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
             at_end = schedule.is_over(progress)
             if checkpoints.are_due(progress, validated=validated, at_end=at_end):
                 checkpoints.save(progress)  # copied during the next forward and backward pass, written after that
-            if validated and accelerator.is_main_process:
+            if validated:
                 with stopwatch.paused():
-                    figures.draw(logger, progress, at_end=at_end)
+                    if accelerator.is_main_process:
+                        figures.draw(logger, progress, at_end=at_end)
+                    exchange.meet("the main process to draw figures")
             if at_end:
                 break
 
@@ -132,23 +134,28 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
 def main(config: Config) -> None:
     """Join the other processes and train; exits with EXIT_STOPPED when told to stop."""
     timeout_s, heartbeat, time_limit = config.train.timeout_s, Heartbeat(), TimeLimit(config.train.max_hours)
-    longest_wait_s = timeout_s + FIRST_STEP_S  # in a collective; the watchdog, who knows who is missing, speaks before
+    waits_s = longest_wait_s(
+        timeout_s, config.train.start_timeout_s
+    )  # the watchdog, who knows who is missing, speaks before
     with user_errors():
         accelerator = precision.start(
             config.train.precision, kept=recorded_precision(config), log_with=config.log.trackers,
-            project_dir=config.run_dir, timeout_s=longest_wait_s,
+            project_dir=config.run_dir, timeout_s=waits_s, timeout_option="--train.timeout-s, --train.start-timeout-s",
+            deterministic=config.train.deterministic,
         )  # fmt: skip
         config = precision.resolved(config, accelerator)
-        control = Control(heartbeat, StopRequest(longest_wait_s), time_limit)
+        config = compilation.resolved(config, accelerator, kept=recorded_compile(config))
+        control = Control(heartbeat, StopRequest(waits_s), time_limit)
         watchdog = Watchdog(
             heartbeat, rank=accelerator.process_index, num_processes=accelerator.num_processes,
-            store=processes.shared_store(), folder=config.run_dir, timeout_s=timeout_s,
+            store=exchange.shared_store(), folder=config.run_dir, timeout_s=timeout_s,
             first_step_s=FIRST_STEP_S if config.train.compile else 0.0, start_timeout_s=config.train.start_timeout_s,
         )  # fmt: skip
         with (
             control.stop.on_signals(),
             watchdog,
             suggest_on_oom(config, accelerator),
+            compilation.explaining_failure(config),
             processes.finishing(accelerator),
         ):
             train(config, accelerator, control)

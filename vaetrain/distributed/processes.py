@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
-import socket
-import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.distributed.nn.functional
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import Store, _get_default_store
 
+from vaetrain.distributed import arithmetic, exchange
+from vaetrain.distributed.exchange import TIMEOUT_S
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
+from vaetrain.distributed.network import set_gloo_interface
 from vaetrain.machine import num_cores
 from vaetrain.upload import upload
 
@@ -31,25 +29,20 @@ from vaetrain.upload import upload
 # optimizer imports it. Gloo's threads would then outlive the group's end, and abort a process that ends under them while they
 # free their last tensors (torch 2.15). So it is imported above, before there is a group; tests/test_exit.py.
 
-T = TypeVar("T")
-Precision = Literal["fp32", "bf16", "fp16"]
-
-TIMEOUT_S = 600.0
-"""A collective that waits longer ends the command: the other side is dead or stuck."""
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
-def join(timeout_s: float = TIMEOUT_S) -> PartialState:
+def join(timeout_s: float = TIMEOUT_S, timeout_option: str = "") -> PartialState:
     """Join the processes that `accelerate launch` (or torchrun) started, or run alone.
 
-    A collective that waits longer than `timeout_s` fails. On a machine without a GPU the processes talk through gloo.
+    Whoever waits for another longer than `timeout_s`, which `timeout_option` sets, gives up, in a collective too. On a machine
+    without a GPU the processes talk through gloo.
     Raises ValueError when the launcher announced more processes than joined, which Accelerate would pass over in silence,
     every process believing it is alone.
     """
+    exchange.PATIENCE.seconds, exchange.PATIENCE.option = timeout_s, timeout_option
     timeout = timedelta(seconds=timeout_s)
-    interface = interface_to(os.environ.get("MASTER_ADDR", ""))
-    if interface is not None:
-        # gloo would ask for the address of the host's own name, which on many machines is loopback: other hosts wait.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    set_gloo_interface(os.environ.get("MASTER_ADDR", ""))
     join_another_attempt(timeout)
     # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
@@ -68,15 +61,26 @@ def start(
     log_with: Sequence[str] = (),
     project_dir: Path | None = None,
     timeout_s: float = TIMEOUT_S,
+    timeout_option: str = "",
+    deterministic: bool = False,
 ) -> Accelerator:
-    """`join` the others and compute in this arithmetic; call once, first. For one that fits the machine see precision.start."""
-    join(timeout_s)
+    """`join` the others and compute in this arithmetic; call once, first. For one that fits the machine see precision.start.
+
+    `deterministic`: with algorithms only that give the same bits every time.
+    """
+    join(timeout_s, timeout_option)
+    arithmetic.set_tf32(precision == "tf32")
+    if deterministic:
+        arithmetic.be_deterministic()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision="no" if precision in ("fp32", "tf32") else precision,
         log_with=list(log_with) or None,
         project_dir=project_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # one copy of the gradients instead of two
+        ],
     )
     if accelerator.is_main_process and accelerator.device.type == "cpu":
         cores, used = num_cores(), torch.get_num_threads() * processes_per_node()
@@ -96,7 +100,10 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
     keep the launcher from seeing the failure and ending them. Let models wrapped for DDP go first: they keep the group.
     """
     yield
-    accelerator.wait_for_everyone()
+    exchange.meet("all processes to finish")
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize(accelerator.device)  # sums with the others may still be under way
+    exchange.leave()
     accelerator.free_memory()
     gc.collect()  # a wrapped model refers to itself, and Accelerate collects before it lets go
     accelerator.end_training()
@@ -104,7 +111,9 @@ def finishing(accelerator: Accelerator) -> Iterator[None]:
 
 def in_use(accelerator: Accelerator) -> Precision:
     """The arithmetic that an accelerator computes in."""
-    name: Precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    if accelerator.mixed_precision == "no":
+        return "tf32" if arithmetic.tf32_is_set() else "fp32"
+    name: Precision = accelerator.mixed_precision
     return name
 
 
@@ -115,11 +124,6 @@ def control_group(timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup | None:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup), "every process is a member"
     return group
-
-
-def shared_store() -> Store | None:
-    """A connection of one's own to the launcher's key-value store, which no collective uses; None when alone."""
-    return _get_default_store().clone() if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
 def launcher() -> int | None:
@@ -150,68 +154,9 @@ def join_another_attempt(timeout: timedelta) -> None:
     )
 
 
-def interface_to(host: str) -> str | None:
-    """The network interface (such as "eth0") whose IPv4 address this machine uses towards `host`; None if unknown."""
-    if sys.platform != "linux" or not host:
-        return None
-    import fcntl  # not on Windows
-
-    get_address = 0x8915  # SIOCGIFADDR, see netdevice(7)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing: connecting a datagram socket only chooses the route
-        except OSError:
-            return None
-        own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()))
-            except OSError:  # an interface without an IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == own:
-                return name
-    return None
-
-
 def processes_per_node() -> int:
     """Training processes on this machine, which share its cores and memory."""
     return LauncherEnvironment.read().processes_per_node
-
-
-def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """What `decide` returns on the main process, on every process; what it raises there is raised on all. A collective."""
-    decision: list[T | None] = [None]
-    problem: list[Exception | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            decision = [decide()]
-        except Exception as error:
-            problem = [error]
-    if accelerator.num_processes > 1:
-        decision, problem = broadcast_object_list([decision, problem])
-    if problem[0] is not None:
-        raise problem[0]
-    return decision[0]  # type: ignore[return-value]  # None only where `decide` returned it
-
-
-def problems_of_all(problem: str, *, patience_s: float = 60.0) -> list[str]:
-    """What kept each process from finishing some work ("": nothing), in order of rank; every process calls this after it.
-
-    Not a collective but through the launcher's store: whoever failed inside the work may have left the others in one that waits for
-    him. He waits `patience_s` for them to fail as well, or to finish; then TimeoutError ends him, and the launcher the others.
-    """
-    store = shared_store()
-    if store is None:
-        return [problem]
-    rank, size = dist.get_rank(), dist.get_world_size()
-    number = store.add(f"vaetrain/problems/{rank}", 1)  # the same on all: they do the same work in the same order
-    keys = [f"vaetrain/problems/{number}/{each}" for each in range(size)]
-    store.set(keys[rank], json.dumps(problem))
-    try:
-        store.wait(keys, timedelta(seconds=patience_s if problem else TIMEOUT_S))
-    except (dist.DistError, RuntimeError) as error:
-        raise TimeoutError(problem or "other processes have not finished in time") from error
-    return [json.loads(store.get(key)) for key in keys]
 
 
 def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -226,7 +171,8 @@ def max_over_processes(accelerator: Accelerator, values: Sequence[float]) -> lis
 
 
 def gather_integers(accelerator: Accelerator, integers: Sequence[int]) -> list[list[int]]:
-    """The integers of each process, as many from all, in order of rank; a collective."""
+    """The integers of each process, as many from all, in order of rank; those who have theirs early wait as in `meet`."""
+    exchange.meet("all processes to read their part of the data")
     mine = upload(torch.tensor([list(integers)], dtype=torch.int64), accelerator.device)
     return accelerator.gather(mine).tolist()
 

@@ -49,6 +49,8 @@ SECONDS_TO_ANSWER = 10.0
 """A process whose thread has not been heard for so long is stopped or lost, should nobody make progress."""
 FIRST_STEP_S = 1800.0
 """Patience with the first step of a compiled model, in seconds."""
+SECONDS_TO_SPEAK_FIRST = 60.0
+"""So much longer processes wait for each other than the watchdog is patient: it knows who is missing, and where."""
 
 SECONDS_TO_BE_HEARD = 3.0
 """How long the process that speaks waits, before it leaves, for the others to see it; rank 0 may keep the store."""
@@ -67,6 +69,11 @@ class Position:
     """Phases entered since."""
     phase: str
     """What it does there, in words."""
+
+
+def longest_wait_s(timeout_s: float, start_timeout_s: float) -> float:
+    """Seconds after which a process gives up waiting for another, in a collective or not, should no watchdog have spoken."""
+    return max(timeout_s + FIRST_STEP_S, start_timeout_s) + SECONDS_TO_SPEAK_FIRST
 
 
 class Heartbeat:
@@ -118,6 +125,11 @@ class ProcessStatus:
     def name(self) -> str:
         """For messages."""
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+    @property
+    def waits_for_others(self) -> bool:
+        """It is not at work itself (exchange.py)."""
+        return self.where.startswith("exchange.py:")
 
     @property
     def position(self) -> str:
@@ -275,6 +287,7 @@ class Watchdog:
         silent = [rank for rank, heard in self._heard.items() if self._seconds - heard > to_answer]
         places = {rank: (report.step, report.stage) for rank, report in self._reports.items()}
         behind = silent or [rank for rank, place in places.items() if place == min(places.values())]
+        behind = [rank for rank in behind if not self._reports[rank].waits_for_others] or behind
         culprits = [self._reports[rank] for rank in sorted(behind)]
         for culprit in culprits:
             if silent and culprit.machine == machine():

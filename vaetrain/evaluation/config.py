@@ -70,6 +70,9 @@ class EvaluateConfig:
     training image once), or the model's own posterior means. auto: the network's where --fid.protocol wants them anyway
     (standard, per-class)."""
 
+    timeout_s: float = 3600.0
+    """Seconds that processes wait for each other, as for the main one while it fits priors or draws pictures, before all end."""
+
     fid: FidConfig = field(default_factory=FidConfig)
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     lpips: LpipsConfig = field(default_factory=LpipsConfig)
@@ -103,6 +106,8 @@ class EvaluateConfig:
             )
         if self.samples is not None:
             self._check_samples(self.samples)
+        if self.timeout_s <= 0:
+            raise ValueError(f"--timeout-s is {self.timeout_s}; it must be positive")
         if self.num_pictures < 2:
             raise ValueError(f"--num-pictures is {self.num_pictures}; give at least 2")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vaetrain.command_line import plain, print_traceback_if_asked
 from vaetrain.data.readers.reader import Reader, open_split
-from vaetrain.distributed import processes
+from vaetrain.distributed.exchange import WaitedTooLong, problems_of_all
 from vaetrain.evaluation import latent_figures as latent_pictures
 from vaetrain.evaluation.config import ALL_SCORES, EvaluateConfig, ScoreName
 from vaetrain.evaluation.memorization import describe_neighbours, draw_images, memorisation
@@ -105,11 +105,13 @@ class Evaluator:
         problem, found = "", {}
         try:
             found = measure()
+        except WaitedTooLong:  # no fault of the group's: nobody knows where the others are
+            raise
         except Exception as error:
             self._first_error = self._first_error or error
             problem = f"{type(error).__name__}: {error}" if not isinstance(error, (ValueError, OSError)) else str(error)
             print_traceback_if_asked()
-        problems = processes.problems_of_all(problem)
+        problems = problems_of_all(problem)
         problem = next(filter(None, problems), "")
         if not problem:
             return found

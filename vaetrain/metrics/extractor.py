@@ -26,6 +26,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 from torchvision.models import VGG16_Weights
 
+from vaetrain.distributed.arithmetic import ieee_fp32
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.weights import read_weights
 from vaetrain.upload import upload
@@ -121,11 +122,8 @@ class FeatureExtractor:
         Raises ValueError when a user's module returns anything but a row of finite numbers for each image.
         """
         images = upload(images, self.device).expand(-1, 3, -1, -1)
-        # bf16 moves a FID by several points, and TF32 is on by default in cuDNN's convolutions.
-        with (
-            torch.autocast(self.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"),
-        ):
+        # bf16 moves a FID by several points, and cuDNN's convolutions round to TF32 by default.
+        with ieee_fp32(self.device):
             outputs = self.network(images)
         features, *logits = (outputs,) if isinstance(outputs, Tensor) else outputs
         if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == len(images)):

@@ -19,6 +19,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from vaetrain.data.readers.reader import Reader
+from vaetrain.distributed.arithmetic import ieee_fp32
 from vaetrain.files import replace_file
 from vaetrain.metrics.config import MIN_NUM_IMAGES, FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
@@ -212,9 +213,15 @@ def precision_recall(
     generated: Float32[Tensor, "n d"], real: Float32[Tensor, "m d"]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Share of samples among the real images' neighbourhoods and the reverse (Kynkäänniemi et al. 2019, Eq. 2), in [0, 1]."""
-    result = prc_features_to_metric(
-        generated, real, prc_neighborhood=PRC_NEIGHBORHOOD, prc_batch_size=PRC_BLOCK, save_cpu_ram=True, verbose=False
-    )
+    with ieee_fp32(generated.device):
+        result = prc_features_to_metric(
+            generated,
+            real,
+            prc_neighborhood=PRC_NEIGHBORHOOD,
+            prc_batch_size=PRC_BLOCK,
+            save_cpu_ram=True,
+            verbose=False,
+        )
     scores = {"eval/precision": result[KEY_METRIC_PRECISION], "eval/recall": result[KEY_METRIC_RECALL]}
     return scores, {"prc_neighborhood": PRC_NEIGHBORHOOD}
 
@@ -289,4 +296,4 @@ def describe_line(line: FidAgainstCount) -> dict[str, Any]:
 
 def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
     """The network behind a score, and the library."""
-    return {**extractor.describe(), "torch_fidelity": torch_fidelity.__version__}
+    return {**extractor.describe(), "arithmetic": "fp32 (IEEE)", "torch_fidelity": torch_fidelity.__version__}

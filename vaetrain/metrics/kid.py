@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
 from vaetrain.data.readers.order import epoch_order
+from vaetrain.distributed.arithmetic import ieee_fp32
 from vaetrain.upload import upload
 
 KID_SUBSETS = 100
@@ -31,8 +32,9 @@ def kid(generated: Float32[Tensor, "n d"], real: Float32[Tensor, "m d"]) -> tupl
     over the root of their number is about a tenth of the whole, since all subsets are drawn from the same images.
     """
     size = min(KID_SUBSET_SIZE, len(generated) // 2, len(real) // 2)
-    result = kid_features_to_metric(generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
-    variance = jackknife_variance(generated, real) + result[KEY_METRIC_KID_STD] ** 2 / KID_SUBSETS
+    with ieee_fp32(generated.device):
+        result = kid_features_to_metric(generated, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
+        variance = jackknife_variance(generated, real) + result[KEY_METRIC_KID_STD] ** 2 / KID_SUBSETS
     scores = {"eval/kid": result[KEY_METRIC_KID_MEAN], "eval/kid_std_error": variance**0.5}
     return scores, {"kid_subsets": KID_SUBSETS, "kid_subset_size": size}
 

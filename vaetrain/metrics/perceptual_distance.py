@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from vaetrain.data.readers.reader import Reader
+from vaetrain.distributed.arithmetic import ieee_fp32
 from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.lpips_config import LpipsConfig
 from vaetrain.metrics.split_pass import pass_over
@@ -115,10 +116,7 @@ class PerceptualDistance(nn.Module):
             )
         distance = torch.zeros(len(x), device=x.device)
         # A distance is a difference of nearly equal features: neither bf16 nor TF32, which is cuDNN's default.
-        with (
-            torch.autocast(x.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"),
-        ):
+        with ieee_fp32(x.device):
             a, b = ((2 * image.float() - 1 - self.shift) / self.scale for image in (recon, x))
             for layer, head in zip(self.layers, self.heads, strict=True):
                 a, b = layer(a), layer(b)

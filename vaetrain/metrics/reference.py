@@ -17,14 +17,13 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.manifest import Manifest
 from vaetrain.data.readers.subset import Subset
-from vaetrain.distributed import processes
+from vaetrain.distributed import exchange, processes
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, extract
@@ -76,6 +75,7 @@ class RealFeatures:
         extracted = self._extract(positions, extractor, accelerator)
         if accelerator.is_main_process:
             save(path, key, extracted)
+        exchange.meet("the main process to keep the features of real images")
         return extracted
 
     def _extract(
@@ -140,7 +140,9 @@ def load(path: Path, key: dict[str, Any]) -> FeatureSet | None:
 
 def _shared(known: FeatureSet | None, accelerator: Accelerator) -> FeatureSet | None:
     """What the main process knows, on every process: its cache may lie on a disk that others do not see."""
-    [shape] = broadcast_object_list([None if known is None else tuple(known.features.shape)])
+    shape = exchange.decided_by_main(
+        accelerator, lambda: None if known is None else tuple(known.features.shape), "read the features of real images"
+    )
     if shape is None:
         return None
     num_images, width = shape

@@ -62,7 +62,8 @@ def validate(
         x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         noise = upload(noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape), x.device)
         with accelerator.autocast():
-            terms = vae(x, noise)
+            # Uncompiled: without gradients, and for the last batch's size, a compiled model would compile anew.
+            terms = vae.forward(x, noise)
             recon = vae.likelihood.to_unit(vae.reconstruct(x))
         unit = vae.likelihood.to_unit(x)
         scores: tuple[Tensor, ...] = (

@@ -12,7 +12,7 @@ from einops.layers.torch import Rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from vaetrain.model.blocks import Attention, Downsample, ResBlock, Upsample, group_norm
+from vaetrain.model.blocks import Attention, Blocks, Downsample, GroupNorm, ResBlock, Upsample
 from vaetrain.model.config import ModelConfig
 from vaetrain.model.likelihood import build_likelihood, from_uint8
 from vaetrain.model.posterior import DiagonalGaussian, PointMass, Posterior
@@ -29,16 +29,16 @@ class ConvEncoder(nn.Module):
         resolution = config.image_size // config.patch_size
         self.patch_size = config.patch_size
         self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, channels[0], 3, padding=1)
-        self.blocks = nn.ModuleList()
+        self.blocks = Blocks(config.checkpoint_levels)
         for level, width in enumerate(channels):
             if level > 0:
-                self.blocks.append(Downsample(channels[level - 1], width))
+                self.blocks.add(Downsample(channels[level - 1], width), level)
                 resolution //= 2
             for _ in range(config.num_res_blocks):
-                self.blocks.append(ResBlock(width, width))
+                self.blocks.add(ResBlock(width, width), level)
                 if resolution in config.attention_resolutions:
-                    self.blocks.append(Attention(width))
-        self.norm_out = group_norm(channels[-1])
+                    self.blocks.add(Attention(width), level)
+        self.norm_out = GroupNorm(channels[-1])
         outputs = num_moments * config.latent_channels
         self.out: nn.Module
         if len(config.latent_shape) == 3:
@@ -49,9 +49,7 @@ class ConvEncoder(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b m *latent"]:
         """Moments of the posterior, stacked on dimension 1."""
         h = self.conv_in(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch_size, q=self.patch_size))
-        for block in self.blocks:
-            h = block(h)
-        return self.out(F.silu(self.norm_out(h)))
+        return self.out(F.silu(self.norm_out(self.blocks(h))))
 
 
 class ConvDecoder(nn.Module):
@@ -70,24 +68,23 @@ class ConvDecoder(nn.Module):
                 nn.Linear(config.latent_channels, channels[0] * resolution**2),
                 Rearrange("b (c h w) -> b c h w", h=resolution, w=resolution),
             )
-        self.blocks = nn.ModuleList()
-        for level, width in enumerate(channels):
-            if level > 0:
-                self.blocks.append(Upsample(channels[level - 1], width))
+        self.blocks = Blocks(config.checkpoint_levels)
+        for number, width in enumerate(channels):
+            level = len(channels) - 1 - number  # 0 is the highest resolution, as in the encoder
+            if number > 0:
+                self.blocks.add(Upsample(channels[number - 1], width), level)
                 resolution *= 2
             for _ in range(config.num_res_blocks + 1):
-                self.blocks.append(ResBlock(width, width))
+                self.blocks.add(ResBlock(width, width), level)
                 if resolution in config.attention_resolutions:
-                    self.blocks.append(Attention(width))
-        self.norm_out = group_norm(channels[-1])
+                    self.blocks.add(Attention(width), level)
+        self.norm_out = GroupNorm(channels[-1])
         outputs = config.in_channels * params_per_channel * config.patch_size**2
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
 
     def forward(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b ck h w"]:
         """Parameters of p(x|z)."""
-        h = self.conv_in(z)
-        for block in self.blocks:
-            h = block(h)
+        h = self.blocks(self.conv_in(z))
         h = self.conv_out(F.silu(self.norm_out(h)))
         return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
 

@@ -2,18 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with groups of about 16 channels; it never mixes images, so a batch may be cut anywhere."""
-    num_groups = max(1, channels // 16)
-    while channels % num_groups:
-        num_groups -= 1
-    return nn.GroupNorm(num_groups, channels)
+def as_they_are(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, activations like `x` keep their dtype.
+
+    On CUDA autocast makes them float32 around every norm and upsampling, which moves and keeps twice the bytes.
+    """
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with groups of about 16 channels; it never mixes images, so a batch may be cut anywhere.
+
+    In and out in the dtype of the activations; the kernels sum in float32.
+    """
+
+    def __init__(self, channels: int) -> None:
+        num_groups = max(1, channels // 16)
+        while channels % num_groups:
+            num_groups -= 1
+        super().__init__(num_groups, channels)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Normalise each image's groups."""
+        with as_they_are(x):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Blocks(nn.ModuleList):
+    """Blocks one after the other, each of a level.
+
+    Those of `checkpoint_levels` keep their input alone for the backward pass, which computes them once more (Chen et al. 2016,
+    "Training Deep Nets with Sublinear Memory Cost"). Gradients are the same to the bit wherever kernels are deterministic.
+    """
+
+    def __init__(self, checkpoint_levels: Collection[int]) -> None:
+        super().__init__()
+        self._checkpoint_levels = frozenset(checkpoint_levels)
+        self._is_checkpointed: list[bool] = []
+
+    def add(self, block: nn.Module, level: int) -> None:
+        """Append a block of this level."""
+        self.append(block)
+        self._is_checkpointed.append(level in self._checkpoint_levels)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        """Apply all blocks."""
+        for block, is_checkpointed in zip(self, self._is_checkpointed, strict=True):
+            # Blocks draw nothing at random, so that no generator's state is to be kept.
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if is_checkpointed else block(x)
+        return x
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
@@ -29,9 +77,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = GroupNorm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = GroupNorm(out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -50,7 +98,7 @@ class Attention(nn.Module):
         self.num_heads = max(1, channels // 64)
         while channels % self.num_heads:
             self.num_heads -= 1
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -77,4 +125,6 @@ class Upsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         """Apply the block."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        with as_they_are(x):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x)

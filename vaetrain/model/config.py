@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 LikelihoodName = Literal[
@@ -37,6 +37,10 @@ class ModelConfig:
 
     attention_resolutions: tuple[int, ...] = ()
     """Resolutions in pixels (e.g. 16 8) whose residual blocks are followed by self-attention (conv)."""
+
+    checkpoint_levels: tuple[int, ...] = ()
+    """Levels, 0 that of the highest resolution, whose blocks are computed once more in the backward pass in place of being kept in
+    memory (conv): the same weights and gradients from less memory and more time (docs/scaling.md)."""
 
     hidden_features: tuple[int, ...] = (512, 256)
     """Widths of the encoder's hidden layers, mirrored in the decoder (dense)."""
@@ -86,6 +90,11 @@ class ModelConfig:
                     f"--model.attention-resolutions {sorted(unknown)} are no resolutions of this model; "
                     f"it has {sorted(levels, reverse=True)}"
                 )
+            if unknown := set(self.checkpoint_levels) - set(range(len(self.channel_mult))):
+                raise ValueError(
+                    f"--model.checkpoint-levels {sorted(unknown)} are no levels of this model; "
+                    f"it has {list(range(len(self.channel_mult)))}"
+                )
         elif not self.hidden_features:
             raise ValueError("--model.hidden-features is empty; a dense model needs at least one hidden layer")
 
@@ -101,6 +110,11 @@ class ModelConfig:
                 f"the shard set's images have {channels} channel(s) but --model.in-channels is {self.in_channels}; "
                 f"pass --model.in-channels {channels}, or make shards {'with' if self.in_channels == 1 else 'without'} --gray"
             )
+
+    @property
+    def without_checkpointing(self) -> ModelConfig:
+        """The same network as far as weights and losses go."""
+        return replace(self, checkpoint_levels=())
 
     @property
     def downsample_factor(self) -> int:

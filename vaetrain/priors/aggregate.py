@@ -41,13 +41,17 @@ class Posteriors:
     std: Float[Tensor, "n d"]
 
     def sample(self, seed: int) -> Float[Tensor, "n d"]:
-        """One latent z ~ q(z|x) per image; the images' order matters."""
+        """One latent z ~ q(z|x) per image; the images' order matters. The same on every device."""
         noise = torch.randn(self.mean.shape, generator=torch.Generator().manual_seed(seed))
-        return self.mean + self.std * noise
+        return self.mean + self.std * noise.to(self.mean.device)
 
     def every_other(self, first: int) -> Posteriors:
         """Those at `first`, `first` + 2, …"""
         return Posteriors(self.mean[first::2], self.std[first::2])
+
+    def to(self, device: torch.device) -> Posteriors:
+        """The same on another device."""
+        return Posteriors(self.mean.to(device), self.std.to(device))
 
     def __len__(self) -> int:
         """Number of images."""
@@ -70,9 +74,17 @@ class AggregatePosterior:
         """Covariance of the posterior means (n − 1)."""
         return torch.cov(self.train.mean.double().T).reshape(*2 * self.train.mean.shape[1:])
 
+    def mean_variances(self) -> Float64[Tensor, " d"]:
+        """Mean posterior variance of each dimension."""
+        return self.train.std.double().square().mean(0)
+
     def covariance(self) -> Float64[Tensor, "d d"]:
         """Covariance of q(z): that of the means, and on the diagonal the mean posterior variances."""
-        return self.covariance_of_means() + self.train.std.double().square().mean(0).diag()
+        return self.covariance_of_means() + self.mean_variances().diag()
+
+    def to(self, device: torch.device) -> AggregatePosterior:
+        """The same on another device, where priors are then fitted."""
+        return AggregatePosterior(self.latent_shape, self.train.to(device), self.val.to(device))
 
     def selection_codes(self, seed: int) -> Float[Tensor, "m d"]:
         """Latents of every other validation image, by which sizes are chosen and training is stopped."""

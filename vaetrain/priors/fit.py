@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from vaetrain.command_line import plain
 from vaetrain.data.readers.reader import Reader
-from vaetrain.distributed import processes
+from vaetrain.distributed import exchange
 from vaetrain.distributed.randomness import mixed_seed
 from vaetrain.export import TrainedModel
 from vaetrain.model.prior import Prior, StandardNormal
@@ -37,7 +39,8 @@ from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import ProgressBar
 
 MAX_COVARIANCE_DIMS = 4096
-"""Latent dimensions up to which gaussian, gmm and flow are fitted: a matrix of 128 MiB, some 20 s for its eigenvectors."""
+"""Latent dimensions up to which gaussian, gmm and flow are fitted: a matrix of 128 MiB; a minute or two on a CPU for
+that and its eigenvectors."""
 
 MAX_MEAN_CODES = 10_000
 """Codes that mean-code keeps in its file, drawn at random: shards may be in the order of classes."""
@@ -79,7 +82,7 @@ def fitted_priors(
     missing = [name for name, file in files.items() if not file.is_file()]
     # Loaded first, to refuse one of something else before a pass over the data and not after it.
     priors = {name: load_prior(file, trained, sha256, config) for name, file in files.items() if name not in missing}
-    accelerator.wait_for_everyone()  # nobody saves before everybody has looked
+    exchange.meet("all processes to look for fitted priors")  # nobody saves before everybody has
     if missing:
         train_reader, fingerprint = reader_of("train"), trained.dataset["train"]["fingerprint"]
         if train_reader.manifest.fingerprint != fingerprint:
@@ -88,12 +91,15 @@ def fitted_priors(
                 f"{train_reader.manifest.fingerprint}, and a prior is fitted to the training images"
             )
         aggregate = gather_aggregate(trained.vae, train_reader, reader_of("val"), accelerator, config)
+        if accelerator.is_main_process:
+            aggregate = aggregate.to(accelerator.device)
+        whitening = functools.cache(partial(Whitening.of, aggregate))
         for name in missing:
 
             def fit_and_save(name: PriorName = name) -> None:
                 print(f"fitting prior {name} to {run / trained.checkpoint}", flush=True)
                 with ProgressBar(f"fitting prior {name}"):
-                    prior, details = fit_prior(name, aggregate, config)
+                    prior, details = fit_prior(name, aggregate, config, whitening)
                 facts = PriorFacts(
                     format_version=FORMAT_VERSION,
                     prior=name,
@@ -110,11 +116,11 @@ def fitted_priors(
                 save_prior(files[name], prior, facts)
 
             try:
-                # Together after each one, since nobody waits longer than distributed.TIMEOUT_S.
-                processes.decided_by_main(accelerator, fit_and_save)
+                # Together after each one, since nobody waits longer than the user allows.
+                exchange.decided_by_main(accelerator, fit_and_save, f"fit prior {name}")
                 priors[name] = load_prior(files[name], trained, sha256, config)
             except Exception as error:
-                if unfitted is None:
+                if unfitted is None or isinstance(error, exchange.WaitedTooLong):
                     raise
                 unfitted[name] = f"{type(error).__name__}: {error}"
     return {name: priors[name] for name in names if name in priors}
@@ -136,9 +142,19 @@ def prior_table(priors: dict[PriorName, SavedPrior]) -> list[dict[str, Any]]:
     ]
 
 
-def fit_prior(name: PriorName, aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[Prior, dict[str, Any]]:
-    """Fit one prior in this process, on the CPU; the same aggregate and settings give the same fit. With what was chosen."""
+def fit_prior(
+    name: PriorName,
+    aggregate: AggregatePosterior,
+    config: PriorFitConfig,
+    whitening: Callable[[], Whitening] | None = None,
+) -> tuple[Prior, dict[str, Any]]:
+    """Fit one prior in this process, on the aggregate's device, where it stays until it is saved.
+
+    The same aggregate and settings give the same fit on the same device. `whitening` gives that of the aggregate, if it is to be
+    computed once for several priors. Returns with the prior what was tried and chosen.
+    """
     shape = aggregate.latent_shape
+    whitening = whitening or partial(Whitening.of, aggregate)
     match name:
         case "standard":
             return StandardNormal(shape), {}
@@ -149,11 +165,11 @@ def fit_prior(name: PriorName, aggregate: AggregatePosterior, config: PriorFitCo
         case "random-code":
             return RandomCode(shape, aggregate.train.mean.amin(0), aggregate.train.mean.amax(0)), {}
         case "gaussian":
-            return GaussianPrior(shape, Whitening.of(aggregate)), {}
+            return GaussianPrior(shape, whitening()), {}
         case "gmm":
-            return fit_mixture(aggregate, config)
+            return fit_mixture(aggregate, config, whitening())
         case "flow":
-            return fit_flow(aggregate, config)
+            return fit_flow(aggregate, config, whitening())
 
 
 def nats_per_dim(prior: Prior, codes: Float[Tensor, "n d"]) -> float | None:

@@ -15,7 +15,7 @@ from vaetrain.distributed.randomness import mixed_seed
 from vaetrain.model.prior import standard_normal_log_density
 from vaetrain.priors.aggregate import AggregatePosterior
 from vaetrain.priors.config import PriorFitConfig
-from vaetrain.priors.gaussian import WhitePrior
+from vaetrain.priors.gaussian import WhitenedCodes, WhitePrior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import counted
 
@@ -73,18 +73,19 @@ class FlowPrior(WhitePrior):
 
 
 @torch.enable_grad()  # whatever the caller, who otherwise only evaluates, has switched off
-def fit_flow(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[FlowPrior, dict[str, Any]]:
+def fit_flow(
+    aggregate: AggregatePosterior, config: PriorFitConfig, whitening: Whitening
+) -> tuple[FlowPrior, dict[str, Any]]:
     """A flow by maximum likelihood, with new z ~ q(z|x) at every step; the weights best on held-out codes are kept."""
-    whitening = Whitening.of(aggregate)
+    device = aggregate.train.mean.device
     train, num_dims = aggregate.train, aggregate.train.mean.shape[1]
     rank = min(config.leading_dims, num_dims)
-    selection = aggregate.selection_codes(config.seed)
+    selection = WhitenedCodes.of(aggregate.selection_codes(config.seed), whitening, rank)
     seed = mixed_seed(config.seed, FLOW)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        prior = FlowPrior(aggregate.latent_shape, whitening, build_flow(rank), rank)
-    flow = prior.flow
+        flow = build_flow(rank).to(device)
     optimizer = torch.optim.AdamW(flow.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP_STEPS) * math.cos(0.5 * math.pi * step / config.flow_steps)
@@ -95,14 +96,17 @@ def fit_flow(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[Flo
         "fitting the flow, at most", range(config.flow_steps + 1), config.flow_steps, "steps", quiet=False
     ):
         if step % CHECK_EVERY == 0 or step == config.flow_steps:
-            checks.append((step, float(prior.log_density(selection).mean()) / num_dims))
+            with torch.no_grad():
+                log_density = flow().log_prob(selection.leading.float()).double()
+            checks.append((step, selection.nats_per_dim(log_density, num_dims)))
             if checks[-1][1] > best[1]:
                 best, best_state = checks[-1], copy.deepcopy(flow.state_dict())
         if step == config.flow_steps or step - best[0] >= PATIENCE:
             break
-        rows = torch.randint(len(train), (BATCH_SIZE,), generator=generator)
-        z = train.mean[rows] + train.std[rows] * torch.randn(BATCH_SIZE, num_dims, generator=generator)
-        loss = -flow().log_prob(whitening.whiten(z)[:, :rank].float()).mean()
+        rows = torch.randint(len(train), (BATCH_SIZE,), generator=generator).to(device)
+        noise = torch.randn(BATCH_SIZE, num_dims, generator=generator)  # the same on every device
+        z = train.mean[rows] + train.std[rows] * noise.to(device)
+        loss = -flow().log_prob(whitening.whiten(z, rank).float()).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), CLIP_NORM)
@@ -110,4 +114,5 @@ def fit_flow(aggregate: AggregatePosterior, config: PriorFitConfig) -> tuple[Flo
         schedule.step()
     flow.load_state_dict(best_state)
     flow.eval().requires_grad_(False)
+    prior = FlowPrior(aggregate.latent_shape, whitening, flow, rank)
     return prior, {"leading_dims": rank, "best_step": best[0], "selection_nats_per_dim": checks}

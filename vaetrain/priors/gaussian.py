@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
@@ -49,6 +50,25 @@ class WhitePrior(ABC):
             "whitening.axes": self.whitening.axes,
             "whitening.cholesky": self.whitening.cholesky,
         }
+
+
+@dataclass(frozen=True)
+class WhitenedCodes:
+    """Latents by which a density of the leading white coordinates is judged while it is fitted; the rest is computed once."""
+
+    leading: Float64[Tensor, "b r"]
+    rest_log_density: Float64[Tensor, " b"]
+    log_volume: float
+
+    @classmethod
+    def of(cls, z: Float[Tensor, "b d"], whitening: Whitening, rank: int) -> WhitenedCodes:
+        """With `rank` leading coordinates."""
+        w = whitening.whiten(z)
+        return cls(w[:, :rank].clone(), standard_normal_log_density(w[:, rank:]), whitening.log_volume)
+
+    def nats_per_dim(self, leading_log_density: Float64[Tensor, " b"], num_dims: int) -> float:
+        """Mean log-density of the latents per latent dimension, given that of their leading coordinates."""
+        return float((leading_log_density + self.rest_log_density - self.log_volume).mean()) / num_dims
 
 
 class GaussianPrior(WhitePrior):

@@ -79,7 +79,7 @@ def weights_sha256(run: Path, trained: TrainedModel) -> str:
 def save_prior(file: Path, prior: Prior, facts: PriorFacts) -> None:
     """Write a prior, whole or not at all. For the main process alone."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in prior.tensors().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in prior.tensors().items()}
     metadata = {"format": "pt", "vaetrain_prior": json.dumps(dataclasses.asdict(facts))}
     replace_file(file, safetensors.torch.save(tensors, metadata))
 

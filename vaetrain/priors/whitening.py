@@ -29,19 +29,20 @@ class Whitening:
 
     @classmethod
     def of(cls, aggregate: AggregatePosterior) -> Whitening:
-        """The whitening of an aggregate posterior; raises ValueError when it is a single point."""
-        axes = torch.linalg.eigh(aggregate.covariance_of_means()).eigenvectors.flip(1)  # eigh puts the narrowest first
-        covariance = axes.T @ aggregate.covariance() @ axes
+        """The whitening of an aggregate posterior, on its device; raises ValueError when it is a single point."""
+        of_means = aggregate.covariance_of_means()
+        axes = torch.linalg.eigh(of_means).eigenvectors.flip(1)  # eigh puts the narrowest first
+        covariance = axes.T @ (of_means + aggregate.mean_variances().diag()) @ axes
         widest = covariance.diagonal().max()
         if not widest > 0:
             raise ValueError("all training images have the same code; there is nothing to fit a prior to")
         covariance.diagonal().add_(JITTER * widest)
         return cls(aggregate.mean(), axes, torch.linalg.cholesky(covariance))
 
-    def whiten(self, z: Float[Tensor, "b d"]) -> Float64[Tensor, "b d"]:
-        """White coordinates of latents."""
-        rotated = (z.double() - self.mean) @ self.axes
-        return torch.linalg.solve_triangular(self.cholesky, rotated.T, upper=False).T
+    def whiten(self, z: Float[Tensor, "b d"], leading: int | None = None) -> Float64[Tensor, "b r"]:
+        """White coordinates of latents, or the `leading` ones alone, which cost no more than they are."""
+        rotated = (z.double() - self.mean) @ self.axes[:, :leading]
+        return torch.linalg.solve_triangular(self.cholesky[:leading, :leading], rotated.T, upper=False).T
 
     def unwhiten(self, w: Float[Tensor, "b d"]) -> Float64[Tensor, "b d"]:
         """Latents at white coordinates."""

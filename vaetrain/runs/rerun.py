@@ -81,6 +81,8 @@ def caveats(run: RunDirectory) -> Iterator[str]:
         yield "it was resumed with another revision of the code"
     if len({tuple(start["command"]) for start in [recorded, *resumes]}) > 1:
         yield "it was resumed with another command; config.yaml holds the options of the last start, which are taken"
+    if not recorded["device"].startswith("cpu") and not config.train.deterministic:
+        yield "it ran on a GPU without --train.deterministic, where sums come in another order each time: losses agree nearly"
     if config.resume not in ("auto", "never"):
         yield f"it went on from {config.resume}, and so does this"
     if config.init_from is not None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 
 from vaetrain.command_line import plain
 from vaetrain.data.format.writer import ShardWriter
+from vaetrain.distributed.exchange import decided_by_main, gather_objects, meet
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.sampling.encode import with_png
 from vaetrain.sampling.manifest import differences
@@ -45,7 +45,7 @@ def keep(
     is written into FOLDER.partial and renamed when it is whole; what an earlier process left there is deleted. Raises
     FileExistsError, at once, when `folder` holds anything but this very set, which is then left as it is.
     """
-    [free] = broadcast_object_list([accelerator.is_main_process and check_free(folder, content)])
+    free = decided_by_main(accelerator, lambda: check_free(folder, content), f"look into {folder}")
     return _writing(images, folder, content["seed"], manifest, accelerator) if free else images
 
 
@@ -60,14 +60,14 @@ def _writing(
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+    meet(f"the main process to make {aside}")
     with ShardWriter(aside, f"rank-{accelerator.process_index:04d}") as writer:
         for indices, block, files in with_png(images):
             for index, file in zip(indices, files, strict=True):
                 writer.write(f"{int(index):08d}", file, "png", {"index": int(index), "seed": seed})
             yield indices, block
-    shards = gather_object([plain(shard) for shard in writer.shards])
+    shards = gather_objects([plain(shard) for shard in writer.shards], "all processes to write their samples")
     if accelerator.is_main_process:
         write_manifest(aside, manifest(shards))
         aside.replace(folder)
-    accelerator.wait_for_everyone()
+    meet(f"the main process to write the manifest of {folder}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
-from vaetrain.config import Config
+from vaetrain.config import CompileMode, Config
 from vaetrain.distributed.processes import max_over_processes
 from vaetrain.scaling.config import ProbeConfig
+from vaetrain.training import compilation, precision
 from vaetrain.training.memory import GIB, is_out_of_memory, release_memory, train_on_dummies
-from vaetrain.training.precision import resolved
 from vaetrain.training.throughput import forget_peak_rss, peak_rss_gib
 
 KNEE = 0.95
@@ -40,7 +40,7 @@ class Probe:
     """All sizes of one arithmetic, ascending."""
 
     precision: str
-    compiled: bool
+    compiled: CompileMode | bool
     measurements: tuple[Measurement, ...]
     memory_gib: float
     """What there is: the GPU's memory, or the bound set on a CPU."""
@@ -76,9 +76,9 @@ class Probe:
 
 def probe(config: Config, options: ProbeConfig, accelerator: Accelerator) -> list[Probe]:
     """Measure every arithmetic asked for. A collective: all processes try the same sizes and stop at the same one."""
-    config = resolved(config, accelerator)
+    config = compilation.resolved(precision.resolved(config, accelerator), accelerator)
     found: list[Probe] = []
-    for precision in options.precisions or (config.train.precision,):
+    for name in options.precisions or (config.train.precision,):
         for compiled in options.compile or (config.train.compile,):
             if found and accelerator.device.type == "cpu" and not forget_peak_rss() and accelerator.is_main_process:
                 print(
@@ -86,7 +86,7 @@ def probe(config: Config, options: ProbeConfig, accelerator: Accelerator) -> lis
                     "arithmetic's are charged with the peak of all before; run each arithmetic by itself to compare memory",
                     file=sys.stderr,
                 )
-            train = replace(config.train, precision=precision, compile=compiled)
+            train = replace(config.train, precision=name, compile=compiled)
             found.append(_probe_one(replace(config, train=train), options, accelerator))
     return found
 

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vaetrain.config import CheckpointConfig
+from vaetrain.distributed.exchange import meet
 from vaetrain.files import NewerFormatError, fsync, sha256_of_file
 from vaetrain.runs.checkpoint_names import is_checkpoint, list_checkpoints, no_good_checkpoint, step_of
 from vaetrain.runs.directory import RunDirectory
@@ -113,6 +114,8 @@ class Checkpoints:
         Waits for the one before it. Raises CheckpointNotWritten, here or in the calls that follow, when one fails.
         """
         self.newest_step = progress.step
+        self.finish()
+        meet("the main process to write the checkpoint before this one")
         meters = self.meters.state_dict()
         if not self.accelerator.is_main_process:
             return

@@ -41,12 +41,13 @@ class Control:
 
     def should_stop(self, longest_save_s: float) -> bool:
         """Asked once a turn: whether all are to save and stop now, told by a signal or near the end of the time. A collective."""
-        if self.time_limit.is_near(longest_save_s):
+        if self.time_limit.is_near(longest_save_s + self.stop.pause_s):
             self.stop.reason = self.time_limit.reason
         return self.stop.agree()
 
     def forecast(self, images_left: int, images_per_s: float, say: Callable[[str], None]) -> None:
-        """Say, once, if training will not end in time."""
+        """Call when the device has done all steps so far. Says, once, if training will not end in time."""
+        self.stop.measure(self.heartbeat.place.step + 1)
         if note := self.time_limit.forecast(images_left, images_per_s):
             say(note)
 

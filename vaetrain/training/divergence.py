@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from vaetrain.config import TrainConfig
-from vaetrain.distributed.processes import decided_by_main
+from vaetrain.distributed.exchange import decided_by_main, meet
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.checkpoint import Checkpoints, newest_good, warn_of_damage
 from vaetrain.training.logger import RunLogger
@@ -48,12 +48,12 @@ def roll_back(
     restored = checkpoints.load(checkpoint)
     restored.rollbacks = progress.rollbacks + 1
     restored.lr_factor = progress.lr_factor * (config.rollback_lr_factor or 1.0)
-    accelerator.wait_for_everyone()  # everybody has read the checkpoint before it is written anew
+    meet("all processes to load the checkpoint")  # before it is written anew
     # A resume finds the lower learning rate, and does not go back again; later checkpoints are dropped. Only then are records:
     # killed in between, the resume drops them and writes the event.
     checkpoints.save(restored)
     checkpoints.finish()
-    accelerator.wait_for_everyone()
+    meet("the main process to write the checkpoint")
     logger.log_rollback(progress.step, restored, reason_to_go_back(config, progress, window))
     return restored
 
@@ -74,7 +74,7 @@ def checkpoint_to_go_back_to(
             raise FloatingPointError(f"{reason}, and there is no checkpoint from before them; {what_to_do(run)}")
         return checkpoint
 
-    return decided_by_main(accelerator, find_checkpoint)
+    return decided_by_main(accelerator, find_checkpoint, "find and check a checkpoint to go back to")
 
 
 def reason_to_go_back(config: TrainConfig, progress: Progress, window: LogWindow) -> str:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from vaetrain.command_line import flatten, plain
 from vaetrain.config import Config
+from vaetrain.distributed.processes import in_use
 from vaetrain.metrics.validation import ValidationScores
 from vaetrain.model.autoencoder import VAE
 from vaetrain.progress_bar import ProgressBar
@@ -51,7 +52,7 @@ class RunLogger:
         self.accelerator = accelerator
         self.run = run
         self.images_per_epoch = images_per_epoch
-        peak = peak_flops(accelerator.device, config.train.precision)
+        peak = peak_flops(accelerator.device, in_use(accelerator))
         self.mfu_per_image_per_s = training_flops_per_image(vae) / peak / accelerator.num_processes if peak else None
         self.bar = ProgressBar(
             "training", total_images, done=images_seen, quiet=not accelerator.is_main_process,

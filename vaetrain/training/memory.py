@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -24,12 +27,16 @@ from vaetrain.data.readers.resident import DEVICE_MEMORY_SHARE
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.remote.url import remote_folder
 from vaetrain.model.autoencoder import VAE, ElboTerms
+from vaetrain.training.compilation import compile_in_place
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.precision import resolved
 from vaetrain.training.step import TrainStep
 
 GIB = 2**30
+
+ADVICE_S = 120.0
+"""For trying out what fits, after which the error goes without: a device may wait for ever for a process that is gone, too."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def train_on_dummies(
     ]
     ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
     if config.train.compile:
-        vae.compile()
+        compile_in_place(vae, config.train.compile)
     alone = ThisProcess(device, config.train.precision)
     optimizer = ScaledOptimizer(build_optimizer(vae, config.optim), alone.scaler)
     layout = BatchLayout(micro_batch_size, micro_batch_size, rank=0, num_processes=1)
@@ -165,8 +172,8 @@ class InArithmetic(nn.Module):
 
 def arithmetic(device: torch.device, precision: PrecisionName) -> torch.autocast:
     """Autocast of this precision, whatever the accelerator's own is."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def data_bytes_on(device: torch.device, config: DataConfig) -> int:
@@ -212,13 +219,41 @@ def suggest_on_oom(config: Config, accelerator: Accelerator) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)
     else:
         return
-    raise ValueError(f"{advice(config, accelerator)} ({problem})")
+    raise ValueError(f"{advice_in_time(config, accelerator)} ({problem})")
+
+
+def advice_in_time(config: Config, accelerator: Accelerator) -> str:
+    """`advice`, or that there is none: whatever waits for a device that runs another process's unfinished sum waits for ever.
+
+    All of it does, giving memory back too, and when memory runs out it often does on several processes at once.
+    """
+    seconds = min(ADVICE_S, config.train.timeout_s / 2)  # before the watchdog finds that nothing goes on
+    said: Future[str] = Future()
+
+    def try_out() -> None:
+        try:
+            with torch.cuda.device(
+                accelerator.device if accelerator.device.type == "cuda" else -1
+            ):  # it is a thread's own
+                said.set_result(advice(config, accelerator))
+        except BaseException as error:
+            said.set_exception(error)
+
+    # A daemon: one that blocks for good ends with the process.
+    threading.Thread(target=try_out, name="advice", daemon=True).start()
+    try:
+        return said.result(seconds)
+    except FutureTimeout:
+        return (
+            f"out of memory with {failed_micro_batch(config, accelerator)} images at a time in each process; what fits could not "
+            f"be tried out, the device did not answer within {seconds:g} s: lower --train.micro-batch-size"
+        )
 
 
 def advice(config: Config, accelerator: Accelerator) -> str:
     """What ran out of memory, and the micro-batch size that does not."""
     per_process = config.train.global_batch_size // accelerator.num_processes
-    failed = config.train.micro_batch_size or per_process
+    failed = failed_micro_batch(config, accelerator)
     sizes = [size for size in range(1, failed) if per_process % size == 0]
     fit = largest_that_fits(config, accelerator, sizes)
     said = f"out of memory with {failed} images at a time in each process"
@@ -229,3 +264,8 @@ def advice(config: Config, accelerator: Accelerator) -> str:
         total = torch.cuda.get_device_properties(accelerator.device).total_memory / GIB
         peak = f" (peak {fit.peak_gib:.1f} of {total:.1f} GiB)"
     return f"{said}; --train.micro-batch-size {fit.largest} fits{peak}, {fit.too_large or failed} does not"
+
+
+def failed_micro_batch(config: Config, accelerator: Accelerator) -> int:
+    """Images that a process took at a time."""
+    return config.train.micro_batch_size or config.train.global_batch_size // accelerator.num_processes

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from vaetrain.config import Config, PrecisionName
 from vaetrain.distributed import processes
-from vaetrain.distributed.processes import TIMEOUT_S, in_use
+from vaetrain.distributed.arithmetic import TF32_CAPABILITY
+from vaetrain.distributed.exchange import TIMEOUT_S, gather_objects
+from vaetrain.distributed.processes import in_use
 from vaetrain.machine import cpu_model
 
 C = TypeVar("C", bound=Config)
@@ -36,19 +37,24 @@ ROUNDS = 3
 
 
 def start(
-    asked: PrecisionName, *, kept: PrecisionName | None = None, timeout_s: float = TIMEOUT_S, **options: Any
+    asked: PrecisionName,
+    *,
+    kept: PrecisionName | None = None,
+    timeout_s: float = TIMEOUT_S,
+    timeout_option: str = "",
+    **options: Any,
 ) -> Accelerator:
     """`processes.start` in the arithmetic that was asked for.
 
     auto becomes `kept`, that of the run that goes on, or what fits the devices of all processes; the main process says which.
     """
-    main = processes.join(timeout_s).is_main_process
+    main = processes.join(timeout_s, timeout_option).is_main_process
     choice = choose(asked, kept=kept)
     if choice is not None and main:
         print(f"precision {choice.name}: {choice.reason}", flush=True)
     name = asked if choice is None else choice.name
     assert name != "auto"
-    return processes.start(name, timeout_s=timeout_s, **options)
+    return processes.start(name, timeout_s=timeout_s, timeout_option=timeout_option, **options)
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,19 @@ def choose(asked: PrecisionName, *, kept: PrecisionName | None = None) -> Choice
     """The arithmetic to compute in, the same on every process; None where what was asked for needs no comment. A collective.
 
     `asked` may be auto: then that of the run that is resumed, `kept`, or the one that fits the devices of all processes. Raises
-    ValueError for fp16 without a GPU.
+    ValueError for fp16 or tf32 without a GPU that has it.
     """
     if asked == "fp16" and not torch.cuda.is_available():
         raise ValueError("--train.precision fp16 needs a GPU and there is none; use auto, fp32 or bf16")
-    named = asked if asked != "auto" else gather_object([kept])[0] or "auto"
+    if asked == "tf32" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= TF32_CAPABILITY):
+        raise ValueError("--train.precision tf32 needs a GPU of compute capability 8.0 or more; use auto, fp32 or bf16")
+    named = asked if asked != "auto" else gather_objects([kept], "all processes to start")[0] or "auto"
     goes_on = asked == "auto" and named != "auto"
     why = "as the run that goes on has it" if goes_on else "as asked for"
-    if named in ("fp32", "fp16"):
+    if named in ("fp32", "tf32", "fp16"):
         return Choice(named, why) if goes_on else None
     # On a node of several kinds of GPU, or processors, all follow the least of them.
-    devices = gather_object([computes_bf16_natively()])
+    devices = gather_objects([computes_bf16_natively()], "all processes to try their device")
     natively = all(native for native, _ in devices)
     reason = next(reason for native, reason in devices if native == natively)
     if named == "auto":

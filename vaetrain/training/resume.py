@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from vaetrain.command_line import parse
-from vaetrain.config import Config, PrecisionName
+from vaetrain.config import CompileMode, Config, PrecisionName
 from vaetrain.data.readers.read_order import ReadOrder
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
@@ -46,7 +46,7 @@ def resume_point(
     check_resumable(checkpoint)
     saved = parse(Config, None, ["--config", str(checkpoint / "config.yaml")])
     fixed: list[tuple[str, Any, Any]] = [
-        ("--model.*", saved.model, config.model),
+        ("--model.*", saved.model.without_checkpointing, config.model.without_checkpointing),
         ("--seed", saved.seed, config.seed),
         ("--train.global-batch-size", saved.train.global_batch_size, config.train.global_batch_size),
         ("--data.classes", saved.data.classes, config.data.classes),
@@ -68,6 +68,18 @@ def resume_point(
 
 def recorded_precision(config: Config) -> PrecisionName | None:
     """The arithmetic of the run that `config` would go on with; None where there is none, or nothing that can be read yet."""
+    name = recorded(config, "precision")
+    return name if name in get_args(PrecisionName) else None
+
+
+def recorded_compile(config: Config) -> CompileMode | bool | None:
+    """The same of how its model was compiled, False if it was not."""
+    mode = recorded(config, "compile")
+    return "default" if mode is True else mode if mode is False or mode in get_args(CompileMode) else None
+
+
+def recorded(config: Config, name: str) -> Any:
+    """What the run that `config` would go on with has for `--train.NAME`, None where there is nothing that can be read yet."""
     own = list_checkpoints(RunDirectory(config.run_dir).checkpoints)
     # What cannot be read is found, and said, by `resume_point`.
     with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
@@ -75,8 +87,7 @@ def recorded_precision(config: Config) -> PrecisionName | None:
         if checkpoint is None and config.resume not in ("auto", "never"):
             checkpoint = find(Path(config.resume))
         if checkpoint is not None:
-            name: PrecisionName = yaml.safe_load((checkpoint / "config.yaml").read_text())["train"]["precision"]
-            return name if name in get_args(PrecisionName) else None
+            return yaml.safe_load((checkpoint / "config.yaml").read_text())["train"][name]
     return None
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from vaetrain.config import Config
 from vaetrain.data.readers.read_order import ReadOrder
 from vaetrain.data.readers.reader import Reader
-from vaetrain.distributed.processes import decided_by_main
+from vaetrain.distributed.exchange import decided_by_main, meet
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.lock import hold
 from vaetrain.runs.provenance import describe_dataset, provenance
@@ -62,7 +62,7 @@ def start_run(
         checkpoints.check_space(schedule.total_images)
         return resume_point(run, config, dataset, reading, schedule.images_per_epoch)
 
-    resumed_from = decided_by_main(accelerator, claim_run)
+    resumed_from = decided_by_main(accelerator, claim_run, "find and check the checkpoint to go on from")
     opened.enter_context(checkpoints)
     progress = checkpoints.load(resumed_from) if resumed_from else Progress()
     if config.init_from and not resumed_from:
@@ -88,4 +88,5 @@ def start_run(
     opened.enter_context(logger.bar)
     if resumed_from and resumed_from.parent == run.checkpoints:
         logger.log_missing_rollback(progress)
+    meet("the main process to write down the start")
     return Started(progress, checkpoints, meters, logger)

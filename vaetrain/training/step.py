@@ -21,6 +21,8 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from vaetrain.config import Config
 from vaetrain.data.readers.batch import Batch
@@ -30,6 +32,7 @@ from vaetrain.model.autoencoder import VAE, ElboTerms
 from vaetrain.model.likelihood import from_uint8
 from vaetrain.objective.elbo import negative_elbo, rate
 from vaetrain.training.augment import flip
+from vaetrain.training.compilation import WITH_CUDA_GRAPHS, compile_in_place
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.noise_scale import NOISE_METERS, GradientNoiseProbe, GradientNorms
 from vaetrain.training.optimizer import build_optimizer
@@ -129,9 +132,13 @@ class TrainStep:
         vae = VAE(config.model).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
         if config.train.compile:
-            vae.compile()  # in place: no wrapper, so checkpoint keys stay the same
+            compile_in_place(vae, config.train.compile)
         adamw = build_optimizer(vae, config.optim)
         model, optimizer = accelerator.prepare(vae, adamw)
+        if isinstance(model, DistributedDataParallel):
+            model.broadcast_buffers = False  # which never change; as an argument torch 2.15 has it deprecated
+            if config.train.gradient_compression == "bf16":
+                model.register_comm_hook(None, bf16_compress_hook)
         spikes = SpikeDetector(config.train.skip_above, accelerator.device)
         noise_probe = None
         if config.log.noise_scale:
@@ -159,7 +166,7 @@ class TrainStep:
     ) -> None:
         """Forward and backward of the global batch that begins at position `images_seen`; tells what it is entering."""
         config, layout, device = self.config, self.layout, self.engine.device
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=config.train.compile not in WITH_CUDA_GRAPHS)
         sums = []
         for number, positions in enumerate(layout.positions(images_seen), start=1):
             noise, mirrored = noise_of_training(config.seed, positions, config.model.latent_shape, device)

@@ -9,25 +9,48 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
-from vaetrain.distributed.processes import max_over_processes
+from vaetrain.distributed.processes import Precision, max_over_processes
 from vaetrain.model.autoencoder import VAE
 
 T = TypeVar("T")
 
-PEAK_FLOPS = {  # dense, per second, from the vendors' data sheets: (fp32 outside tensor cores, bf16 and fp16)
-    "H200": (67e12, 989e12),
-    "H100": (67e12, 989e12),
-    "A100": (19.5e12, 312e12),
-    "L40S": (91.6e12, 362e12),
-    "L4": (30.3e12, 121e12),
-    "V100": (15.7e12, 125e12),
-    "T4": (8.1e12, 65e12),
+
+class Peak(NamedTuple):
+    """A GPU's dense operations per second, from the vendor's data sheet (half of what it says with sparsity)."""
+
+    fp32: float
+    """IEEE, outside the tensor cores."""
+    tf32: float | None
+    """None: it has none."""
+    half: float
+    """bf16 and fp16, summed in fp32."""
+
+
+PEAKS = {  # by the words of a product's name; the first that has them all
+    "GB200": Peak(80e12, 1250e12, 2500e12),
+    "B200": Peak(75e12, 1125e12, 2250e12),
+    "GH200": Peak(67e12, 494e12, 989e12),
+    "H200 NVL": Peak(60e12, 418e12, 835e12),
+    "H200": Peak(67e12, 494e12, 989e12),
+    "H100 NVL": Peak(60e12, 418e12, 835e12),
+    "H100 PCIe": Peak(51e12, 378e12, 756e12),
+    "H100": Peak(67e12, 494e12, 989e12),
+    "H20": Peak(44e12, 74e12, 148e12),
+    "A100": Peak(19.5e12, 156e12, 312e12),
+    "A40": Peak(37.4e12, 74.8e12, 149.7e12),
+    "A10": Peak(31.2e12, 62.5e12, 125e12),
+    "L40S": Peak(91.6e12, 183e12, 362e12),
+    "L4": Peak(30.3e12, 60e12, 121e12),
+    "RTX 4090": Peak(82.6e12, 82.6e12, 165.2e12),
+    "RTX 3090": Peak(35.6e12, 35.6e12, 71e12),
+    "V100": Peak(15.7e12, None, 125e12),
+    "T4": Peak(8.1e12, None, 65e12),
 }
 
 
@@ -88,15 +111,20 @@ def forget_peak_rss() -> bool:
     return True
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak dense operations per second of the device, None where we have no data sheet (any CPU, an unknown GPU)."""
-    if device.type != "cuda":
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Peak dense operations per second of the device in this arithmetic; None without a data sheet (any CPU, an unknown GPU)."""
+    return peak_of(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def peak_of(name: str, precision: Precision) -> float | None:
+    """Peak dense operations per second of a GPU by its product name ("NVIDIA H100 PCIe"), None if we have no data sheet."""
+    words = set(name.replace("-", " ").split())
+    if words & {"MIG", "Laptop"}:  # a slice of a GPU, or a smaller one, has a part of the peak
         return None
-    name = torch.cuda.get_device_name(device)
-    for key, (fp32, half) in PEAK_FLOPS.items():
-        if key in name.replace("-", " ").split():
-            return fp32 if precision == "fp32" else half
-    return None
+    peak = next((peak for product, peak in PEAKS.items() if words >= set(product.split())), None)
+    if peak is None:
+        return None
+    return {"fp32": peak.fp32, "tf32": peak.tf32}.get(precision, peak.half)
 
 
 def training_flops_per_image(vae: VAE) -> float:
