@@ -131,10 +131,11 @@ def test_a_step_leaves_the_host_free(name, precision, gpu, accelerator_of_gpu):
 
 @pytest.mark.parametrize("free_bytes", [2**40, 0], ids=["on the device", "in host memory"])
 def test_the_resident_reader_leaves_the_host_free(free_bytes, gpu, accelerator_of_gpu, tiny_shards, monkeypatch):
-    """Micro-batches, epochs and subsets; with the gradient noise scale watched."""
+    """Micro-batches and subsets; with the gradient noise scale watched, and activations computed twice."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free_bytes, 2**40))
     layout = BatchLayout(20, 10, rank=0, num_processes=1)
-    step = new_step(tiny_config("--log.noise-scale", "True"), "bf16", layout, noise_probe=True)
+    config = tiny_config("--log.noise-scale", "True", "--model.checkpoint-levels", "0", "1")
+    step = new_step(config, "bf16", layout, noise_probe=True)
     meters = Meters(step.names_of_sums, accelerator_of_gpu)
     reader = open_reader(DataConfig(str(tiny_shards), reader="resident"), "train", device=CUDA)
     assert ("resident on cuda" in reader.description) == bool(free_bytes)
