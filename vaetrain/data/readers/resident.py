@@ -28,7 +28,8 @@ class ResidentReader:
     """The whole decoded split in memory: num_images × channels × height × width bytes, once for the processes of a node.
 
     Each of them decodes a part of it. On a CUDA device the split then moves to the memory of each device where it takes at most
-    a quarter of what is free; otherwise each batch is gathered from host memory into a pinned buffer.
+    a quarter of what is free; otherwise each batch is gathered from host memory into a pinned buffer. In neither case does the
+    host wait for the device.
     """
 
     def __init__(
