@@ -24,7 +24,7 @@ from vaetrain.evaluation.memorization import encoder_features, nearest_images, p
 from vaetrain.metrics.active_units import latent_activity
 from vaetrain.metrics.elbo_gap import mean_elbo
 from vaetrain.metrics.elbo_surgery import elbo_surgery
-from vaetrain.metrics.extractor import FeatureExtractor, Features
+from vaetrain.metrics.extractor import INCEPTION, FeatureExtractor
 from vaetrain.metrics.features import extract
 from vaetrain.metrics.generation import reconstruct
 from vaetrain.metrics.importance_bound import importance_bound
@@ -180,8 +180,9 @@ def neighbours(vae, reader, accelerator, batch_size):
 
 
 def features(vae, reader, accelerator, batch_size):
-    extractor = NonCallableMock(spec=FeatureExtractor)
-    type(extractor).__call__ = lambda _, images: Features(images.flatten(1)[:, :23].float(), None)
+    extractor = FeatureExtractor.__new__(FeatureExtractor)  # without Inception, whose weights are its authors'
+    extractor.device, extractor.name, extractor.weights_are_published = CUDA, INCEPTION, True
+    extractor.network = lambda images: images.flatten(1)[:, :23].float()
     found = extract(
         extractor, reconstruct(vae, reader, accelerator, batch_size), reader.num_images, accelerator,
         batch_size=batch_size, what="reconstructions",
