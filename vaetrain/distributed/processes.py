@@ -23,6 +23,7 @@ from vaetrain.distributed.exchange import TIMEOUT_S
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.distributed.network import set_gloo_interface
 from vaetrain.machine import num_cores
+from vaetrain.upload import upload
 
 # torch.distributed.nn keeps the process group that exists when it is imported, as the default of its arguments, and the first
 # optimizer imports it. Gloo's threads would then outlive the group's end, and abort a process that ends under them while they
@@ -165,14 +166,14 @@ def sum_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 def max_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
     """The largest over all processes of each number; a collective."""
-    mine = torch.tensor([list(values)], dtype=torch.float64, device=accelerator.device)
+    mine = upload(torch.tensor([list(values)], dtype=torch.float64), accelerator.device)
     return accelerator.gather(mine).amax(dim=0).tolist()
 
 
 def gather_integers(accelerator: Accelerator, integers: Sequence[int]) -> list[list[int]]:
     """The integers of each process, as many from all, in order of rank; those who have theirs early wait as in `meet`."""
     exchange.meet("all processes to read their part of the data")
-    mine = torch.tensor([list(integers)], dtype=torch.int64, device=accelerator.device)
+    mine = upload(torch.tensor([list(integers)], dtype=torch.int64), accelerator.device)
     return accelerator.gather(mine).tolist()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from vaetrain.evaluation.image_grid import save_labelled_grid
 from vaetrain.model.autoencoder import VAE
 from vaetrain.picture_text import legible, name_entries
+from vaetrain.upload import upload
 
 CODING_BATCH = 64
 LEGEND_ROWS = 24
@@ -33,17 +34,19 @@ def encode_moments(
     generator = torch.Generator().manual_seed(seed)
     means, latents = [], []
     for block in images.split(CODING_BATCH):
-        posterior = vae.encode(vae.from_uint8(block.to(device)))
+        posterior = vae.encode(vae.from_uint8(upload(block, device)))
         noise = torch.randn(posterior.mean.shape, generator=generator)
         means.append(posterior.mean.cpu())
-        latents.append(posterior.sample(noise=noise.to(device)).cpu())
+        latents.append(posterior.sample(noise=upload(noise, device)).cpu())
     return torch.cat(means), torch.cat(latents)
 
 
 def decode(vae: VAE, z: Float[Tensor, "n *latent"]) -> UInt8[Tensor, "n c h w"]:
     """Decoder means as images, on the CPU."""
     device = next(vae.parameters()).device
-    return torch.cat([vae.likelihood.to_uint8(vae.decode(block.to(device))).cpu() for block in z.split(CODING_BATCH)])
+    return torch.cat(
+        [vae.likelihood.to_uint8(vae.decode(upload(block, device))).cpu() for block in z.split(CODING_BATCH)]
+    )
 
 
 def slerp(

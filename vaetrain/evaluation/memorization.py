@@ -26,6 +26,7 @@ from vaetrain.evaluation.image_grid import save_labelled_grid
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
+from vaetrain.upload import upload
 
 Features = Callable[[UInt8[Tensor, "b c h w"]], Float[Tensor, "b ..."]]
 """Images to the numbers whose Euclidean distance is taken; called without gradients, in batches."""
@@ -98,8 +99,9 @@ class NearestSearch:
             closer = nearest < self.squared[rows]
             self.squared[rows] = torch.where(closer, nearest, self.squared[rows])
             self.index[rows] = torch.where(closer, indices[at], self.index[rows])
-            for query in (closer[: max(0, len(self.image) - start)].nonzero().flatten()).tolist():
-                self.image[start + query] = images[at[query]]
+            shown = self.image[rows]  # of the first queries alone
+            num_shown = len(shown)
+            shown.copy_(torch.where(closer[:num_shown, None, None, None], images[at[:num_shown]], shown))
 
     def finish(self, accelerator: Accelerator) -> Neighbours:
         """The nearest over all processes; a collective."""
@@ -137,13 +139,13 @@ def nearest_images(
     device, known = accelerator.device, known or {}
     searches = {}
     for name, features in spaces.items():
-        rows = [features(block.to(device)).flatten(1) for block in queries.split(batch_size)]
-        searches[name] = NearestSearch(features, torch.cat(rows), queries[:num_shown].to(device))
+        rows = [features(upload(block, device)).flatten(1) for block in queries.split(batch_size)]
+        searches[name] = NearestSearch(features, torch.cat(rows), upload(queries[:num_shown], device))
     for batch in pass_over("nearest training images", reader, accelerator, batch_size):
-        indices = batch.indices.to(device)
+        images, indices = upload(batch.images, device), upload(batch.indices, device)
         for name, search in searches.items():
-            passing = known[name][indices] if name in known else search.features(batch.images.to(device))
-            search.update(batch.images.to(device), indices, passing.flatten(1))
+            passing = known[name][indices] if name in known else search.features(images)
+            search.update(images, indices, passing.flatten(1))
     return {name: search.finish(accelerator) for name, search in searches.items()}
 
 
@@ -176,7 +178,7 @@ def memorisation(
       & Dasgupta 2020 (A non-parametric test to detect data-copying in generative models, Sec. 3), over the whole space.
     """
     val, _ = draw_images(val_reader, len(samples), accelerator, seed)
-    recon = [vae.reconstruct(vae.from_uint8(block.to(accelerator.device))) for block in val.split(BATCH_SIZE)]
+    recon = [vae.reconstruct(vae.from_uint8(upload(block, accelerator.device))) for block in val.split(BATCH_SIZE)]
     queries = torch.cat([samples, val, *(vae.likelihood.to_uint8(block).cpu() for block in recon)])
     spaces = {"pixel": pixels, "feature": features or encoder_features(vae)}
     found = nearest_images(

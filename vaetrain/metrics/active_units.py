@@ -14,6 +14,7 @@ from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.processes import sum_over_processes
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
+from vaetrain.upload import upload
 
 THRESHOLD = 0.01
 """Variance of the posterior mean above which a dimension is active (Burda et al. 2016, App. C, who found the two groups
@@ -52,7 +53,7 @@ def latent_activity(vae: VAE, reader: Reader, accelerator: Accelerator, batch_si
         3, math.prod(vae.config.latent_shape), dtype=torch.float64, device=accelerator.device
     )
     for batch in pass_over("active units", reader, accelerator, batch_size):
-        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+        x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             posterior = vae.encode(x)
         kl += posterior.kl().flatten(1).double().sum(0)
@@ -63,7 +64,7 @@ def latent_activity(vae: VAE, reader: Reader, accelerator: Accelerator, batch_si
         count += len(codes)
         mean += distance * len(codes) / count
     # The processes merge in the same way.
-    sums = sum_over_processes(accelerator, torch.cat([mean * count, kl, mean.new_tensor([count])]))
+    sums = sum_over_processes(accelerator, torch.cat([mean * count, kl, mean.new_full((1,), count)]))
     num_images = int(sums[-1].item())
     if num_images < 2:
         raise ValueError(f"a variance over images needs at least 2 of them; the split has {num_images}")

@@ -16,6 +16,7 @@ from vaetrain.metrics.estimate import Estimate
 from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import rate
+from vaetrain.upload import upload
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def mean_elbo(
         raise ValueError("a deterministic autoencoder (--model.variational False) has no ELBO")
     elbos = [torch.empty(0, dtype=torch.float64, device=accelerator.device)]
     for batch in subset_batches(reader, chosen, batch_size, accelerator.process_index, accelerator.num_processes):
-        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
-        noise = noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape).to(x.device)
+        x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
+        noise = upload(noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape), x.device)
         with accelerator.autocast():
             terms = vae(x, noise)
         elbos.append(-(terms.distortion + rate(terms.kl)).double())

@@ -28,6 +28,7 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.objective.elbo import rate
 from vaetrain.progress_bar import counted
+from vaetrain.upload import upload
 
 BLOCK = 1024
 """Latents, and posteriors, met at a time: a float64 table of BLOCK × BLOCK and two of BLOCK × 2·dimensions."""
@@ -95,17 +96,18 @@ def elbo_surgery(
     for start in counted("mutual information", starts, len(starts), "blocks", quiet=not accelerator.is_main_process):
         rows = mine[start : start + BLOCK]
         block = slice(start, start + len(rows))
-        own = DiagonalGaussian(posteriors.mean[rows], posteriors.logvar[rows])
+        on_device = upload(torch.from_numpy(rows), device)
+        own = DiagonalGaussian(posteriors.mean[on_device], posteriors.logvar[on_device])
         rates[block] = rate(own.kl().double())
         for draw in range(config.latents_per_image):
             seed = mixed_seed(config.seed, draw, SURGERY)
             noise = noise_of_images(seed, chosen[rows].tolist(), vae.config.latent_shape).flatten(1)
-            noise = noise.to(device).double()
+            noise = upload(noise, device).double()
             z = own.mean + (0.5 * own.logvar.double()).exp() * noise
             log_own = -0.5 * (noise.square() + own.logvar + LOG_2PI).sum(1)
             information[block] += (log_own - log_aggregate(z, posteriors)) / config.latents_per_image
             if draw == 0:
-                judged.append(z[np.isin(rows, spaced)])
+                judged.append(z[upload(torch.from_numpy(np.flatnonzero(np.isin(rows, spaced))), device)])
     z = torch.cat(judged)
     kl = log_dimension_aggregates(z, posteriors) + 0.5 * (z.square() + LOG_2PI)
     return ElboSurgery(
@@ -124,12 +126,12 @@ def gather_posteriors(
     num_dimensions = math.prod(vae.config.latent_shape)
     moments = torch.zeros(2, len(chosen), num_dimensions, device=accelerator.device)
     for batch in subset_batches(reader, chosen, batch_size, accelerator.process_index, accelerator.num_processes):
-        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+        x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             posterior = vae.encode(x)
         if not isinstance(posterior, DiagonalGaussian):
             raise ValueError("a deterministic autoencoder (--model.variational False) has no posterior density")
-        rows = np.searchsorted(chosen, batch.indices.cpu().numpy())
+        rows = upload(torch.from_numpy(np.searchsorted(chosen, batch.indices.cpu().numpy())), accelerator.device)
         moments[:, rows] = torch.stack([posterior.mean.flatten(1), posterior.logvar.flatten(1)])
     # Each row is written by one process and zero in the others: the sum is exact, and in the order of the images.
     return DiagonalGaussian(*sum_over_processes(accelerator, moments))

@@ -27,7 +27,7 @@ class Estimate:
 
         A process may have none. Raises ValueError when all together have fewer than 2.
         """
-        count = torch.tensor(float(len(scores)), dtype=torch.float64, device=scores.device)
+        count = torch.full((), len(scores), dtype=torch.float64, device=scores.device)
         total, num_images = sum_over_processes(accelerator, torch.stack([scores.sum(), count])).tolist()
         if num_images < 2:
             raise ValueError(f"a standard error needs at least 2 images; the split has {int(num_images)}")

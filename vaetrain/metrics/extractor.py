@@ -29,6 +29,7 @@ from torchvision.models import VGG16_Weights
 from vaetrain.distributed.arithmetic import ieee_fp32
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.weights import read_weights
+from vaetrain.upload import upload
 
 INCEPTION = "inception-v3-compat"
 
@@ -120,7 +121,7 @@ class FeatureExtractor:
 
         Raises ValueError when a user's module returns anything but a row of finite numbers for each image.
         """
-        images = images.to(self.device).expand(-1, 3, -1, -1)
+        images = upload(images, self.device).expand(-1, 3, -1, -1)
         # bf16 moves a FID by several points, and cuDNN's convolutions round to TF32 by default.
         with ieee_fp32(self.device):
             outputs = self.network(images)
@@ -128,7 +129,8 @@ class FeatureExtractor:
         if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == len(images)):
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"--fid.extractor {self.name} returned {found} for {len(images)} images, not (b, d)")
-        if not torch.isfinite(features).all():
+        # Not of published weights: the host would wait for the device after each batch.
+        if not (self.weights_are_published or torch.isfinite(features).all()):
             raise ValueError(f"--fid.extractor {self.name} returned features that are not finite; check its weights")
         return Features(features.float(), logits[0] if logits else None)
 

@@ -14,6 +14,7 @@ from vaetrain.distributed import processes
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.fidelity import FeatureGaussian, FeatureStatistics
 from vaetrain.progress_bar import ProgressBar
+from vaetrain.upload import upload
 
 NumberedImages = tuple[Sequence[int] | Tensor, UInt8[Tensor, "b c h w"]]
 """A batch of one process: the images' numbers in their set, and their pixels."""
@@ -81,6 +82,6 @@ def _in_order(
         return None
     table = torch.zeros(num_images, width, device=accelerator.device)
     if rows:
-        table[numbers.to(table.device)] = torch.cat(rows)
+        table[upload(numbers, table.device)] = torch.cat(rows)
     # Every row is zero in all processes but one: the sum is exact.
     return processes.sum_over_processes(accelerator, table)

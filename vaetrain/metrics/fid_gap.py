@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vaetrain.data.readers.order import epoch_order
 from vaetrain.metrics.fidelity import FeatureGaussian, frechet_distance
+from vaetrain.upload import upload
 
 MIN_TRAIN_SETS, MAX_TRAIN_SETS = 4, 5
 """Sets of training images that the validation images are held against: of fewer than four the deviation is hardly known, and
@@ -62,7 +63,7 @@ class GapSets:
         num_real = min(len(train) // MIN_TRAIN_SETS, len(val))
 
         def sets(features: Float[Tensor, "n d"], most: int) -> tuple[FeatureGaussian, ...]:
-            order = torch.from_numpy(epoch_order(len(features), seed, 0)).to(features.device)
+            order = upload(torch.from_numpy(epoch_order(len(features), seed, 0)), features.device)
             chunks = order[: len(order) // num_real * num_real].split(num_real)[:most]
             return tuple(FeatureGaussian.of_features(features[rows]) for rows in chunks)
 

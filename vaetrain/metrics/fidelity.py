@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vaetrain.data.readers.order import epoch_order
+from vaetrain.upload import upload
 
 
 @dataclass
@@ -59,7 +60,7 @@ class FeatureStatistics:
 
         `all_reduce_sum` returns the sum over processes of the tensor it is given; every process must call.
         """
-        count = torch.tensor(self.count, dtype=torch.float64, device=self.sum.device)
+        count = torch.full((), self.count, dtype=torch.float64, device=self.sum.device)
         # Copies, because a reduction may work in place or, on one process, return its argument.
         return FeatureStatistics(
             count=int(all_reduce_sum(count).item()),
@@ -151,7 +152,7 @@ def fid_against_count(
     """
     num_images = len(generated)
     counts = sorted({round(count) for count in np.linspace(num_images / 2, num_images, NUM_COUNTS)})
-    order = torch.from_numpy(epoch_order(num_images, 0, 0)).to(generated.device)
+    order = upload(torch.from_numpy(epoch_order(num_images, 0, 0)), generated.device)
     cuts = _growing(generated[order], counts)
     if isinstance(reference, FeatureGaussian):
         fids = [frechet_distance(cut, reference) for cut in cuts]

@@ -31,6 +31,7 @@ from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealFeatures
 from vaetrain.metrics.subset import choose_images
 from vaetrain.model.autoencoder import VAE
+from vaetrain.upload import upload
 
 PRC_NEIGHBORHOOD = 3
 PRC_BLOCK = 1000
@@ -109,7 +110,7 @@ class FidReference:
         row[known] = np.arange(len(known))
 
         def at(positions: Int64[np.ndarray, " n"]) -> Float32[Tensor, "n d"]:
-            return train[torch.from_numpy(row[positions]).to(train.device)]
+            return train[upload(torch.from_numpy(row[positions]), train.device)]
 
         start = time.perf_counter()
         first, second = (FeatureGaussian.of_features(at(positions)) for positions in protocol.halves())
@@ -281,7 +282,7 @@ def reconstruction_fid(
 def reconstruct(vae: VAE, reader: Reader, accelerator: Accelerator, batch_size: int) -> Iterator[NumberedImages]:
     """This process's part of a split, reconstructed: decoded posterior modes, rounded to the nearest of 256 levels."""
     for batch in reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes):
-        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+        x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             recon = vae.reconstruct(x)
         yield batch.indices, vae.likelihood.to_uint8(recon)

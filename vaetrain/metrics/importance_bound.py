@@ -26,6 +26,7 @@ from vaetrain.metrics.subset import choose_images, subset_batches
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.progress_bar import counted
+from vaetrain.upload import upload
 
 BLOCK = 50
 """Latents of an image whose noise is drawn at once: sample j is row j mod BLOCK of block j // BLOCK, however many are decoded
@@ -75,7 +76,7 @@ def importance_bound(vae: VAE, reader: Reader, accelerator: Accelerator, config:
     batches = subset_batches(reader, mine, images_at_a_time)
     quiet = not accelerator.is_main_process
     for batch in counted("bound on log p(x)", batches, len(mine), size=lambda each: len(each.indices), quiet=quiet):
-        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+        x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             scores.append(image_scores(vae, x, batch.indices.tolist(), config))
     *bounds, elbo, effective_samples = torch.cat(scores).unbind(1)
@@ -103,7 +104,7 @@ def image_scores(
         noise = noise_of_images(
             mixed_seed(config.seed, start // BLOCK, IMPORTANCE), indices, (BLOCK, *vae.config.latent_shape)
         )
-        noise = noise[:, : config.num_samples - start].to(x.device)
+        noise = upload(noise[:, : config.num_samples - start], x.device)
         log_w = log_weights(vae, x, posterior, noise, config.batch_size)
         running = torch.cat([log_sum[:, None], log_w], dim=1).logcumsumexp(dim=1)
         bounds += [

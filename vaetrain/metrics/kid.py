@@ -11,6 +11,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 
 from vaetrain.data.readers.order import epoch_order
 from vaetrain.distributed.arithmetic import ieee_fp32
+from vaetrain.upload import upload
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -57,7 +58,7 @@ def jackknife_variance(generated: Float32[Tensor, "n d"], real: Float32[Tensor, 
         own = kernel_sums(blocks, blocks)
         # An image is not compared with itself.
         own.diagonal().sub_(torch.stack([(block.double().square().mean(1) + 1).pow(3).sum() for block in blocks]))
-        sizes = torch.tensor([len(block) for block in blocks], dtype=torch.float64, device=own.device)
+        sizes = upload(torch.tensor([len(block) for block in blocks], dtype=torch.float64), own.device)
         left = sizes.sum() - sizes
         own_left = own.sum() - 2 * own.sum(1) + own.diagonal()
         values = own_left / (left * (left - 1)) - 2 * (of_other.sum() - of_other) / (left * num_other)
@@ -71,7 +72,7 @@ def jackknife_variance(generated: Float32[Tensor, "n d"], real: Float32[Tensor, 
 
 def interaction_variance(sums: Float64[Tensor, "b c"], x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> float:
     """Variance of the mean kernel value of two blocks that no sum of an effect of each explains."""
-    rows, columns = (torch.tensor([len(block) for block in blocks], device=sums.device) for blocks in (x, y))
+    rows, columns = (upload(torch.tensor([len(block) for block in blocks]), sums.device) for blocks in (x, y))
     means = sums / rows[:, None] / columns
     residuals = means - means.mean(1, keepdim=True) - means.mean(0) + means.mean()
     return float(residuals.square().sum()) / ((len(x) - 1) * (len(y) - 1))
@@ -91,4 +92,4 @@ def kernel_sums(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> Float64[Tensor,
 def _shuffled(features: Float32[Tensor, "n d"]) -> Float32[Tensor, "k d"]:
     """At most `MAX_IMAGES` in random order: real images come in the order of shards, which may be that of classes."""
     order = torch.from_numpy(epoch_order(len(features), 0, 0)[:MAX_IMAGES])
-    return features[order.to(features.device)]
+    return features[upload(order, features.device)]

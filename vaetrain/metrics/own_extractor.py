@@ -24,6 +24,7 @@ from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.randomness import mixed_seed
 from vaetrain.files import replace_file, sha256_of_file
+from vaetrain.upload import upload
 
 NUM_FEATURES = 128
 NUM_TURNS = 4
@@ -124,13 +125,13 @@ def _question(
     batch: Batch, task: str, seed: int, device: torch.device
 ) -> tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, " b"]]:
     """Images, gray ones as three equal channels, and what the network is to say of each."""
-    images = batch.images.to(device).expand(-1, 3, -1, -1)
+    images = upload(batch.images, device).expand(-1, 3, -1, -1)
     if task == "classes":
-        return images, batch.labels.to(device)
+        return images, upload(batch.labels, device)
     generator = torch.Generator().manual_seed(seed)
     turns = torch.randint(NUM_TURNS, (len(images),), generator=generator)
     turned = [torch.rot90(image, int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)]
-    return torch.stack(turned), turns.to(device)
+    return torch.stack(turned), upload(turns, device)
 
 
 def _save(network: OwnExtractor, image_size: int, out: Path) -> None:

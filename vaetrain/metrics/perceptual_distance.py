@@ -26,6 +26,7 @@ from vaetrain.metrics.lpips_config import LpipsConfig
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.metrics.weights import read_weights
 from vaetrain.model.autoencoder import VAE
+from vaetrain.upload import upload
 
 HEADS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
 
@@ -135,7 +136,7 @@ def reconstruction_lpips(
     """Mean LPIPS over every image of the reader's split, between image and decoded posterior mode. A collective."""
     distances = [torch.empty(0, dtype=torch.float64, device=accelerator.device)]
     for batch in pass_over("LPIPS", reader, accelerator, batch_size):
-        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+        x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             recon = vae.reconstruct(x)
         distances.append(distance(vae.likelihood.to_unit(recon), vae.likelihood.to_unit(x)).double())

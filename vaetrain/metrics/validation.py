@@ -16,6 +16,7 @@ from vaetrain.metrics.reconstruction import mse, psnr_db, ssim
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import rate
+from vaetrain.upload import upload
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def validate(
     """
     sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
     for batch in each(pass_over("validation", reader, accelerator, batch_size)):
-        x = vae.from_uint8(batch.images.to(accelerator.device)).contiguous(memory_format=torch.channels_last)
-        noise = noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape).to(x.device)
+        x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
+        noise = upload(noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape), x.device)
         with accelerator.autocast():
             # Uncompiled: without gradients, and for the last batch's size, a compiled model would compile anew.
             terms = vae.forward(x, noise)

@@ -17,6 +17,7 @@ from vaetrain.model.config import ModelConfig
 from vaetrain.model.likelihood import build_likelihood, from_uint8
 from vaetrain.model.posterior import DiagonalGaussian, PointMass, Posterior
 from vaetrain.model.prior import sample_standard_normal
+from vaetrain.upload import upload
 
 
 class ConvEncoder(nn.Module):
@@ -173,4 +174,4 @@ class VAE(nn.Module):
         """
         indices = range(start, start + num_images)
         z = sample_standard_normal(seed, indices, self.config.latent_shape, temperature)
-        return self.decode(z.to(next(self.parameters()).device))
+        return self.decode(upload(z, next(self.parameters()).device))

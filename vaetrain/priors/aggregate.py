@@ -22,6 +22,7 @@ from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.priors.config import PriorFitConfig
+from vaetrain.upload import upload
 
 MAX_CODE_NUMBERS = 2**27
 """Latent numbers kept of a split, 512 MiB for means and as much for deviations: of larger latents fewer images."""
@@ -125,7 +126,8 @@ def encode(vae: VAE, reader: Reader, accelerator: Accelerator, config: PriorFitC
         chosen = wanted[batch.indices.cpu()]
         if chosen.any():
             indices.append(batch.indices.cpu()[chosen])
-            moments.append(posterior_moments(vae, batch.images[chosen.to(batch.images.device)].to(accelerator.device)))
+            rows = upload(chosen.nonzero().flatten(), batch.images.device)
+            moments.append(posterior_moments(vae, upload(batch.images[rows], accelerator.device)))
     everyones = processes.gather_by_index(accelerator, torch.cat(indices), torch.cat(moments))
     return Posteriors(everyones[:, 0].contiguous(), everyones[:, 1].contiguous())
 

@@ -18,6 +18,7 @@ from vaetrain.priors.config import PriorFitConfig
 from vaetrain.priors.gaussian import WhitenedCodes, WhitePrior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import counted
+from vaetrain.upload import upload
 
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
@@ -103,9 +104,9 @@ def fit_flow(
                 best, best_state = checks[-1], copy.deepcopy(flow.state_dict())
         if step == config.flow_steps or step - best[0] >= PATIENCE:
             break
-        rows = torch.randint(len(train), (BATCH_SIZE,), generator=generator).to(device)
+        rows = upload(torch.randint(len(train), (BATCH_SIZE,), generator=generator), device)
         noise = torch.randn(BATCH_SIZE, num_dims, generator=generator)  # the same on every device
-        z = train.mean[rows] + train.std[rows] * noise.to(device)
+        z = train.mean[rows] + train.std[rows] * upload(noise, device)
         loss = -flow().log_prob(whitening.whiten(z, rank).float()).mean()
         optimizer.zero_grad()
         loss.backward()

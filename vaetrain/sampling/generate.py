@@ -12,6 +12,7 @@ from torch import Tensor
 from vaetrain.distributed import processes
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.prior import Prior, StandardNormal
+from vaetrain.upload import upload
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def generate(
     blocks_to_skip, skip = divmod(skip, batch_size)
     for start in range(accelerator.process_index * batch_size + blocks_to_skip * stride, num_images, stride):
         z = prior.sample(seed, range(start, start + batch_size), temperature)
-        images = vae.decode(z.to(device))
+        images = vae.decode(upload(z, device))
         indices = range(start, min(start + batch_size, num_images))
         yield indices[skip:], vae.likelihood.to_uint8(images[skip : len(indices)])
         skip = 0

@@ -26,6 +26,7 @@ from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.record import records_of
 from vaetrain.training.logger import RunLogger
 from vaetrain.training.progress import Progress
+from vaetrain.upload import upload
 
 SECONDS_BETWEEN_DRAWINGS = 60
 """Drawing costs some two seconds; short epochs need not pay it every time. The end of training always draws."""
@@ -52,9 +53,9 @@ class RunFigures:
         images = self.val_reader.first(self.num_pictures).images
         folder = self.run.figures
         device = next(self.vae.parameters()).device
-        save_reconstructions(self.vae, self.vae.from_uint8(images.to(device)), folder / "reconstructions.png")
+        save_reconstructions(self.vae, self.vae.from_uint8(upload(images, device)), folder / "reconstructions.png")
         save_samples(self.vae, self.num_pictures, folder / "samples.png")
-        save_interpolations(self.vae, self.vae.from_uint8(images[:12].to(device)), folder / "interpolations.png")
+        save_interpolations(self.vae, self.vae.from_uint8(upload(images[:12], device)), folder / "interpolations.png")
         save_curves(self.run.metrics(), folder)
         for name in ("reconstructions", "samples", "interpolations", "losses", "kl"):
             if (folder / f"{name}.png").exists():  # a single image has no interpolations

@@ -92,19 +92,12 @@ def train_on_dummies(
     """Steps of training on black images, and the seconds of each: from the second on there are the optimizer's moments too."""
     config = resolved(config, accelerator)
     device, model = accelerator.device, config.model
-    vae = VAE(model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    step = step_alone(config, device, BatchLayout(micro_batch_size, micro_batch_size, rank=0, num_processes=1))
     kept = [
         # DDP's buckets hold every gradient once more.
-        [torch.empty_like(weight) for weight in vae.parameters()] if accelerator.num_processes > 1 else None,
+        [torch.empty_like(weight) for weight in step.vae.parameters()] if accelerator.num_processes > 1 else None,
         torch.empty(data_bytes_on(device, config.data), dtype=torch.uint8, device=device),
     ]
-    ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
-    if config.train.compile:
-        compile_in_place(vae, config.train.compile)
-    alone = ThisProcess(device, config.train.precision)
-    optimizer = ScaledOptimizer(build_optimizer(vae, config.optim), alone.scaler)
-    layout = BatchLayout(micro_batch_size, micro_batch_size, rank=0, num_processes=1)
-    step = TrainStep(config, layout, alone, vae, InArithmetic(vae, config.train.precision), optimizer, ema)
     images = torch.zeros(micro_batch_size, model.in_channels, model.image_size, model.image_size, dtype=torch.uint8)
     numbers = torch.zeros(micro_batch_size, dtype=torch.int64)
     batches = itertools.repeat(Batch(images, numbers, numbers))
@@ -118,6 +111,17 @@ def train_on_dummies(
         seconds.append(time.perf_counter() - start)
     kept.clear()
     return seconds
+
+
+def step_alone(config: Config, device: torch.device, layout: BatchLayout) -> TrainStep:
+    """A new model and all that trains it in this process, in the arithmetic and compiled as `config` says; nothing is skipped."""
+    vae = VAE(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
+    if config.train.compile:
+        compile_in_place(vae, config.train.compile)
+    engine = ThisProcess(device, config.train.precision)
+    optimizer = ScaledOptimizer(build_optimizer(vae, config.optim), engine.scaler)
+    return TrainStep(config, layout, engine, vae, InArithmetic(vae, config.train.precision), optimizer, ema)
 
 
 class ThisProcess:

@@ -37,6 +37,7 @@ from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.noise_scale import NOISE_METERS, GradientNoiseProbe, GradientNorms
 from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.spikes import SpikeDetector, skipping
+from vaetrain.upload import upload
 
 
 @runtime_checkable  # for the type checks of the tests
@@ -174,7 +175,7 @@ class TrainStep:
         for number, positions in enumerate(layout.positions(images_seen), start=1):
             noise, mirrored = noise_of_training(config.seed, positions, config.model.latent_shape, device)
             entering("waiting for data")
-            pixels = next(batches).images.to(device, non_blocking=True)  # uint8 until here
+            pixels = upload(next(batches).images, device)  # uint8 until here
             entering("forward")
             if config.data.horizontal_flip:
                 pixels = flip(pixels, mirrored)

@@ -17,6 +17,7 @@ from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.shared_array import Gather, SharedArray
 from vaetrain.data.readers.worker_progress import ReaderProgress, end_process, mark_idle, stuck_message, watched
 from vaetrain.machine import available_memory
+from vaetrain.upload import upload
 
 # Of the device memory free before the model is built; the rest is for weights and activations.
 DEVICE_MEMORY_SHARE = 0.25
@@ -27,7 +28,8 @@ class ResidentReader:
     """The whole decoded split in memory: num_images × channels × height × width bytes, once for the processes of a node.
 
     Each of them decodes a part of it. On a CUDA device the split then moves to the memory of each device where it takes at most
-    a quarter of what is free; otherwise each batch is gathered from host memory into a pinned buffer.
+    a quarter of what is free; otherwise each batch is gathered from host memory into a pinned buffer. In neither case does the
+    host wait for the device.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class ResidentReader:
             # other processes on the cores they waited for each other: 9,000. "clip": "raise" would copy once more.
             np.take(self._pixels.numpy(), positions, axis=0, out=out.numpy(), mode="clip")
         else:
-            out = torch.index_select(self._pixels, 0, rows.to(self._pixels.device))
+            out = torch.index_select(self._pixels, 0, upload(rows, self._pixels.device))
         return Batch(out.permute(0, 3, 1, 2), self._labels[rows], indices)
 
 
