@@ -37,8 +37,9 @@ SEVERAL_PROCESSES = (
 tests at a time on two cores take more than twice as long."""
 
 SLOWEST_FIRST = (
-    "test_reproduce", "test_report_in_a_browser", "test_demo", "test_generation", "test_scoring", "test_jobs", "test_use",
-    "test_remote", "test_priors", "test_make_shards", "test_report", "test_fuzz_archives", "test_probe", "test_workers",
+    "test_reproduce", "test_report_in_a_browser", "test_demo", "test_generation", "test_scoring", "test_fake_cuda",
+    "test_gpu_check", "test_jobs", "test_use", "test_remote", "test_priors", "test_make_shards", "test_report",
+    "test_fuzz_archives", "test_probe", "test_workers",
 )  # fmt: skip
 """Of the other files those that take longest, so that `make test`, which hands out whole files in order, does not end waiting
 for one of them."""
