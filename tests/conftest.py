@@ -45,6 +45,7 @@ SLOWEST_FIRST = (
 for one of them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist takes the groups up
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: number for number, name in enumerate((*SEVERAL_PROCESSES, *SLOWEST_FIRST))}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
