@@ -17,6 +17,7 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.config import beta_at
 from vaetrain.training.noise_scale import GradientNoiseProbe
 from vaetrain.training.optimizer import build_optimizer
+from vaetrain.training.perceptual import loss_terms
 from vaetrain.training.step import TrainStep
 
 
@@ -51,8 +52,9 @@ class ShortTraining:
         model, optimizer = accelerator.prepare(vae, adamw)
         self.noise_probe = GradientNoiseProbe(model, adamw, layout, accelerator.num_processes) if watch_noise else None
         self.train_step = TrainStep(
-            config, layout, accelerator, vae, model, optimizer, noise_probe=self.noise_probe, sums_in=torch.float64
-        )
+            config, layout, accelerator, vae, model, optimizer, noise_probe=self.noise_probe,
+            terms=loss_terms(config, vae.likelihood, accelerator.device), sums_in=torch.float64,
+        )  # fmt: skip
         self.images_seen = 0
         self._batches = reader.train_batches(config.seed, 0, layout)
 

@@ -30,6 +30,7 @@ from vaetrain.model.autoencoder import VAE, ElboTerms
 from vaetrain.training.compilation import compile_in_place
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.optimizer import build_optimizer
+from vaetrain.training.perceptual import loss_terms
 from vaetrain.training.precision import resolved
 from vaetrain.training.step import TrainStep
 
@@ -104,7 +105,10 @@ def train_on_dummies(
     alone = ThisProcess(device, config.train.precision)
     optimizer = ScaledOptimizer(build_optimizer(vae, config.optim), alone.scaler)
     layout = BatchLayout(micro_batch_size, micro_batch_size, rank=0, num_processes=1)
-    step = TrainStep(config, layout, alone, vae, InArithmetic(vae, config.train.precision), optimizer, ema)
+    step = TrainStep(
+        config, layout, alone, vae, InArithmetic(vae, config.train.precision), optimizer, ema,
+        terms=loss_terms(config, vae.likelihood, device),
+    )  # fmt: skip
     images = torch.zeros(micro_batch_size, model.in_channels, model.image_size, model.image_size, dtype=torch.uint8)
     numbers = torch.zeros(micro_batch_size, dtype=torch.int64)
     batches = itertools.repeat(Batch(images, numbers, numbers))
