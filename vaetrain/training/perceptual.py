@@ -42,8 +42,14 @@ class PerceptualTerm:
         """LPIPS of each image, whose gradient reaches pixels beyond the range, too."""
         low, high = self.likelihood.pixel_range
         recon, image = ((each - low) / (high - low) for each in (self.likelihood.raw_mean(terms.params), x))
+        return self.compare(recon, image)
+
+    def compare(self, recon: Float[Tensor, "b c h w"], image: Float[Tensor, "b c h w"]) -> Float32[Tensor, " b"]:
+        """LPIPS of images on the [0, 1] scale, enlarged to `resize`."""
         if self.resize is not None:
-            recon, image = (F.interpolate(each, size=(self.resize,) * 2, mode="bilinear") for each in (recon, image))
+            recon, image = (
+                F.interpolate(each.float(), size=(self.resize,) * 2, mode="bilinear") for each in (recon, image)
+            )
         distance: Tensor = self.distance(recon, image)
         return distance
 

@@ -36,7 +36,7 @@ from vaetrain.training.compilation import WITH_CUDA_GRAPHS, compile_in_place
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.noise_scale import NOISE_METERS, GradientNoiseProbe, GradientNorms
 from vaetrain.training.optimizer import build_optimizer
-from vaetrain.training.perceptual import loss_terms
+from vaetrain.training.perceptual import PerceptualTerm, loss_terms
 from vaetrain.training.spikes import SpikeDetector, skipping
 
 
@@ -156,6 +156,11 @@ class TrainStep:
         """The model of averaged weights, which validation and pictures use."""
         assert self.ema is not None
         return self.ema.module
+
+    @property
+    def lpips(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """How the perceptual term compares images on [0, 1]; None without one."""
+        return next((term.compare for term in self.terms if isinstance(term, PerceptualTerm)), None)
 
     @property
     def names_of_totals(self) -> tuple[str, ...]:
