@@ -32,7 +32,7 @@ EVAL_BATCH_SIZES = {0: (1, 7, 23, 64), 2: (7, 64)}
 def perceptual(lpips: Path) -> ObjectiveConfig:
     """LPIPS that counts about as much as the distortion."""
     files = {"backbone": lpips / "alex-backbone.pth", "heads": lpips / "alex-heads.pth"}
-    return ObjectiveConfig(perceptual=PerceptualConfig(weight=2000.0, net="alex", resize=32, **files))
+    return ObjectiveConfig(perceptual=PerceptualConfig(weight=200.0, net="alex", resize=32, **files))
 
 
 def config(shards: str, run_dir: Path, micro_batch_size: int | None = None) -> Config:
