@@ -9,8 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from vaetrain.metrics.lpips_config import LpipsConfig
-from vaetrain.metrics.perceptual_distance import BACKBONES
+from vaetrain.metrics.lpips_config import BACKBONES, LpipsConfig
 
 
 def write_random_lpips_weights(folder: Path, net: Literal["alex", "vgg"]) -> LpipsConfig:

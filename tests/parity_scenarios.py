@@ -19,6 +19,7 @@ from vaetrain.distributed import processes
 from vaetrain.metrics.validation import validate
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
+from vaetrain.objective.config import ObjectiveConfig, PerceptualConfig
 from vaetrain.training.figures import RunFigures
 from vaetrain.training.step import TrainStep
 
@@ -26,6 +27,12 @@ NUM_STEPS = 20
 MODEL = ModelConfig(image_size=16, base_channels=16, channel_mult=(1, 2), num_res_blocks=1, latent_channels=4)
 EVAL_BATCH_SIZES = {0: (1, 7, 23, 64), 2: (7, 64)}
 """By number of workers: every batch size starts workers of its own, which takes seconds."""
+
+
+def perceptual(lpips: Path) -> ObjectiveConfig:
+    """LPIPS that counts about as much as the distortion."""
+    files = {"backbone": lpips / "alex-backbone.pth", "heads": lpips / "alex-heads.pth"}
+    return ObjectiveConfig(perceptual=PerceptualConfig(weight=200.0, net="alex", resize=32, **files))
 
 
 def config(shards: str, run_dir: Path, micro_batch_size: int | None = None) -> Config:
@@ -59,6 +66,8 @@ def train(accelerator: Accelerator, settings: Config) -> dict[str, object]:
     return {
         "losses": [record["train/loss"] for record in records if record["split"] == "train"],
         "grad_norms": [record["train/grad_norm"] for record in records if record["split"] == "train"],
+        "perceptual": [record.get("train/perceptual") for record in records if record["split"] == "train"],
+        "lpips": [record.get("val_raw/lpips") for record in records if record["split"] == "val"],
         "elbos": [record["val_raw/elbo_nats"] for record in records if record["split"] == "val"],
         "apart": float((everybody - everybody[0]).abs().max()),
         "norm": float(weights.norm()),
@@ -105,13 +114,13 @@ def validation(accelerator: Accelerator, shards: str) -> dict[str, object]:
             scores = validate(vae, reader, accelerator, batch_size, seed=0)
             results[f"{reader_name}, {num_workers} workers, batches of {batch_size}"] = {
                 "indices": gather_object(mine),
-                "scores": dataclasses.asdict(scores),
+                "scores": scores.record,
             }
         reader.close()
     return results
 
 
-def scenarios(shards: str, out: Path) -> None:
+def scenarios(shards: str, out: Path, lpips: Path) -> None:
     """Write OUT/results.json; a collective of all processes."""
     accelerator = processes.start()
     with processes.finishing(accelerator):
@@ -122,6 +131,11 @@ def scenarios(shards: str, out: Path) -> None:
         }
         with patch.object(RunFigures, "draw"):  # which take longer than the trainings; once is enough
             results["accumulated"] = train(accelerator, config(shards, out / "accumulated", micro_batch_size=8))
+            for name, micro_batch_size in (("perceptual", None), ("perceptual, accumulated", 8)):
+                with_term = config(shards, out / name, micro_batch_size)
+                once_at_the_end = dataclasses.replace(with_term.train, val_every_epochs=100)
+                with_term = dataclasses.replace(with_term, train=once_at_the_end, objective=perceptual(lpips))
+                results[name] = train(accelerator, with_term)
             compressed = config(shards, out / "compressed")
             compressed = dataclasses.replace(
                 compressed, train=dataclasses.replace(compressed.train, gradient_compression="bf16")

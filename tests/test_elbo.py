@@ -177,6 +177,35 @@ def test_mse_plus_weighted_kl_is_the_elbo_at_the_variance_that_the_docs_name(red
     torch.testing.assert_close(ours - constant, lecture / weight)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_l1_with_logvar_plus_weighted_kl_and_lpips_is_the_elbo_that_the_docs_name(reduction):
+    kl_weight, lpips_weight, num_pixels, num_latents = 0.1, 0.25, 3 * 8 * 8, 7
+    x, recon, kl = draw(5, 3, 8, 8).tanh(), draw(5, 3, 8, 8, seed=1).tanh(), draw(5, num_latents).square()
+    lpips = torch.rand(5, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    likelihood = build_likelihood(ModelConfig(likelihood="laplace-shared", sigma=0.3))
+    logvar = likelihood.log_b.detach().clone().requires_grad_()
+
+    nll = ((x - recon).abs() + lpips_weight * lpips) / logvar.exp() + logvar
+    if reduction == "sum":  # latent-diffusion, sgm
+        theirs = nll.flatten(1).sum(1) + kl_weight * kl.sum(1)
+        constant = -num_pixels * math.log(2)
+    else:  # MosaicML
+        per_pixel = (nll + 2).flatten(1).mean(1) + kl_weight * num_latents / num_pixels * kl.mean(1)
+        theirs, constant = num_pixels * per_pixel, num_pixels * (2 - math.log(2))
+
+    weight = lpips_weight * num_pixels / likelihood.log_b.exp().detach()
+    ours = negative_elbo(-likelihood.log_prob(recon, x), kl, beta=kl_weight) + weight * lpips.flatten()
+    torch.testing.assert_close(ours + constant, theirs)
+
+    # Without LPIPS, which they divide by the width that they learn, the widths follow the same gradient.
+    (wanted,) = torch.autograd.grad(
+        (theirs - weight * lpips.flatten() * (likelihood.log_b.detach() - logvar).exp()).sum(), logvar
+    )
+    (gradient,) = torch.autograd.grad(ours.sum(), likelihood.scaled_log_sigma)
+    (chain,) = torch.autograd.grad(likelihood.log_b, likelihood.scaled_log_sigma)
+    torch.testing.assert_close(gradient / chain, wanted)
+
+
 # Where the gradients go.
 
 ARCHITECTURES = {
@@ -189,6 +218,7 @@ LIKELIHOODS = [
     "gaussian-fixed",
     "gaussian-shared",
     "gaussian-pixel",
+    "laplace-shared",
     "bernoulli",
     "discretized-logistic",
     "logistic-mixture",

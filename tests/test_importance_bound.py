@@ -80,7 +80,7 @@ def test_no_more_latents_are_decoded_at_a_time_than_batch_size(vae, accelerator)
         assert max(decoded) <= batch_size
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian-shared", "discretized-logistic"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian-shared", "laplace-shared", "discretized-logistic"])
 def test_weights_of_a_spatial_latent_are_the_densities_written_out(likelihood):
     torch.manual_seed(0)
     config = ModelConfig(

@@ -16,6 +16,7 @@ from torch.distributions import (
     Uniform,
 )
 from torch.distributions import Bernoulli as TorchBernoulli
+from torch.distributions import Laplace as TorchLaplace
 
 from vaetrain.model.config import ModelConfig
 from vaetrain.model.likelihood import (
@@ -23,6 +24,7 @@ from vaetrain.model.likelihood import (
     MAX_LOG_SCALE,
     MIN_LOG_SIGMA,
     Gaussian,
+    Laplace,
     Likelihood,
     LogisticMixture,
     PixelGaussian,
@@ -31,7 +33,7 @@ from vaetrain.model.likelihood import (
     soft_lower_bound,
 )
 
-DENSITIES = ["gaussian-fixed", "gaussian-shared", "gaussian-pixel"]
+DENSITIES = ["gaussian-fixed", "gaussian-shared", "gaussian-pixel", "laplace-shared"]
 MASSES = ["discretized-logistic", "logistic-mixture"]
 ALL = [*DENSITIES, "bernoulli", *MASSES]
 LEVELS = torch.arange(256, dtype=torch.uint8)[:, None, None, None]
@@ -86,7 +88,7 @@ def test_densities_integrate_to_one(name, mean, scale_param):
         params, sigma = [mean, scale_param], soft_lower_bound(torch.tensor(scale_param), MIN_LOG_SIGMA).exp()
     else:
         params, sigma = [mean], likelihood.log_sigma.exp().detach()
-    x = mean + sigma * torch.linspace(-12, 12, 4001)
+    x = mean + sigma * torch.linspace(-12, 12, 8001)
     density = of_one_pixel(likelihood, params, x).exp().detach()
     assert density.dtype == torch.float32
     assert torch.trapezoid(density.double(), x.double()).item() == pytest.approx(1, abs=1e-4)
@@ -122,6 +124,16 @@ def test_gaussians_agree_with_torch_distributions(name):
     params, x = draw(4, 3, 8, 8), random_images(likelihood, 4, 3, 8, 8)
     expected = Normal(params, likelihood.log_sigma.exp()).log_prob(x).sum((1, 2, 3))
     torch.testing.assert_close(likelihood.log_prob(params, x), expected)
+
+
+def test_laplace_agrees_with_torch_distributions_and_so_do_its_gradients():
+    likelihood = build("laplace-shared")
+    params, x = draw(4, 3, 8, 8).requires_grad_(), random_images(likelihood, 4, 3, 8, 8)
+    expected = TorchLaplace(params, likelihood.log_sigma.exp() / math.sqrt(2)).log_prob(x).sum((1, 2, 3))
+    log_prob = likelihood.log_prob(params, x)
+    torch.testing.assert_close(log_prob, expected)
+    wanted = torch.autograd.grad(expected.sum(), (params, likelihood.scaled_log_sigma))
+    torch.testing.assert_close(torch.autograd.grad(log_prob.sum(), (params, likelihood.scaled_log_sigma)), wanted)
 
 
 def test_pixel_gaussian_agrees_with_torch_distributions():
@@ -234,17 +246,31 @@ def test_the_mean_of_a_bernoulli_is_the_probability_of_white():
     )
 
 
-def test_the_best_shared_variance_is_the_mean_squared_error_and_is_soon_found():
-    likelihood = build("gaussian-shared")
-    x = random_images(likelihood, 8, 3, 8, 8)
-    params = x + 0.05 * draw(8, 3, 8, 8)
+def fitted_scale(likelihood: Likelihood, params: Tensor, x: Tensor) -> Tensor:
+    """log σ after 300 steps of Adam at the learning rate of a training."""
     optimizer = torch.optim.Adam(likelihood.parameters(), lr=1e-3)
     for _ in range(300):
         optimizer.zero_grad()
         (-likelihood.log_prob(params, x).sum() / x.numel()).backward()
         optimizer.step()
+    return likelihood.log_sigma.detach()
+
+
+def test_the_best_shared_variance_is_the_mean_squared_error_and_is_soon_found():
+    likelihood = build("gaussian-shared")
+    x = random_images(likelihood, 8, 3, 8, 8)
+    params = x + 0.05 * draw(8, 3, 8, 8)
     mse = (x - params).square().mean()
-    torch.testing.assert_close((2 * likelihood.log_sigma).exp().detach(), mse, rtol=0.01, atol=0)
+    torch.testing.assert_close((2 * fitted_scale(likelihood, params, x)).exp(), mse, rtol=0.01, atol=0)
+
+
+def test_the_best_shared_b_is_the_mean_absolute_error_and_is_soon_found():
+    likelihood = build("laplace-shared")
+    x = random_images(likelihood, 8, 3, 8, 8)
+    params = x + 0.05 * draw(8, 3, 8, 8)
+    mae = (x - params).abs().mean()
+    torch.testing.assert_close(fitted_scale(likelihood, params, x).exp() / math.sqrt(2), mae, rtol=0.01, atol=0)
+    torch.testing.assert_close(likelihood.log_b.exp().detach(), mae, rtol=0.01, atol=0)
 
 
 def test_no_density_is_narrower_than_half_a_level():
@@ -253,6 +279,9 @@ def test_no_density_is_narrower_than_half_a_level():
     assert math.exp(MIN_LOG_SIGMA) == pytest.approx(1 / 255)
     assert Gaussian(sigma=1e-6, learned=False).log_sigma.item() == pytest.approx(math.log(1e-6))
     x = torch.zeros(1, 1, 1, 1)
+    flattest = Laplace(sigma=1e-6, learned=True)
+    assert flattest.log_b.exp().item() == pytest.approx(BIN_WIDTH / 2, rel=1e-3)
+    assert flattest.bits_per_dim(-flattest.log_prob(x, x).item(), 1) == pytest.approx(0, abs=1e-3)
     peak = PixelGaussian().log_prob(torch.tensor([0.0, -1e4]).reshape(1, 2, 1, 1), x).item()
     assert peak == pytest.approx(Normal(0.0, 1 / 255).log_prob(x).item())
 
@@ -266,9 +295,12 @@ def test_scales_of_logistics_lie_between_their_bounds():
     assert narrowest == pytest.approx(1 / 255, rel=0.01)  # as a standard deviation
 
 
-def test_only_a_learned_sigma_is_a_parameter_and_neither_fixed_one_is_saved():
-    assert len(list(build("gaussian-shared").parameters())) == 1
-    assert build("gaussian-shared").log_sigma.exp().item() == pytest.approx(0.1, rel=0.05)
+def test_only_a_learned_sigma_is_a_parameter_and_no_fixed_one_is_saved():
+    for name in ("gaussian-shared", "laplace-shared"):
+        assert (
+            list(build(name).state_dict()) == ["scaled_log_sigma"] == [key for key, _ in build(name).named_parameters()]
+        )
+        assert build(name).log_sigma.exp().item() == pytest.approx(0.1, rel=0.06)
     fixed = build("gaussian-fixed")
     assert not list(fixed.parameters())
     assert not fixed.state_dict()
@@ -290,6 +322,20 @@ def test_bits_per_dim_of_known_distributions():
     assert masses.bits_per_dim(12 * math.log(256), 12) == pytest.approx(8)
     assert densities.bits_per_dim(-12 * math.log(1 / 2), 12) == pytest.approx(math.log2(255))  # uniform on [-1, 1]
     assert build("bernoulli").bits_per_dim(12 * math.log(2), 12) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_raw_mean_is_the_mean_without_its_clamp_which_has_no_gradient_outside_the_range(name):
+    likelihood = build(name)
+    params = (3 * draw(4, 3 * likelihood.params_per_channel, 4, 4)).requires_grad_()
+    raw = likelihood.raw_mean(params)
+    assert raw.dtype == torch.float32
+    assert raw.clamp(*likelihood.pixel_range).equal(likelihood.mean(params))
+    if name in DENSITIES:  # of the others E[x|z] lies within
+        (gradient,) = torch.autograd.grad(raw.sum(), params, retain_graph=True)
+        (clamped,) = torch.autograd.grad(likelihood.mean(params).sum(), params)
+        assert gradient[:, :3][raw > 1].eq(1).all()
+        assert clamped[:, :3][raw > 1].eq(0).all()
 
 
 @pytest.mark.parametrize(("sigma", "tolerance"), [(0.2, 1e-3), (2 * BIN_WIDTH, 0.02)])

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import parity_scenarios
+from lpips_weights import write_random_lpips_weights
 from together import succeed_together
 
 
@@ -12,8 +13,10 @@ from together import succeed_together
 def results(tiny_shards, tmp_path_factory):
     """What parity_scenarios.py saw on one and on two processes."""
     folders = [tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")]
+    lpips = tmp_path_factory.mktemp("lpips")
+    write_random_lpips_weights(lpips, "alex")
     for num_processes, folder in enumerate(folders, start=1):
-        succeed_together(parity_scenarios.scenarios, str(tiny_shards), folder, num_processes=num_processes)
+        succeed_together(parity_scenarios.scenarios, str(tiny_shards), folder, lpips, num_processes=num_processes)
     one, two = (json.loads((folder / "results.json").read_text()) for folder in folders)
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     return one, two
@@ -30,10 +33,19 @@ def check_parity(one, two):
     assert two["apart"] == 0
 
 
-@pytest.mark.parametrize("scenario", ["plain", "accumulated"])
+@pytest.mark.parametrize("scenario", ["plain", "accumulated", "perceptual", "perceptual, accumulated"])
 def test_two_processes_train_like_one(results, scenario):
     one, two = results
     check_parity(one[scenario], two[scenario])
+
+
+@pytest.mark.parametrize("scenario", ["perceptual", "perceptual, accumulated"])
+def test_the_perceptual_term_is_the_same_on_two_processes_and_counts(results, scenario):
+    one, two = (result[scenario] for result in results)
+    for name, length in (("perceptual", 20), ("lpips", 1)):
+        assert len(one[name]) == length
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
+    assert one["norm"] != results[0]["plain"]["norm"]
 
 
 def test_accumulation_trains_like_a_whole_batch(results):

@@ -14,8 +14,8 @@ from torch_fidelity import sample_similarity_lpips as theirs
 
 from linear_gaussian import MemoryReader
 from lpips_weights import write_random_lpips_weights
-from vaetrain.metrics.lpips_config import LpipsConfig
-from vaetrain.metrics.perceptual_distance import BACKBONES, PerceptualDistance, reconstruction_lpips
+from vaetrain.metrics.lpips_config import BACKBONES, LpipsConfig
+from vaetrain.metrics.perceptual_distance import PerceptualDistance, reconstruction_lpips, unit_length
 from vaetrain.metrics.reconstruction import mse
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
@@ -101,6 +101,40 @@ def test_it_is_symmetric_per_image_float32_under_autocast_and_repeats_gray(alex:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert distance(a, b).equal(plain)
     assert plain.dtype == torch.float32
+
+
+def test_zero_features_have_a_finite_gradient_and_the_score_is_the_authors(vgg: LpipsConfig) -> None:
+    """Theirs is f / (‖f‖ + 1e-10), whose root has no derivative at 0."""
+    features = torch.zeros(1, 4, 1, 2)
+    features[..., 0] = torch.tensor([3.0, 0.0, 4.0, 0.0])[None, :, None]
+    features.requires_grad_()
+    scaled = unit_length(features)
+    torch.testing.assert_close(scaled, features / (features.norm(dim=1, keepdim=True) + 1e-10))
+    (gradient,) = torch.autograd.grad((scaled - torch.ones(1, 4, 1, 2)).square().sum(), features)
+    assert gradient.isfinite().all()
+
+    distance, a, b = PerceptualDistance(vgg), pictures(4, 3, 32, 0) / 255, pictures(4, 3, 32, 1) / 255
+    ours = distance(a, b)
+    with patch(
+        "vaetrain.metrics.perceptual_distance.unit_length", lambda f: f / (f.square().sum(1, True).sqrt() + 1e-10)
+    ):
+        torch.testing.assert_close(ours, distance(a, b), rtol=1e-6, atol=1e-6)
+
+
+def test_images_without_any_feature_have_a_finite_gradient(alex: LpipsConfig) -> None:
+    distance = PerceptualDistance(alex)
+    for layer in distance.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.bias.fill_(-1e4)
+    recon = (pictures(2, 3, 32, 0) / 255).requires_grad_()
+    (gradient,) = torch.autograd.grad(distance(recon, pictures(2, 3, 32, 1) / 255).sum(), recon)
+    assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_the_weights_are_those_that_torchvision_publishes(net: str) -> None:
+    weights = {"alex": torchvision.models.AlexNet_Weights, "vgg": torchvision.models.VGG16_Weights}[net]
+    assert BACKBONES[net].url == weights.IMAGENET1K_V1.url
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])

@@ -136,6 +136,34 @@ REFUSALS = {
     "later format": ("vaetrain/train.py {tiny} --run-dir {later}", "has run format 9"),
     "resume": ("vaetrain/train.py {tiny} --resume nowhere", "nowhere is neither a checkpoint nor a run"),
     "init": ("vaetrain/train.py {tiny} --init-from nowhere", "nowhere is neither a checkpoint nor a run"),
+    "perceptual files": (
+        "vaetrain/train.py {tiny} --objective.perceptual.weight 1",
+        "--objective.perceptual.backbone is not given. LPIPS through vgg needs two files, anywhere on this machine: https",
+    ),
+    "perceptual file": (
+        (
+            "vaetrain/train.py {tiny} --objective.perceptual.weight 1 --objective.perceptual.backbone README.md "
+            "--objective.perceptual.heads nowhere.pth"
+        ),
+        "--objective.perceptual.heads nowhere.pth is no file. LPIPS through vgg needs two files",
+    ),
+    "perceptual size": (
+        (
+            "vaetrain/train.py {tiny} --objective.perceptual.weight 1 --objective.perceptual.net alex "
+            "--objective.perceptual.backbone README.md --objective.perceptual.heads README.md"
+        ),
+        "takes images of at least 31 pixels a side and these have 16; pass --objective.perceptual.resize 64",
+    ),
+    "perceptual resize": (
+        (
+            "vaetrain/train.py {tiny} --objective.perceptual.weight 1 --objective.perceptual.resize 8 "
+            "--objective.perceptual.backbone README.md --objective.perceptual.heads README.md"
+        ),
+        "--objective.perceptual.resize is 8, less than the images' 16 pixels",
+    ),
+    "scale perceptual": (
+        "vaetrain/scale.py {tiny} --out {new} --objective.perceptual.weight 1", "--objective.perceptual.backbone is not given",
+    ),
     "scale shards": ("vaetrain/scale.py --data.train nowhere --out {new}", "shard set nowhere does not exist"),
     "scale image size": ("vaetrain/scale.py {tiny} --model.image-size 32 --out {new}", "pass --model.image-size 16"),
     "scale batch": ("WORLD_SIZE=3 vaetrain/scale.py {tiny} --out {new}", "does not divide among 3 processes"),

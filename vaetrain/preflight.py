@@ -23,6 +23,7 @@ from vaetrain.data.readers.selection import count_images
 from vaetrain.data.remote.url import remote_folder
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.evaluation.config import EvaluateConfig
+from vaetrain.metrics.lpips_config import check_perceptual
 from vaetrain.model.config import ModelConfig
 from vaetrain.runs.checkpoint_names import list_checkpoints, require_checkpoint
 from vaetrain.runs.directory import RunDirectory
@@ -50,11 +51,13 @@ def refusing() -> Iterator[None]:
 
 
 def check_training(config: Config) -> None:
-    """Refuse, as `train` would, batches that do not divide, data that do not fit, and a place that nothing can start from.
+    """Refuse, as `train` would, batches that do not divide, data that do not fit, a perceptual term without its files, and a place
+    that nothing can start from.
 
     Raises ValueError, FileNotFoundError or FileExistsError, as all functions here.
     """
     layout = _layout(config)
+    check_perceptual(config.objective.perceptual, config.model.image_size)
     num_images, _ = (check_split(config.data, split, config.model) for split in ("train", "val"))
     if num_images is not None:
         layout.images_per_epoch(num_images)
@@ -73,6 +76,7 @@ def check_scaling(config: ScaleConfig) -> None:
     """Refuse what `scale` would: a result that is there already, and what cannot be measured."""
     config.check_out()
     layout = _layout(config)
+    check_perceptual(config.objective.perceptual, config.model.image_size)
     num_images = check_split(config.data, "train", config.model)
     if num_images is not None:
         if config.train.num_images is None:

@@ -88,7 +88,9 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
                 control.enter("validation")
                 with stopwatch.paused():
                     scores, raw_scores = (
-                        validate(vae, val_reader, accelerator, layout.micro_batch_size, config.seed, control.each)
+                        validate(
+                            vae, val_reader, accelerator, layout.micro_batch_size, config.seed, control.each, step.lpips
+                        )
                         for vae in (step.averaged, step.vae)
                     )
                 progress.note_validation(scores.score)

@@ -25,7 +25,8 @@ from vaetrain.metrics.extractor import FeatureExtractor, missing_weights
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.metrics.generation import FidReference, describe_extractor, reconstruct, reconstruction_fid
 from vaetrain.metrics.likelihood_scores import likelihood_scores
-from vaetrain.metrics.perceptual_distance import PerceptualDistance, how_to_get_weights, reconstruction_lpips
+from vaetrain.metrics.lpips_config import how_to_get_weights
+from vaetrain.metrics.perceptual_distance import PerceptualDistance, reconstruction_lpips
 from vaetrain.metrics.protocol import Protocol
 from vaetrain.metrics.reference import RealFeatures
 from vaetrain.metrics.validation import validate

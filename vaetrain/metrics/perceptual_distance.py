@@ -11,8 +11,6 @@ otherwise than the authors' code, and that one has not been released since 2021;
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torchvision
 from accelerate import Accelerator
@@ -22,48 +20,22 @@ from torch import Tensor, nn
 from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.arithmetic import ieee_fp32
 from vaetrain.metrics.estimate import Estimate
-from vaetrain.metrics.lpips_config import LpipsConfig
+from vaetrain.metrics.lpips_config import BACKBONES, LpipsConfig, how_to_get_weights
 from vaetrain.metrics.split_pass import pass_over
 from vaetrain.metrics.weights import read_weights
 from vaetrain.model.autoencoder import VAE
 from vaetrain.upload import upload
 
-HEADS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
-
-
-class Backbone(NamedTuple):
-    """A torchvision classifier as LPIPS uses it."""
-
-    name: str
-    """Its builder in torchvision.models."""
-    ends: tuple[int, ...]
-    """Where in `features` the five layers end, each after a ReLU."""
-    channels: tuple[int, ...]
-    """Channels of the five layers."""
-    url: str
-    """The weights torchvision publishes."""
-    min_size: int
-    """Side in pixels of the smallest image of which the last layer leaves a position."""
-
-
-BACKBONES = {
-    "alex": Backbone(
-        "alexnet", (2, 5, 8, 10, 12), (64, 192, 384, 256, 256),
-        torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url, min_size=31,
-    ),
-    "vgg": Backbone(
-        "vgg16", (4, 9, 16, 23, 30), (64, 128, 256, 512, 512),
-        torchvision.models.VGG16_Weights.IMAGENET1K_V1.url, min_size=16,
-    ),
-}  # fmt: skip
-
 # ImageNet's mean and standard deviation of each channel for pixels in [-1, 1], in the digits of the authors' code.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
+EPSILON = 1e-8
+"""Added to the squared length of features, so that its root has a gradient at 0. VGG16's is hundreds and more: no score changes."""
+
 
 class PerceptualDistance(nn.Module):
-    """LPIPS of pairs of images; float32 whatever surrounds it.
+    """LPIPS of pairs of images; float32 whatever surrounds it. Its weights are constants; the images may have gradients.
 
     Attributes: `backbone_sha256` and `heads_sha256` of the files, for a score's record.
     """
@@ -71,18 +43,18 @@ class PerceptualDistance(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, config: LpipsConfig) -> None:
-        """Build the network from the two files.
+    def __init__(self, config: LpipsConfig, options: str = "--lpips") -> None:
+        """Build the network from the two files, which the user named as `options`.backbone and .heads.
 
         Raises FileNotFoundError or ValueError, saying which file to put where, if one is missing, holds anything but
         tensors, or belongs to another network.
         """
         super().__init__()
         self.backbone = BACKBONES[config.net]
-        remedy = how_to_get_weights(config.net)
+        remedy = how_to_get_weights(config.net, options)
         with torch.device("meta"):  # the classifier that follows the features has 500 MB, and would be initialised
             features: nn.Sequential = getattr(torchvision.models, self.backbone.name)(weights=None).features
-        state, self.backbone_sha256 = read_weights(config.backbone, "--lpips.backbone", remedy)
+        state, self.backbone_sha256 = read_weights(config.backbone, f"{options}.backbone", remedy)
         weights = {
             name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")
         }
@@ -93,7 +65,7 @@ class PerceptualDistance(nn.Module):
         starts = (0, *self.backbone.ends)
         self.layers = nn.ModuleList(features[start:end] for start, end in zip(starts, self.backbone.ends, strict=False))
 
-        state, self.heads_sha256 = read_weights(config.heads, "--lpips.heads", remedy)
+        state, self.heads_sha256 = read_weights(config.heads, f"{options}.heads", remedy)
         shapes = {
             f"lin{number}.model.1.weight": (1, channels, 1, 1) for number, channels in enumerate(self.backbone.channels)
         }
@@ -125,8 +97,8 @@ class PerceptualDistance(nn.Module):
 
 
 def unit_length(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Scale the features of each position to length 1; all zeros stay so."""
-    return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+    """Scale the features of each position to length 1; all zeros stay so, with a finite gradient."""
+    return features * (features.square().sum(1, keepdim=True) + EPSILON).rsqrt()
 
 
 @torch.no_grad()
@@ -141,11 +113,3 @@ def reconstruction_lpips(
             recon = vae.reconstruct(x)
         distances.append(distance(vae.likelihood.to_unit(recon), vae.likelihood.to_unit(x)).double())
     return Estimate.of(torch.cat(distances), accelerator)
-
-
-def how_to_get_weights(net: str) -> str:
-    """The two files that LPIPS needs, and where they go."""
-    return (
-        f"LPIPS through {net} needs two files, anywhere on this machine: {BACKBONES[net].url} as --lpips.backbone FILE "
-        f"and {HEADS_URL}/{net}.pth (the package lpips contains it) as --lpips.heads FILE."
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +37,13 @@ class ValidationScores:
     """Mean over images of each image's peak signal-to-noise ratio."""
     ssim: float
     """Mean over images of each image's structural similarity."""
+    lpips: float | None = None
+    """Mean over images of their LPIPS, of the same pair; None in a training without a perceptual term."""
+
+    @property
+    def record(self) -> dict[str, float | None]:
+        """By name, as training logs them."""
+        return {name: value for name, value in asdict(self).items() if name != "lpips" or value is not None}
 
     @property
     def score(self) -> float:
@@ -52,12 +59,14 @@ def validate(
     batch_size: int,
     seed: int,
     each: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> ValidationScores:
     """Score every image of the reader's split exactly once, whatever the number of processes. A collective.
 
-    The batches go through `each`, such as the signs of life of a training loop.
+    The batches go through `each`, such as the signs of life of a training loop. `lpips` compares
+    reconstructions with images, both on [0, 1], each a batch to a number per image.
     """
-    sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(6 if lpips is None else 7, dtype=torch.float64, device=accelerator.device)
     for batch in each(pass_over("validation", reader, accelerator, batch_size)):
         x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         noise = upload(noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape), x.device)
@@ -68,11 +77,11 @@ def validate(
         unit = vae.likelihood.to_unit(x)
         scores: tuple[Tensor, ...] = (
             terms.distortion, rate(terms.kl), mse(recon, unit), psnr_db(recon, unit), ssim(recon, unit),
-            torch.ones_like(terms.distortion),
+            *([] if lpips is None else [lpips(recon, unit)]), torch.ones_like(terms.distortion),
         )  # fmt: skip
         sums += torch.stack([score.double().sum() for score in scores])
     *totals, count = sum_over_processes(accelerator, sums).tolist()
-    distortion, mean_rate, mean_mse, mean_psnr, mean_ssim = (total / count for total in totals)
+    distortion, mean_rate, mean_mse, mean_psnr, mean_ssim, *rest = (total / count for total in totals)
     elbo = -distortion - mean_rate if vae.config.variational else None
     return ValidationScores(
         elbo_nats=elbo,
@@ -82,4 +91,5 @@ def validate(
         mse=mean_mse,
         psnr_db=mean_psnr,
         ssim=mean_ssim,
+        lpips=rest[0] if rest else None,
     )

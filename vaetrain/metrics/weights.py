@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vaetrain.metrics.lpips_config import require_file
+
 
 def read_weights(path: Path | None, option: str, remedy: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a .pth or .safetensors file by name, on the CPU, and the file's SHA-256.
@@ -19,10 +21,7 @@ def read_weights(path: Path | None, option: str, remedy: str) -> tuple[dict[str,
     `option` is how the user named the file and `remedy` says where to get it, for the message. Raises FileNotFoundError or
     ValueError if the file is not given, missing or is anything but a dictionary of tensors.
     """
-    if path is None:
-        raise ValueError(f"{option} is not given. {remedy}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{option} {path} is no file. {remedy}")
+    path = require_file(path, option, remedy)
     content = path.read_bytes()  # once, so that the hash is that of the weights in use
     try:
         if path.suffix == ".safetensors":

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 LikelihoodName = Literal[
-    "gaussian-fixed", "gaussian-shared", "gaussian-pixel", "bernoulli", "discretized-logistic", "logistic-mixture"
-]
+    "gaussian-fixed", "gaussian-shared", "gaussian-pixel", "laplace-shared",
+    "bernoulli", "discretized-logistic", "logistic-mixture",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ class ModelConfig:
 
     likelihood: LikelihoodName = "gaussian-shared"
     """p(x|z). gaussian-fixed: variance sigma² (the lecture's MSE). gaussian-shared: one learned variance (σ-VAE).
-    gaussian-pixel: mean and variance per pixel (the lecture's Assumption 3). bernoulli: for near-binary images.
+    gaussian-pixel: mean and variance per pixel (the lecture's Assumption 3). laplace-shared: the L1 loss, with one learned
+    width. bernoulli: for near-binary images.
     discretized-logistic, logistic-mixture: mass functions on the 256 levels, true bits per dimension."""
 
     sigma: float = 0.1
-    """Standard deviation of gaussian-fixed, and about where gaussian-shared starts, on the [-1, 1] pixel scale (0.1 is
-    12.75 of 255 levels)."""
+    """Standard deviation of gaussian-fixed, and about where those of gaussian-shared and laplace-shared start, on the [-1, 1]
+    pixel scale (0.1 is 12.75 of 255 levels)."""
 
     num_mixtures: int = 5
     """Components of logistic-mixture."""

@@ -63,8 +63,12 @@ class Likelihood(nn.Module, ABC):
         """log p(x|z) in nats, summed over channels and pixels, one value per image, float32."""
 
     @abstractmethod
+    def raw_mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
+        """E[x|z] wherever it lies, float32: what a loss takes, for a clamp has no gradient outside the range."""
+
     def mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
         """E[x|z], clamped to the pixel range: the reconstruction or sample that is shown and scored."""
+        return self.raw_mean(params).clamp(*self.pixel_range)
 
     def to_unit(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """From the pixel range to [0, 1], where MSE, PSNR and SSIM are defined."""
@@ -85,15 +89,13 @@ class Likelihood(nn.Module, ABC):
         return bits - math.log2(BIN_WIDTH) if self.is_density else bits
 
 
-class Gaussian(Likelihood):
-    """N(x; mean, σ²) with σ fixed (`gaussian-fixed`) or one learned number (`gaussian-shared`, Rybkin et al. 2021).
-
-    −log p(x|z) = Σ (x − mean)² / 2σ² + D (log σ + ½ log 2π): with fixed σ, MSE up to a factor and a constant.
-    The best shared σ² is the mean of (x − mean)² over images, pixels and channels.
-    """
+class SharedScale(Likelihood):
+    """A density around params whose width is one number for all pixels, fixed or learned, kept as its standard deviation σ."""
 
     params_per_channel = 1
     is_density = True
+    min_log_sigma: float
+    """Below it a learned width does not go."""
 
     def __init__(self, sigma: float, learned: bool) -> None:
         super().__init__()
@@ -108,7 +110,21 @@ class Gaussian(Likelihood):
     def log_sigma(self) -> Float[Tensor, ""]:
         """log σ on the [-1, 1] scale; bounded below when it is learned."""
         log_sigma = self.scaled_log_sigma.float() * LOG_SIGMA_SPEED
-        return soft_lower_bound(log_sigma, MIN_LOG_SIGMA) if self.learned else log_sigma
+        return soft_lower_bound(log_sigma, self.min_log_sigma) if self.learned else log_sigma
+
+    def raw_mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
+        """See `Likelihood.raw_mean`."""
+        return params.float()
+
+
+class Gaussian(SharedScale):
+    """N(x; mean, σ²) with σ fixed (`gaussian-fixed`) or one learned number (`gaussian-shared`, Rybkin et al. 2021).
+
+    −log p(x|z) = Σ (x − mean)² / 2σ² + D (log σ + ½ log 2π): with fixed σ, MSE up to a factor and a constant.
+    The best shared σ² is the mean of (x − mean)² over images, pixels and channels.
+    """
+
+    min_log_sigma = MIN_LOG_SIGMA
 
     def log_prob(self, params: Float[Tensor, "b ck h w"], x: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
         """See `Likelihood.log_prob`."""
@@ -117,9 +133,25 @@ class Gaussian(Likelihood):
         num_pixels = x[0].numel()
         return -0.5 * squared_error * (-2 * log_sigma).exp() - num_pixels * (log_sigma + 0.5 * math.log(2 * math.pi))
 
-    def mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
-        """See `Likelihood.mean`."""
-        return params.float().clamp(*self.pixel_range)
+
+class Laplace(SharedScale):
+    """Laplace(x; mean, b) with one learned b = σ/√2 (`laplace-shared`): the L1 loss of latent diffusion, as a density.
+
+    −log p(x|z) = Σ |x − mean| / b + D log 2b. The best shared b is the mean of |x − mean| over images, pixels and channels,
+    where the first part is D.
+    """
+
+    min_log_sigma = MIN_LOG_SIGMA + 0.5 * math.log(2)  # b of half a level: a perfect reconstruction then counts 0 bits
+
+    @property
+    def log_b(self) -> Float[Tensor, ""]:
+        """log b on the [-1, 1] scale."""
+        return self.log_sigma - 0.5 * math.log(2)
+
+    def log_prob(self, params: Float[Tensor, "b ck h w"], x: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+        """See `Likelihood.log_prob`."""
+        log_b = self.log_b
+        return -image_sum((x - params.float()).abs()) * (-log_b).exp() - x[0].numel() * (log_b + math.log(2))
 
 
 class PixelGaussian(Likelihood):
@@ -134,9 +166,9 @@ class PixelGaussian(Likelihood):
         log_sigma = soft_lower_bound(log_sigma, MIN_LOG_SIGMA)
         return image_sum(-0.5 * (x - mean).square() * (-2 * log_sigma).exp() - log_sigma - 0.5 * math.log(2 * math.pi))
 
-    def mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
-        """See `Likelihood.mean`."""
-        return params.float().chunk(2, dim=1)[0].clamp(*self.pixel_range)
+    def raw_mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
+        """See `Likelihood.raw_mean`."""
+        return params.float().chunk(2, dim=1)[0]
 
 
 class Bernoulli(Likelihood):
@@ -154,8 +186,8 @@ class Bernoulli(Likelihood):
         """See `Likelihood.log_prob`."""
         return -image_sum(F.binary_cross_entropy_with_logits(params.float(), x, reduction="none"))
 
-    def mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
-        """See `Likelihood.mean`."""
+    def raw_mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
+        """See `Likelihood.raw_mean`."""
         return params.float().sigmoid()
 
 
@@ -200,15 +232,15 @@ class LogisticMixture(Likelihood):
         log_prob = torch.where(x > 1 - BIN_WIDTH / 2, log_above, log_prob)
         return image_sum((log_weights + log_prob).logsumexp(dim=0))
 
-    def mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
-        """See `Likelihood.mean`; that of a logistic whose tails are gathered at the ends of the range.
+    def raw_mean(self, params: Float[Tensor, "b ck h w"]) -> Float[Tensor, "b c h w"]:
+        """See `Likelihood.raw_mean`; that of a logistic whose tails are gathered at the ends of the range.
 
         E = −1 + ∫ P(X > t) dt over [−1, 1], the levels' sum up to half a level where the scale is narrower than one.
         """
         log_weights, mean, log_scale = self.split(params)
         scale = log_scale.exp()
         component_means = scale * (F.softplus((mean + 1) / scale) - F.softplus((mean - 1) / scale)) - 1
-        return (log_weights.exp() * component_means).sum(dim=0).clamp(*self.pixel_range)
+        return (log_weights.exp() * component_means).sum(dim=0)
 
 
 def build_likelihood(config: ModelConfig) -> Likelihood:
@@ -220,6 +252,8 @@ def build_likelihood(config: ModelConfig) -> Likelihood:
             return Gaussian(config.sigma, learned=True)
         case "gaussian-pixel":
             return PixelGaussian()
+        case "laplace-shared":
+            return Laplace(config.sigma, learned=True)
         case "bernoulli":
             return Bernoulli()
         case "discretized-logistic":

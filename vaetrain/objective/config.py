@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
 @dataclass(frozen=True)
+class PerceptualConfig:
+    """LPIPS between image and reconstruction, added to the loss (docs/objective.md). Nothing is downloaded."""
+
+    weight: float = 0.0
+    """Nats per image for an LPIPS of 1, which is a mean over positions: latent-diffusion's weight w is w · dimensions / b here. 0:
+    no such term, and neither file is read."""
+
+    net: Literal["alex", "vgg"] = "vgg"
+    """Backbone: `vgg` is what first stages are trained with, and takes images of 16 pixels or more; `alex` 31."""
+
+    backbone: Path | None = None
+    """torchvision's ImageNet weights of the backbone (.pth, or the same tensors as .safetensors)."""
+
+    heads: Path | None = None
+    """The weights of its five layers, version 0.1 of the LPIPS authors (.pth, or the same tensors as .safetensors)."""
+
+    resize: int | None = None
+    """Side in pixels to which both images are enlarged, bilinearly, before they are compared: for small ones. None: as they are."""
+
+    def __post_init__(self) -> None:
+        """Refuse weights and sizes that mean nothing."""
+        if self.weight < 0:
+            raise ValueError(f"--objective.perceptual.weight is {self.weight}; it must not be negative")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"--objective.perceptual.resize is {self.resize}; give a size in pixels, or None")
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
-    """The training loss: distortion + β · rate, in nats per image (docs/objective.md)."""
+    """The training loss: distortion + β · rate + further terms, in nats per image (docs/objective.md)."""
 
     beta: float = 1.0
     """Weight of the rate. 1 is the ELBO; above it trades reconstruction for a latent closer to the prior (Higgins et al. 2017)."""
@@ -24,6 +53,8 @@ class ObjectiveConfig:
 
     free_bits: float = 0.0
     """Rate in nats per latent dimension and image below which lowering it earns nothing (Kingma et al. 2016)."""
+
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
 
     def __post_init__(self) -> None:
         """Refuse weights and schedules that mean nothing."""

@@ -35,6 +35,8 @@ CURVES = (
 FURTHER = (
     Curve("Bits per dimension", "bits/dim", ((AVERAGED, "val/bits_per_dim"), (RAW, "val_raw/bits_per_dim"))),
     Curve("Mean squared error", "MSE on [0, 1]", ((AVERAGED, "val/mse"), (RAW, "val_raw/mse"))),
+    Curve("Perceptual distance of reconstructions", "LPIPS",
+          (("training", "train/perceptual"), (AVERAGED, "val/lpips"), (RAW, "val_raw/lpips"))),
     Curve("Distortion and rate of the step's weights", "nats per image",
           (("distortion", "val_raw/distortion_nats"), ("rate", "val_raw/rate_nats"))),
     Curve("Gradient norm", "norm", (("training", "train/grad_norm"),), log_y=True),

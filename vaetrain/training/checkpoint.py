@@ -82,6 +82,7 @@ class Checkpoints:
         meters: Stateful,
         spikes: Stateful,
         reading: Mapping[str, Any] | None = None,
+        loss_terms: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.run = run
         self.folder = run.checkpoints
@@ -94,6 +95,7 @@ class Checkpoints:
         self.meters = meters
         self.spikes = spikes
         self.reading = reading
+        self.loss_terms = loss_terms
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
         self.writer = SnapshotWriter()
         self.newest_step = 0
@@ -129,6 +131,7 @@ class Checkpoints:
             "vaetrain": package_version("vaetrain"),
             "progress": asdict(progress),
             "reading": self.reading,
+            **({"loss_terms": self.loss_terms} if self.loss_terms else {}),
             "optimizer": groups,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }

@@ -7,7 +7,6 @@ import math
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,9 +106,7 @@ class RunLogger:
 
     def log_validation(self, progress: Progress, **scores: ValidationScores) -> None:
         """One record of split "val": each keyword becomes a prefix of its scores' names."""
-        record = {
-            f"{prefix}/{name}": value for prefix, group in scores.items() for name, value in asdict(group).items()
-        }
+        record = {f"{prefix}/{name}": value for prefix, group in scores.items() for name, value in group.record.items()}
         self.write("val", progress, record)
         val = scores["val"]
         bound = "" if val.elbo_nats is None else f"ELBO {val.elbo_nats:,.1f} nats  {val.bits_per_dim:.3f} bits/dim  "

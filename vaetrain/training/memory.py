@@ -30,6 +30,7 @@ from vaetrain.model.autoencoder import VAE, ElboTerms
 from vaetrain.training.compilation import compile_in_place
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.optimizer import build_optimizer
+from vaetrain.training.perceptual import loss_terms
 from vaetrain.training.precision import resolved
 from vaetrain.training.step import TrainStep
 
@@ -121,7 +122,10 @@ def step_alone(config: Config, device: torch.device, layout: BatchLayout) -> Tra
         compile_in_place(vae, config.train.compile)
     engine = ThisProcess(device, config.train.precision)
     optimizer = ScaledOptimizer(build_optimizer(vae, config.optim), engine.scaler)
-    return TrainStep(config, layout, engine, vae, InArithmetic(vae, config.train.precision), optimizer, ema)
+    return TrainStep(
+        config, layout, engine, vae, InArithmetic(vae, config.train.precision), optimizer, ema,
+        terms=loss_terms(config, vae.likelihood, device),
+    )  # fmt: skip
 
 
 class ThisProcess:

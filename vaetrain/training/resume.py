@@ -20,13 +20,19 @@ from vaetrain.training.checkpoint import best, check, check_resumable, find, loa
 
 
 def resume_point(
-    run: RunDirectory, config: Config, dataset: Mapping[str, Any], reading: ReadOrder, images_per_epoch: int
+    run: RunDirectory,
+    config: Config,
+    dataset: Mapping[str, Any],
+    reading: ReadOrder,
+    images_per_epoch: int,
+    loss_terms: Mapping[str, Mapping[str, str]],
 ) -> Path | None:
     """The checkpoint a run goes on from, None where there is none: its own newest good one, then that of `--resume PATH`.
 
-    Warns of damaged checkpoints on stderr. Raises FileExistsError when there is one and `--resume never` was given, and
-    ValueError when it is of another model, order of data (`check_reading` too) or data set, when all checkpoints are
-    damaged, or when a later or much earlier vaetrain wrote them.
+    `loss_terms` is what those beyond the ELBO are made of (`LossTerm.made_of`), by name. Warns of damaged checkpoints on stderr.
+    Raises FileExistsError when there is one and `--resume never` was given, and ValueError when it is of another model, order of
+    data (`check_reading` too), data set or files of a loss term, when all checkpoints are damaged, or when a later or much earlier
+    vaetrain wrote them.
     """
     run.check_format()
     run.check_resume(config.resume)
@@ -63,6 +69,7 @@ def resume_point(
                 "Use the saved value, or another --run-dir for a new run"
             )
     check_reading(checkpoint, reading, images_per_epoch)
+    check_loss_terms(checkpoint, loss_terms)
     return checkpoint
 
 
@@ -103,6 +110,18 @@ def check_reading(checkpoint: Path, reading: ReadOrder, images_per_epoch: int) -
         "would repeat some images and leave others out. Use the saved values, or go on from a checkpoint at the end of an "
         "epoch (every validation has one)"
     )
+
+
+def check_loss_terms(checkpoint: Path, loss_terms: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse, with ValueError, to go on with other files behind a loss term; its weight may change, as β may, to 0 and from it."""
+    saved = json.loads((checkpoint / "state.json").read_text()).get("loss_terms", {})
+    for term in saved.keys() & loss_terms.keys():
+        for name, before in saved[term].items():
+            if before != (now := loss_terms[term].get(name)):
+                raise ValueError(
+                    f"{checkpoint} was trained with --objective.{term}.{name.removesuffix('_sha256')} of SHA-256 {before}, now it "
+                    f"is {now}; resuming would not continue that run. Use the same file, or another --run-dir for a new run"
+                )
 
 
 def origin(run: RunDirectory, config: Config, resumed_from: Path | None) -> dict[str, Any]:

@@ -51,16 +51,17 @@ def start_run(
     assert step.spikes is not None
     meters = Meters(step.names_of_sums, accelerator)
     reading = ReadOrder.of(train_reader, step.layout)
+    made_of = {term.name: dict(term.made_of) for term in step.terms}
     checkpoints = Checkpoints(
         run, config.checkpoint, accelerator, model=step.vae, ema=step.averaged, optimizer=step.optimizer.optimizer,
-        meters=meters, spikes=step.spikes, reading=asdict(reading),
+        meters=meters, spikes=step.spikes, reading=asdict(reading), loss_terms=made_of,
     )  # fmt: skip
     dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
 
     def claim_run() -> Path | None:
         opened.enter_context(hold(run.lock_file))
         checkpoints.check_space(schedule.total_images)
-        return resume_point(run, config, dataset, reading, schedule.images_per_epoch)
+        return resume_point(run, config, dataset, reading, schedule.images_per_epoch, made_of)
 
     resumed_from = decided_by_main(accelerator, claim_run, "find and check the checkpoint to go on from")
     opened.enter_context(checkpoints)
@@ -69,7 +70,7 @@ def start_run(
         load_weights(config.init_from, step.vae, step.averaged)
     if accelerator.is_main_process:
         made_by = provenance(accelerator, train_reader.manifest.fingerprint)
-        made_by |= origin(run, config, resumed_from)
+        made_by |= origin(run, config, resumed_from) | ({"loss_terms": made_of} if made_of else {})
         run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)
         for line in (train_reader.description, val_reader.description):
             print(line)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -36,6 +36,7 @@ from vaetrain.training.compilation import WITH_CUDA_GRAPHS, compile_in_place
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.noise_scale import NOISE_METERS, GradientNoiseProbe, GradientNorms
 from vaetrain.training.optimizer import build_optimizer
+from vaetrain.training.perceptual import PerceptualTerm, loss_terms
 from vaetrain.training.spikes import SpikeDetector, skipping
 from vaetrain.upload import upload
 
@@ -69,12 +70,17 @@ class Engine(Protocol):
 
 @runtime_checkable
 class LossTerm(Protocol):
-    """A part of the loss beyond the ELBO, by a name under which training logs it (train/NAME)."""
+    """A part of the loss beyond the ELBO: loss of an image = −ELBO_β + Σ weight · value."""
 
     name: str
+    """Under which training logs its mean value, without the weight (train/NAME)."""
+    weight: float
+    """Nats per image for a value of 1."""
+    made_of: Mapping[str, str]
+    """What it depends on and the config does not say, such as the hashes of files; a resume needs the same."""
 
-    def __call__(self, x: Float[Tensor, "b c h w"], terms: ElboTerms) -> Float[Tensor, " b"]:
-        """Nats per image, weighted as they are to count."""
+    def __call__(self, x: Float[Tensor, "b c h w"], terms: ElboTerms) -> Float32[Tensor, " b"]:
+        """Value of each image, from what the one forward pass gave."""
         ...
 
 
@@ -84,7 +90,7 @@ class StepResult(NamedTuple):
     num_images: int
     """Of this process."""
     totals: dict[str, Float[Tensor, ""]]
-    """Nats, summed over this process's images: loss, distortion_nats, rate_nats, and each further term."""
+    """Nats, summed over this process's images: loss, distortion_nats, rate_nats; and the value of each further term."""
     grad_norm: Float[Tensor, ""]
     """Of the loss per pixel, mean over the global batch, before clipping; the same on every process."""
     skipped: Float[Tensor, ""]
@@ -146,14 +152,20 @@ class TrainStep:
         noise_probe = None
         if config.log.noise_scale:
             noise_probe = GradientNoiseProbe(model, adamw, layout, accelerator.num_processes)
+        terms = loss_terms(config, vae.likelihood, accelerator.device)
         sums_in = torch.float64 if bare else torch.float32
-        return cls(config, layout, accelerator, vae, model, optimizer, ema, spikes, noise_probe, sums_in=sums_in)
+        return cls(config, layout, accelerator, vae, model, optimizer, ema, spikes, noise_probe, terms, sums_in)
 
     @property
     def averaged(self) -> VAE:
         """The model of averaged weights, which validation and pictures use."""
         assert self.ema is not None
         return self.ema.module
+
+    @property
+    def lpips(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """How the perceptual term compares images on [0, 1]; None without one."""
+        return next((term.compare for term in self.terms if isinstance(term, PerceptualTerm)), None)
 
     @property
     def names_of_totals(self) -> tuple[str, ...]:
@@ -185,7 +197,8 @@ class TrainStep:
                 terms = self.model(x, noise)
                 losses = negative_elbo(terms.distortion, terms.kl, beta, config.objective.free_bits)
                 further = [term(x, terms) for term in self.terms]
-                loss = sum(further, start=losses).sum()
+                weighted = (term.weight * value for term, value in zip(self.terms, further, strict=True))
+                loss = sum(weighted, start=losses).sum()
                 entering("backward")
                 # DDP averages over processes, hence per process; and per pixel, to stay within the range of fp16.
                 self.engine.backward(
