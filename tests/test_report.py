@@ -14,6 +14,7 @@ from PIL import Image
 
 from html_document import Document
 from launching import run_here, succeed
+from vaetrain.command_line import flatten
 from vaetrain.report.curves import thinned
 from vaetrain.report.document import report, short_names
 
@@ -66,7 +67,7 @@ def test_all_of_a_run_is_on_its_page(run):
     cells = {cell.text for cell in (*document.all("td"), *document.all("th"))}
     config = yaml.safe_load((run / "config.yaml").read_text())
     for section, content in config.items():
-        for key in content if isinstance(content, dict) else [section]:
+        for key, _ in flatten(content if isinstance(content, dict) else {section: content}):
             assert key in cells, key
     provenance = json.loads((run / "provenance.json").read_text())
     assert {provenance["git_revision"], provenance["device"], provenance["packages"]["torch"]} <= cells
