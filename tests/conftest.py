@@ -45,13 +45,22 @@ SLOWEST_FIRST = (
 for one of them."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist takes the groups up
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: number for number, name in enumerate((*SEVERAL_PROCESSES, *SLOWEST_FIRST))}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-    for item in items:
-        group = "several processes" if item.path.stem in SEVERAL_PROCESSES else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, with SEVERAL_PROCESSES as if they were one file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "several processes" if Path(file).stem in SEVERAL_PROCESSES else file
+
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)
