@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vaetrain.data.format.encode import png
 from vaetrain.distributed import processes
+from vaetrain.machine import num_cores
 
 MOST_THREADS = 16
 Numbers = TypeVar("Numbers", bound=Sequence[int] | Tensor)
@@ -25,8 +25,7 @@ def with_png(
     A block comes when the one after it has been drawn. The threads share the node's cores with those of its other processes;
     Pillow compresses without the GIL.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_threads = min(MOST_THREADS, max(1, cores // processes.processes_per_node()))
+    num_threads = min(MOST_THREADS, max(1, num_cores() // processes.processes_per_node()))
     with ThreadPoolExecutor(num_threads, thread_name_prefix="png") as threads:
         before = None
         for numbers, images in blocks:
