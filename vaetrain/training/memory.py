@@ -236,13 +236,12 @@ def advice_in_time(config: Config, accelerator: Accelerator) -> str:
     All of it does, giving memory back too, and when memory runs out it often does on several processes at once.
     """
     seconds = min(ADVICE_S, config.train.timeout_s / 2)  # before the watchdog finds that nothing goes on
+    own_device = accelerator.device if accelerator.device.type == "cuda" else -1
     said: Future[str] = Future()
 
     def try_out() -> None:
         try:
-            with torch.cuda.device(
-                accelerator.device if accelerator.device.type == "cuda" else -1
-            ):  # it is a thread's own
+            with torch.cuda.device(own_device):  # a thread begins with the first
                 said.set_result(advice(config, accelerator))
         except BaseException as error:
             said.set_exception(error)
