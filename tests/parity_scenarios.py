@@ -19,12 +19,13 @@ from vaetrain.distributed import processes
 from vaetrain.metrics.validation import validate
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.objective.config import ObjectiveConfig, PerceptualConfig
+from vaetrain.objective.config import AdversarialConfig, ObjectiveConfig, PerceptualConfig
 from vaetrain.training.figures import RunFigures
 from vaetrain.training.step import TrainStep
 
 NUM_STEPS = 20
 MODEL = ModelConfig(image_size=16, base_channels=16, channel_mult=(1, 2), num_res_blocks=1, latent_channels=4)
+ADVERSARIAL = ("adversarial", "adversarial_weight", "discriminator_loss")
 EVAL_BATCH_SIZES = {0: (1, 7, 23, 64), 2: (7, 64)}
 """By number of workers: every batch size starts workers of its own, which takes seconds."""
 
@@ -33,6 +34,16 @@ def perceptual(lpips: Path) -> ObjectiveConfig:
     """LPIPS that counts about as much as the distortion."""
     files = {"backbone": lpips / "alex-backbone.pth", "heads": lpips / "alex-heads.pth"}
     return ObjectiveConfig(perceptual=PerceptualConfig(weight=200.0, net="alex", resize=32, **files))
+
+
+def adversarial() -> ObjectiveConfig:
+    """With all that has a state or draws at random, from the first step on."""
+    return ObjectiveConfig(
+        adversarial=AdversarialConfig(
+            weight=0.1, layers=1, channels=16, norm="spectral", start_fraction=0.1, ramp_fraction=0.2, lecam=0.01, r1=0.1,
+            augment=("colour", "translation"),
+        )
+    )  # fmt: skip
 
 
 def config(shards: str, run_dir: Path, micro_batch_size: int | None = None) -> Config:
@@ -67,6 +78,9 @@ def train(accelerator: Accelerator, settings: Config) -> dict[str, object]:
         "losses": [record["train/loss"] for record in records if record["split"] == "train"],
         "grad_norms": [record["train/grad_norm"] for record in records if record["split"] == "train"],
         "perceptual": [record.get("train/perceptual") for record in records if record["split"] == "train"],
+        "adversarial": [
+            [record.get(f"train/{name}") for name in ADVERSARIAL] for record in records if record["split"] == "train"
+        ],
         "lpips": [record.get("val_raw/lpips") for record in records if record["split"] == "val"],
         "elbos": [record["val_raw/elbo_nats"] for record in records if record["split"] == "val"],
         "apart": float((everybody - everybody[0]).abs().max()),
@@ -131,11 +145,12 @@ def scenarios(shards: str, out: Path, lpips: Path) -> None:
         }
         with patch.object(RunFigures, "draw"):  # which take longer than the trainings; once is enough
             results["accumulated"] = train(accelerator, config(shards, out / "accumulated", micro_batch_size=8))
-            for name, micro_batch_size in (("perceptual", None), ("perceptual, accumulated", 8)):
-                with_term = config(shards, out / name, micro_batch_size)
-                once_at_the_end = dataclasses.replace(with_term.train, val_every_epochs=100)
-                with_term = dataclasses.replace(with_term, train=once_at_the_end, objective=perceptual(lpips))
-                results[name] = train(accelerator, with_term)
+            for term, objective in (("perceptual", perceptual(lpips)), ("adversarial", adversarial())):
+                for name, micro_batch_size in ((term, None), (f"{term}, accumulated", 8)):
+                    with_term = config(shards, out / name, micro_batch_size)
+                    once_at_the_end = dataclasses.replace(with_term.train, val_every_epochs=100)
+                    with_term = dataclasses.replace(with_term, train=once_at_the_end, objective=objective)
+                    results[name] = train(accelerator, with_term)
             compressed = config(shards, out / "compressed")
             compressed = dataclasses.replace(
                 compressed, train=dataclasses.replace(compressed.train, gradient_compression="bf16")

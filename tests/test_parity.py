@@ -33,7 +33,10 @@ def check_parity(one, two):
     assert two["apart"] == 0
 
 
-@pytest.mark.parametrize("scenario", ["plain", "accumulated", "perceptual", "perceptual, accumulated"])
+@pytest.mark.parametrize(
+    "scenario",
+    ["plain", "accumulated", "perceptual", "perceptual, accumulated", "adversarial", "adversarial, accumulated"],
+)
 def test_two_processes_train_like_one(results, scenario):
     one, two = results
     check_parity(one[scenario], two[scenario])
@@ -46,6 +49,18 @@ def test_the_perceptual_term_is_the_same_on_two_processes_and_counts(results, sc
         assert len(one[name]) == length
         assert two[name] == pytest.approx(one[name], rel=1e-5)
     assert one["norm"] != results[0]["plain"]["norm"]
+
+
+@pytest.mark.parametrize("scenario", ["adversarial", "adversarial, accumulated"])
+def test_the_adversarial_term_is_the_same_on_two_processes_and_counts(results, scenario):
+    one, two = (result[scenario]["adversarial"] for result in results)
+    assert len(one) == 20
+    begun = [step for step in one if step[0] is not None]
+    assert 18 <= len(begun) < 20
+    assert begun[0][1] == 0 < begun[-1][1]
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs == (mine if mine[0] is None else pytest.approx(mine, rel=1e-4, abs=1e-5))
+    assert results[0][scenario]["norm"] != results[0]["plain"]["norm"]
 
 
 def test_accumulation_trains_like_a_whole_batch(results):

@@ -173,7 +173,7 @@ def test_it_is_lpips_of_the_enlarged_pair_in_either_pixel_range(likelihood, term
     ]
     inside = params.abs().amax((1, 2, 3)) < 1
     expected = term.distance(*pair)
-    compared = term.compare(vae.likelihood.to_unit(vae.likelihood.mean(params)), vae.likelihood.to_unit(x))
+    (compared,) = term.compare(vae.likelihood.to_unit(vae.likelihood.mean(params)), vae.likelihood.to_unit(x))
     torch.testing.assert_close(compared, expected)
     if likelihood == "bernoulli" or inside.all():
         torch.testing.assert_close(term(x, terms), expected)
@@ -188,7 +188,7 @@ def test_nothing_is_loaded_or_computed_at_weight_0(term_options, monkeypatch, ac
     monkeypatch.setattr(perceptual, "PerceptualDistance", load)
     files = [word if word != "200.0" else "0" for word in term_options]
     step = build(config(*files), accelerator)
-    assert (step.terms, step.lpips) == ((), None)
+    assert (step.terms, step.comparisons) == ((), ())
     assert step.names_of_totals == ("loss", "distortion_nats", "rate_nats")
     with pytest.raises(AssertionError, match="weights were read"):
         build(config(*term_options), accelerator)

@@ -184,7 +184,7 @@ def test_early_stopping(train_tiny):
 def test_best_checkpoint_survives_retention(train_tiny, monkeypatch):
     scores = iter([5.0, 9.0, 3.0, 2.0, 1.0])
     note = Progress.note_validation
-    monkeypatch.setattr(Progress, "note_validation", lambda progress, _: note(progress, next(scores)))
+    monkeypatch.setattr(Progress, "note_validation", lambda progress, *_: note(progress, next(scores)))
     run_dir = train_tiny("--checkpoint.keep-last", 1, epochs=5)
     assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step-00000010", "step-00000025"]
 

@@ -17,6 +17,7 @@ from vaetrain.model.config import ModelConfig
 from vaetrain.objective.config import ObjectiveConfig
 
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+BestBy = Literal["elbo", "psnr", "ssim", "lpips", "rfid"]
 CompileMode = Literal["auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -75,6 +76,32 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class RfidConfig:
+    """Fréchet distance of the validation split's reconstructions from its images while training, as `evaluate.py --scores rfid`."""
+
+    every_epochs: int | None = None
+    """Epochs between two of it, at a validation; the end of training has one, too. None: never."""
+
+    extractor: str = "inception-v3-compat"
+    """Network whose features are compared, as of `--fid.extractor`. What judges never trains: not that of the perceptual term."""
+
+    weights: Path | None = None
+    """File with the weights of an extractor given by name, as `--fid.weights`."""
+
+    def __post_init__(self) -> None:
+        """Refuse an interval that means nothing, and an extractor without its file."""
+        if self.every_epochs is None:
+            return
+        if self.every_epochs < 1:
+            raise ValueError(f"--train.rfid.every-epochs is {self.every_epochs}; give at least 1, or None")
+        if self.weights is None and not self.extractor.endswith(".pt"):
+            raise ValueError(
+                f"--train.rfid.extractor {self.extractor} needs --train.rfid.weights FILE (nothing is downloaded; "
+                "`vaetrain/evaluate.py --scores rfid` says which file), or give FILE.pt as the extractor"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long, in which batches and in which arithmetic."""
 
@@ -118,8 +145,15 @@ class TrainConfig:
     """Hours after which training has saved and stopped, to be started again (exit code 75), such as a batch system gives; None:
     no limit."""
 
+    best_by: BestBy = "elbo"
+    """What the best checkpoint, and patience, go by: the highest validation elbo, psnr or ssim, or the lowest lpips (with
+    --objective.perceptual.weight) or rfid (with --train.rfid.every-epochs). With terms beyond the ELBO it is no longer what is
+    minimised."""
+
+    rfid: RfidConfig = field(default_factory=RfidConfig)
+
     patience: int | None = None
-    """Stop after this many validations without a better validation ELBO. None: never."""
+    """Stop after this many validations without a better `best_by`. None: never."""
 
     skip_above: float | None = 100.0
     """Skip a step whose gradient norm is over this many times the geometric mean of recent ones, once 50 steps were taken.
@@ -142,6 +176,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse lengths and batches that mean nothing."""
+        if self.best_by == "rfid" and self.rfid.every_epochs is None:
+            raise ValueError("--train.best-by rfid needs --train.rfid.every-epochs, and the extractor's file")
         if self.compile is True:  # as configs of older runs have it
             object.__setattr__(self, "compile", "default")
         for name in ("epochs", "global_batch_size", "val_every_epochs", "max_nonfinite_steps"):
@@ -261,6 +297,10 @@ class Config:
             raise ValueError(
                 "--log.noise-scale reads gradients while they are reduced as they are, and --train.gradient-compression "
                 f"{self.train.gradient_compression} sends others; use one of the two"
+            )
+        if self.train.best_by == "lpips" and not self.objective.perceptual.weight:
+            raise ValueError(
+                "--train.best-by lpips needs --objective.perceptual.weight above 0, which has the network for it"
             )
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; it must not be negative")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from vaetrain.command_line import user_errors
-from vaetrain.config import Config
+from vaetrain.config import Config, RfidConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.order import BatchLayout
@@ -51,13 +51,15 @@ def refusing() -> Iterator[None]:
 
 
 def check_training(config: Config) -> None:
-    """Refuse, as `train` would, batches that do not divide, data that do not fit, a perceptual term without its files, and a place
-    that nothing can start from.
+    """Refuse, as `train` would, batches that do not divide, data that do not fit, a perceptual term without its files, a
+    discriminator of larger images, and a place that nothing can start from.
 
     Raises ValueError, FileNotFoundError or FileExistsError, as all functions here.
     """
     layout = _layout(config)
     check_perceptual(config.objective.perceptual, config.model.image_size)
+    config.objective.adversarial.check_images(config.model.image_size)
+    check_rfid(config.train.rfid)
     num_images, _ = (check_split(config.data, split, config.model) for split in ("train", "val"))
     if num_images is not None:
         layout.images_per_epoch(num_images)
@@ -72,11 +74,21 @@ def check_training(config: Config) -> None:
         require_checkpoint(config.init_from)
 
 
+def check_rfid(config: RfidConfig) -> None:
+    """Raise FileNotFoundError where a file is missing that the distance of reconstructions needs."""
+    for name, file in (("extractor", config.extractor), ("weights", config.weights)):
+        if config.every_epochs is not None and file is not None and Path(file).suffix and not Path(file).is_file():
+            raise FileNotFoundError(
+                f"--train.rfid.{name} {file} does not exist; nothing is downloaded: give a file's path"
+            )
+
+
 def check_scaling(config: ScaleConfig) -> None:
     """Refuse what `scale` would: a result that is there already, and what cannot be measured."""
     config.check_out()
     layout = _layout(config)
     check_perceptual(config.objective.perceptual, config.model.image_size)
+    config.objective.adversarial.check_images(config.model.image_size)
     num_images = check_split(config.data, "train", config.model)
     if num_images is not None:
         if config.train.num_images is None:

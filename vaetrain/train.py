@@ -75,6 +75,11 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
         readers = (train_reader, val_reader)
         progress, checkpoints, meters, logger = start_run(run, config, step, schedule, readers, accelerator, opened)
         figures = RunFigures(run, step.averaged, val_reader, num_pictures=config.log.num_pictures)
+        rfid = None
+        if config.train.rfid.every_epochs:
+            from vaetrain.training.reconstruction_fid import ReconstructionFid  # torch-fidelity takes seconds to import
+
+            rfid = ReconstructionFid(config.train.rfid, val_reader, accelerator, layout.micro_batch_size)
         stopwatch = Stopwatch(progress.images_seen)
 
         batches = stopwatch.timing(train_reader.train_batches(config.seed, progress.images_seen, layout))
@@ -89,11 +94,19 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
                 with stopwatch.paused():
                     scores, raw_scores = (
                         validate(
-                            vae, val_reader, accelerator, layout.micro_batch_size, config.seed, control.each, step.lpips
+                            vae,
+                            val_reader,
+                            accelerator,
+                            layout.micro_batch_size,
+                            config.seed,
+                            control.each,
+                            step.comparisons,
                         )
                         for vae in (step.averaged, step.vae)
                     )
-                progress.note_validation(scores.score)
+                    if rfid and schedule.rfid_is_due(progress):
+                        scores = scores.with_further(rfid=rfid(step.averaged, control.each))
+                progress.note_validation(scores.score(config.train.best_by), config.train.best_by)
                 logger.log_validation(progress, val=scores, val_raw=raw_scores)
             control.enter("checkpoint and figures")
             at_end = schedule.is_over(progress)
@@ -108,8 +121,8 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
                 break
 
             # One step on one global batch, of which `layout` says which part is ours.
-            lr, beta = schedule.lr(progress), schedule.beta(progress)
-            step.accumulate(batches, progress.images_seen, beta, control.enter)
+            lr, beta, adversarial = schedule.lr(progress), schedule.beta(progress), schedule.adversarial(progress)
+            step.accumulate(batches, progress.images_seen, beta, adversarial, control.enter)
             control.enter("update")
             checkpoints.before_update()
             progress.advance(layout.global_batch_size)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-TRAINING, IMAGES = 0, 1  # what the randomness is for: image 0 and the first block share no stream
+TRAINING, IMAGES, AUGMENTATION = 0, 1, 2  # what the randomness is for: image 0 and the first block share no stream
 
 BLOCK_IMAGES = 16
 NUMBERS_AT_A_TIME = 40_960
@@ -46,15 +46,30 @@ def noise_of_training(
     Drawn on `device` in blocks of 16 images, each from a seed of its own, so that any cut into processes and micro-batches
     sees the same and draws little more than it needs.
     """
-    first, last = positions.start // BLOCK_IMAGES, -(-positions.stop // BLOCK_IMAGES)
-    noise = torch.empty((last - first) * BLOCK_IMAGES, *shape, device=device)
-    coins = torch.empty((last - first) * BLOCK_IMAGES, device=device)
+    blocks, cut = blocks_of(positions)
+    noise = torch.empty(len(blocks) * BLOCK_IMAGES, *shape, device=device)
+    coins = torch.empty(len(blocks) * BLOCK_IMAGES, device=device)
     generator = torch.Generator(device)
-    blocks = zip(noise.split(BLOCK_IMAGES), coins.split(BLOCK_IMAGES), strict=True)
-    for number, (block, coins_of_block) in enumerate(blocks, start=first):
+    for number, block, coins_of_block in zip(blocks, noise.split(BLOCK_IMAGES), coins.split(BLOCK_IMAGES), strict=True):
         generator.manual_seed(mixed_seed(seed, number, TRAINING))
         for piece in block.view(-1).split(NUMBERS_AT_A_TIME):
             piece.normal_(generator=generator)
         coins_of_block.uniform_(generator=generator)
-    cut = slice(positions.start - first * BLOCK_IMAGES, positions.stop - first * BLOCK_IMAGES)
     return noise[cut], coins[cut] < 0.5
+
+
+def uniform_of_training(seed: int, positions: slice, count: int, device: torch.device) -> Float[Tensor, "b {count}"]:
+    """`count` numbers in [0, 1) for each of the images at `positions` of training, by which they are augmented; as the noise is."""
+    blocks, cut = blocks_of(positions)
+    numbers = torch.empty(len(blocks) * BLOCK_IMAGES, count, device=device)
+    generator = torch.Generator(device)
+    for number, block in zip(blocks, numbers.split(BLOCK_IMAGES), strict=True):
+        block.uniform_(generator=generator.manual_seed(mixed_seed(seed, number, AUGMENTATION)))
+    return numbers[cut]
+
+
+def blocks_of(positions: slice) -> tuple[range, slice]:
+    """The blocks of 16 images that hold these positions, and where the positions lie in them."""
+    blocks = range(positions.start // BLOCK_IMAGES, -(-positions.stop // BLOCK_IMAGES))
+    first = blocks.start * BLOCK_IMAGES
+    return blocks, slice(positions.start - first, positions.stop - first)

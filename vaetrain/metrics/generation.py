@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.arithmetic import ieee_fp32
 from vaetrain.files import replace_file
@@ -279,9 +280,15 @@ def reconstruction_fid(
 
 
 @torch.no_grad()
-def reconstruct(vae: VAE, reader: Reader, accelerator: Accelerator, batch_size: int) -> Iterator[NumberedImages]:
+def reconstruct(
+    vae: VAE,
+    reader: Reader,
+    accelerator: Accelerator,
+    batch_size: int,
+    each: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+) -> Iterator[NumberedImages]:
     """This process's part of a split, reconstructed: decoded posterior modes, rounded to the nearest of 256 levels."""
-    for batch in reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes):
+    for batch in each(reader.eval_batches(batch_size, accelerator.process_index, accelerator.num_processes)):
         x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             recon = vae.reconstruct(x)

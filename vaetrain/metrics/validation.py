@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from torch import Tensor
 
+from vaetrain.config import BestBy
 from vaetrain.data.readers.reader import Batch, Reader
 from vaetrain.distributed.processes import sum_over_processes
 from vaetrain.distributed.randomness import noise_of_images
@@ -17,6 +20,22 @@ from vaetrain.metrics.split_pass import pass_over
 from vaetrain.model.autoencoder import VAE
 from vaetrain.objective.elbo import rate
 from vaetrain.upload import upload
+
+
+@runtime_checkable  # for the type checks of the tests
+class Comparison(Protocol):
+    """What a term of the loss beyond the ELBO has to say of reconstructions."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its numbers, below val/."""
+        ...
+
+    def compare(
+        self, recon: Float[Tensor, "b c h w"], image: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, " b"], ...]:
+        """Its numbers for each image; both on the [0, 1] scale."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,18 +56,34 @@ class ValidationScores:
     """Mean over images of each image's peak signal-to-noise ratio."""
     ssim: float
     """Mean over images of each image's structural similarity."""
-    lpips: float | None = None
-    """Mean over images of their LPIPS, of the same pair; None in a training without a perceptual term."""
+    further: Mapping[str, float] = field(default_factory=dict)
+    """Means over images of what the terms beyond the ELBO find, of the same pair; rfid, where it was computed."""
 
     @property
     def record(self) -> dict[str, float | None]:
         """By name, as training logs them."""
-        return {name: value for name, value in asdict(self).items() if name != "lpips" or value is not None}
+        scores = asdict(self)
+        return scores | scores.pop("further")
 
-    @property
-    def score(self) -> float:
-        """−(distortion + rate), by which checkpoints are compared: the ELBO, or a deterministic autoencoder's log-density."""
-        return -(self.distortion_nats + self.rate_nats)
+    def with_further(self, **values: float) -> ValidationScores:
+        """With more of them."""
+        return replace(self, further={**self.further, **values})
+
+    def score(self, by: BestBy) -> float | None:
+        """By which checkpoints are compared, higher being better; None where it was not computed.
+
+        elbo is −(distortion + rate): the ELBO, or a deterministic autoencoder's log-density.
+        """
+        match by:
+            case "elbo":
+                return -(self.distortion_nats + self.rate_nats)
+            case "psnr":
+                return self.psnr_db
+            case "ssim":
+                return self.ssim
+            case "lpips" | "rfid":
+                distance = self.further.get(by)
+                return None if distance is None else -distance
 
 
 @torch.no_grad()
@@ -59,14 +94,14 @@ def validate(
     batch_size: int,
     seed: int,
     each: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
-    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    comparisons: Sequence[Comparison] = (),
 ) -> ValidationScores:
     """Score every image of the reader's split exactly once, whatever the number of processes. A collective.
 
-    The batches go through `each`, such as the signs of life of a training loop. `lpips` compares
-    reconstructions with images, both on [0, 1], each a batch to a number per image.
+    The batches go through `each`, such as the signs of life of a training loop.
     """
-    sums = torch.zeros(6 if lpips is None else 7, dtype=torch.float64, device=accelerator.device)
+    names = [name for comparison in comparisons for name in comparison.names]
+    sums = torch.zeros(6 + len(names), dtype=torch.float64, device=accelerator.device)
     for batch in each(pass_over("validation", reader, accelerator, batch_size)):
         x = vae.from_uint8(upload(batch.images, accelerator.device)).contiguous(memory_format=torch.channels_last)
         noise = upload(noise_of_images(seed, batch.indices.tolist(), vae.config.latent_shape), x.device)
@@ -77,7 +112,8 @@ def validate(
         unit = vae.likelihood.to_unit(x)
         scores: tuple[Tensor, ...] = (
             terms.distortion, rate(terms.kl), mse(recon, unit), psnr_db(recon, unit), ssim(recon, unit),
-            *([] if lpips is None else [lpips(recon, unit)]), torch.ones_like(terms.distortion),
+            *(values for comparison in comparisons for values in comparison.compare(recon, unit)),
+            torch.ones_like(terms.distortion),
         )  # fmt: skip
         sums += torch.stack([score.double().sum() for score in scores])
     *totals, count = sum_over_processes(accelerator, sums).tolist()
@@ -91,5 +127,5 @@ def validate(
         mse=mean_mse,
         psnr_db=mean_psnr,
         ssim=mean_ssim,
-        lpips=rest[0] if rest else None,
+        further=dict(zip(names, rest, strict=True)),
     )

@@ -82,11 +82,23 @@ class ConvDecoder(nn.Module):
         outputs = config.in_channels * params_per_channel * config.patch_size**2
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
 
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The layer whose output the parameters are."""
+        return self.conv_out
+
+    def features(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b d h2 w2"]:
+        """Input of the last layer."""
+        return F.silu(self.norm_out(self.blocks(self.conv_in(z))))
+
+    def head(self, features: Float[Tensor, "b d h2 w2"]) -> Float[Tensor, "b ck h w"]:
+        """Parameters of p(x|z) from the input of the last layer."""
+        h = self.conv_out(features)
+        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
+
     def forward(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b ck h w"]:
         """Parameters of p(x|z)."""
-        h = self.blocks(self.conv_in(z))
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
+        return self.head(self.features(z))
 
 
 def dense_layers(widths: Sequence[int]) -> nn.Sequential:
@@ -115,6 +127,25 @@ class DenseDecoder(nn.Sequential):
             Rearrange("b (ck h w) -> b ck h w", h=config.image_size, w=config.image_size),
         )
 
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer whose output the parameters are."""
+        layer = self[-2]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def features(self, z: Float[Tensor, "b latent"]) -> Float[Tensor, "b d"]:
+        """Input of the last layer."""
+        for layer in list(self)[:-2]:
+            z = layer(z)
+        return z
+
+    def head(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b ck h w"]:
+        """Parameters of p(x|z) from the input of the last layer."""
+        *_, last_layer, arrange = self
+        params: Tensor = arrange(last_layer(features))
+        return params
+
 
 class ElboTerms(NamedTuple):
     """What `VAE.forward` returns; everything a loss or a score is made of."""
@@ -125,6 +156,8 @@ class ElboTerms(NamedTuple):
     """KL(q(z|x) ‖ p(z)) in nats per latent dimension; the sum is the image's rate."""
     params: Float[Tensor, "b ck h w"]
     """The likelihood's parameters; `vae.likelihood.mean(params)` is the reconstruction."""
+    features: Float[Tensor, "b d *place"] | None = None
+    """Input of the decoder's last layer, if `vae.keeps_features`."""
 
 
 class VAE(nn.Module):
@@ -132,6 +165,9 @@ class VAE(nn.Module):
 
     Images are float in the likelihood's pixel range ([-1, 1]; [0, 1] for Bernoulli), see `from_uint8`.
     """
+
+    keeps_features = False
+    """Whether `forward` returns the input of the decoder's last layer, too."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -154,8 +190,10 @@ class VAE(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b *latent"]) -> ElboTerms:
         """One-sample estimate of the ELBO's terms, z drawn with the given standard normal `noise`."""
         posterior = self.encode(x)
-        params = self.decoder(posterior.sample(noise=noise))
-        return ElboTerms(-self.likelihood.log_prob(params, x), posterior.kl(), params)
+        features = self.decoder.features(posterior.sample(noise=noise))
+        params = self.decoder.head(features)
+        kept = features if self.keeps_features else None
+        return ElboTerms(-self.likelihood.log_prob(params, x), posterior.kl(), params, kept)
 
     def from_uint8(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Stored images as the floats this model is trained on."""

@@ -4,6 +4,7 @@ checkpoints/step-00001234/
     model.safetensors, ema.safetensors, optimizer.safetensors     tensors, never pickled
     meters.safetensors                                            running sums of the logging interval, by process
     judge.safetensors                                             what decides which steps are skipped
+    adversary.safetensors                                         the discriminator and all that trains it, where there is one
     state.json                                                    format, progress and scalars
     config.yaml, provenance.json, dataset.json                    what made it
     checksums.json                                                SHA-256 of each; written last
@@ -39,6 +40,7 @@ from vaetrain.runs.checkpoint_names import is_checkpoint, list_checkpoints, no_g
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.provenance import package_version
 from vaetrain.training.async_writer import SnapshotWriter, Tensors
+from vaetrain.training.optimizer import restore_optimizer_state, split_optimizer_state
 from vaetrain.training.progress import Progress
 from vaetrain.training.retention import Retention, put_in_place
 
@@ -83,6 +85,7 @@ class Checkpoints:
         spikes: Stateful,
         reading: Mapping[str, Any] | None = None,
         loss_terms: Mapping[str, Mapping[str, str]] | None = None,
+        adversary: Stateful | None = None,
     ) -> None:
         self.run = run
         self.folder = run.checkpoints
@@ -96,6 +99,7 @@ class Checkpoints:
         self.spikes = spikes
         self.reading = reading
         self.loss_terms = loss_terms
+        self.adversary = adversary
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
         self.writer = SnapshotWriter()
         self.newest_step = 0
@@ -125,6 +129,7 @@ class Checkpoints:
         tensors = {
             "model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": optimizer, "meters": meters,
             "judge": self.spikes.state_dict(),
+            **({"adversary": self.adversary.state_dict()} if self.adversary else {}),
         }  # fmt: skip
         state = {
             "format_version": FORMAT_VERSION,
@@ -173,6 +178,9 @@ class Checkpoints:
             self.scaler.load_state_dict(state["scaler"])
         self.meters.load_state_dict(load_file(checkpoint / "meters.safetensors"))
         self.spikes.load_state_dict(load_file(checkpoint / "judge.safetensors"))
+        # A checkpoint without one is of a training without it, and it begins anew.
+        if self.adversary is not None and (file := checkpoint / "adversary.safetensors").is_file():
+            self.adversary.load_state_dict(load_file(file))
         progress = Progress(**state["progress"])
         if checkpoint.parent != self.folder:  # another run's: its best checkpoint is not among ours
             progress.best_score = progress.best_step = None
@@ -189,6 +197,7 @@ class Checkpoints:
         """Size of one checkpoint on disk, with AdamW's two moments of each weight; rather too much than too little."""
         tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
         tensors += [parameter for parameter in self.model.parameters() for _ in range(2)]
+        tensors += [] if self.adversary is None else [*self.adversary.state_dict().values()] * 3
         headers = 200 * len(tensors)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + headers + 2**17
 
@@ -334,31 +343,3 @@ def load_into(module: nn.Module, file: Path) -> None:
         module.load_state_dict(load_file(file))
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit this --model.*: {error}") from error
-
-
-def split_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state as its own tensors, named "PARAMETER.STATE", and its groups' scalars."""
-    state = optimizer.state_dict()
-    tensors = {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
-    # The learning rate is a function of images seen and is set anew each step.
-    groups = [{key: value for key, value in group.items() if key != "lr"} for group in state["param_groups"]]
-    return tensors, groups
-
-
-def restore_optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[dict[str, Any]]
-) -> None:
-    """Inverse of `split_optimizer_state`; moments take the memory format of their parameter, as in the run that saved them.
-
-    Options such as weight decay stay those of `optimizer`: a resume may change them, and config.yaml says so.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        parameter = parameters[int(index)]
-        like_parameter = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-        state.setdefault(int(index), {})[key] = like_parameter.detach()
-    current = optimizer.state_dict()["param_groups"]
-    merged = [{**saved, **now} for now, saved in zip(current, groups, strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": merged})

@@ -27,12 +27,13 @@ from vaetrain.data.readers.resident import DEVICE_MEMORY_SHARE
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.remote.url import remote_folder
 from vaetrain.model.autoencoder import VAE, ElboTerms
+from vaetrain.training.adversarial import Adversary
 from vaetrain.training.compilation import compile_in_place
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.optimizer import build_optimizer
 from vaetrain.training.perceptual import loss_terms
 from vaetrain.training.precision import resolved
-from vaetrain.training.step import TrainStep
+from vaetrain.training.step import TrainStep, keeps_features
 
 GIB = 2**30
 
@@ -105,7 +106,8 @@ def train_on_dummies(
     seconds = []
     for number in range(num_steps):
         start = time.perf_counter()
-        step.accumulate(batches, number * micro_batch_size, config.objective.beta)
+        weights = config.objective.beta, config.objective.adversarial.weight or None
+        step.accumulate(batches, number * micro_batch_size, *weights)
         step.update(config.optim.lr, (number + 1) * micro_batch_size)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -117,6 +119,7 @@ def train_on_dummies(
 def step_alone(config: Config, device: torch.device, layout: BatchLayout) -> TrainStep:
     """A new model and all that trains it in this process, in the arithmetic and compiled as `config` says; nothing is skipped."""
     vae = VAE(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.keeps_features = keeps_features(config)
     ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
     if config.train.compile:
         compile_in_place(vae, config.train.compile)
@@ -125,6 +128,7 @@ def step_alone(config: Config, device: torch.device, layout: BatchLayout) -> Tra
     return TrainStep(
         config, layout, engine, vae, InArithmetic(vae, config.train.precision), optimizer, ema,
         terms=loss_terms(config, vae.likelihood, device),
+        adversary=Adversary(config, layout, vae, device, None) if config.objective.adversarial.weight else None,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ class PerceptualTerm:
     """LPIPS of each image, in fp32 whatever the network's arithmetic (a `LossTerm`)."""
 
     name = "perceptual"
+    names = ("lpips",)
 
     def __init__(self, config: PerceptualConfig, likelihood: Likelihood, device: torch.device) -> None:
         """Load the two files; raises FileNotFoundError or ValueError if one is missing or holds something else."""
@@ -42,9 +43,13 @@ class PerceptualTerm:
         """LPIPS of each image, whose gradient reaches pixels beyond the range, too."""
         low, high = self.likelihood.pixel_range
         recon, image = ((each - low) / (high - low) for each in (self.likelihood.raw_mean(terms.params), x))
-        return self.compare(recon, image)
+        return self.lpips(recon, image)
 
-    def compare(self, recon: Float[Tensor, "b c h w"], image: Float[Tensor, "b c h w"]) -> Float32[Tensor, " b"]:
+    def compare(self, recon: Float[Tensor, "b c h w"], image: Float[Tensor, "b c h w"]) -> tuple[Float32[Tensor, " b"]]:
+        """LPIPS, for validation (a `Comparison`)."""
+        return (self.lpips(recon, image),)
+
+    def lpips(self, recon: Float[Tensor, "b c h w"], image: Float[Tensor, "b c h w"]) -> Float32[Tensor, " b"]:
         """LPIPS of images on the [0, 1] scale, enlarged to `resize`."""
         if self.resize is not None:
             recon, image = (

@@ -16,7 +16,9 @@ class Progress:
     validated_at: int = 0
     """images_seen of the last validation."""
     best_score: float | None = None
-    """Highest −(distortion + rate) on the validation set, nats per image: the ELBO of a VAE."""
+    """Highest on the validation set of what `best_by` names (ValidationScores.score)."""
+    best_by: str = "elbo"
+    """By what the best is chosen (--train.best-by)."""
     best_step: int | None = None
     """Step of the checkpoint with that score."""
     validations_without_best: int = 0
@@ -37,13 +39,16 @@ class Progress:
         self.step += 1
         self.images_seen += global_batch_size
 
-    def note_validation(self, score: float) -> None:
-        """Remember a validation at the current position, and whether it is the best so far (NaN never is).
+    def note_validation(self, score: float | None, by: str = "elbo") -> None:
+        """Remember a validation at the current position, and whether it is the best so far by this score (NaN never is).
 
-        In the middle of skipped steps it is neither better nor worse: the weights are those of `sound_step`.
+        In the middle of skipped steps it is neither better nor worse: the weights are those of `sound_step`; nor is it without
+        a score. By another one than before, the search begins anew.
         """
         self.validated_at = self.images_seen
-        if self.sound_step < self.step:
+        if by != self.best_by:
+            self.best_by, self.best_score, self.best_step, self.validations_without_best = by, None, None, 0
+        if score is None or self.sound_step < self.step:
             return
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step, self.validations_without_best = score, self.step, 0

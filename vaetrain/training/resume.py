@@ -113,14 +113,19 @@ def check_reading(checkpoint: Path, reading: ReadOrder, images_per_epoch: int) -
 
 
 def check_loss_terms(checkpoint: Path, loss_terms: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse, with ValueError, to go on with other files behind a loss term; its weight may change, as β may, to 0 and from it."""
+    """Refuse, with ValueError, to go on with other files or another network behind a loss term.
+
+    Its weight may change, as β may, to 0 and from it.
+    """
     saved = json.loads((checkpoint / "state.json").read_text()).get("loss_terms", {})
     for term in saved.keys() & loss_terms.keys():
         for name, before in saved[term].items():
             if before != (now := loss_terms[term].get(name)):
+                option = f"--objective.{term}.{name.removesuffix('_sha256')}"
+                kind, of = ("file", "of SHA-256 ") if name.endswith("_sha256") else ("value", "")
                 raise ValueError(
-                    f"{checkpoint} was trained with --objective.{term}.{name.removesuffix('_sha256')} of SHA-256 {before}, now it "
-                    f"is {now}; resuming would not continue that run. Use the same file, or another --run-dir for a new run"
+                    f"{checkpoint} was trained with {option} {of}{before}, now it is {now}; resuming would not continue that run. "
+                    f"Use the same {kind}, or another --run-dir for a new run"
                 )
 
 

@@ -6,7 +6,7 @@ import math
 
 from vaetrain.config import Config, OptimConfig
 from vaetrain.data.readers.order import BatchLayout
-from vaetrain.objective.config import beta_at
+from vaetrain.objective.config import adversarial_weight_at, beta_at
 from vaetrain.training.early_stopping import out_of_patience
 from vaetrain.training.progress import Progress
 
@@ -46,6 +46,15 @@ def unfinished_warmups(config: Config, total_images: int) -> list[str]:
             f"training is over after {total_images:,} images and β rises for {ramp:,} ({option}): it ends at "
             f"{beta_at(objective, total_images):.3g} of {objective.beta:g}"
         )
+    adversarial = objective.adversarial
+    if adversarial.weight and not adversarial_weight_at(adversarial, total_images, total_images):
+        found.append(
+            f"training is over after {total_images:,} images and the decoder does not see the discriminator before "
+            f"{adversarial.start_images:,} (--objective.adversarial.start-images); --objective.adversarial.start-fraction 0.5 fits "
+            "any length"
+            if adversarial.start_images is not None
+            else f"--objective.adversarial.start-fraction {adversarial.start_fraction:g} starts it at the end of training"
+        )
     return found
 
 
@@ -69,6 +78,10 @@ class Schedule:
         """β of the next step."""
         return beta_at(self.config.objective, progress.images_seen)
 
+    def adversarial(self, progress: Progress) -> float | None:
+        """Weight of the adversarial term in the next step, see `adversarial_weight_at`."""
+        return adversarial_weight_at(self.config.objective.adversarial, progress.images_seen, self.total_images)
+
     def is_place_to_validate(self, progress: Progress) -> bool:
         """Whether every so many epochs end here, or training."""
         at_epoch = progress.images_seen % (self.config.train.val_every_epochs * self.images_per_epoch) == 0
@@ -77,6 +90,13 @@ class Schedule:
     def validation_is_due(self, progress: Progress) -> bool:
         """Whether to validate now: at such a place, once."""
         return self.is_place_to_validate(progress) and progress.images_seen > progress.validated_at
+
+    def rfid_is_due(self, progress: Progress) -> bool:
+        """Whether the validation here has the distance of reconstructions, too."""
+        every_epochs = self.config.train.rfid.every_epochs
+        if every_epochs is None:
+            return False
+        return progress.images_seen % (every_epochs * self.images_per_epoch) == 0 or self.images_left(progress) <= 0
 
     def record_is_due(self, progress: Progress) -> bool:
         """Whether to log the steps since the last record: after the first, every few, and before a validation."""

@@ -51,10 +51,10 @@ def start_run(
     assert step.spikes is not None
     meters = Meters(step.names_of_sums, accelerator)
     reading = ReadOrder.of(train_reader, step.layout)
-    made_of = {term.name: dict(term.made_of) for term in step.terms}
+    made_of = step.made_of
     checkpoints = Checkpoints(
         run, config.checkpoint, accelerator, model=step.vae, ema=step.averaged, optimizer=step.optimizer.optimizer,
-        meters=meters, spikes=step.spikes, reading=asdict(reading), loss_terms=made_of,
+        meters=meters, spikes=step.spikes, reading=asdict(reading), loss_terms=made_of, adversary=step.adversary,
     )  # fmt: skip
     dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
 
