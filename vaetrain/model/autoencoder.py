@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,6 +12,7 @@ from einops.layers.torch import Rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from vaetrain.model.autoencoder_kl import KLDecoder, KLEncoder
 from vaetrain.model.blocks import Attention, Blocks, Downsample, GroupNorm, ResBlock, Upsample
 from vaetrain.model.config import ModelConfig
 from vaetrain.model.likelihood import build_likelihood, from_uint8
@@ -82,6 +83,11 @@ class ConvDecoder(nn.Module):
         outputs = config.in_channels * params_per_channel * config.patch_size**2
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution."""
+        return self.conv_out.weight
+
     def forward(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b ck h w"]:
         """Parameters of p(x|z)."""
         h = self.blocks(self.conv_in(z))
@@ -115,6 +121,19 @@ class DenseDecoder(nn.Sequential):
             Rearrange("b (ck h w) -> b ck h w", h=config.image_size, w=config.image_size),
         )
 
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the last fully connected layer."""
+        last = self[-2]
+        assert isinstance(last, nn.Linear)
+        return last.weight
+
+
+NETWORKS = {
+    "conv": (ConvEncoder, ConvDecoder), "dense": (DenseEncoder, DenseDecoder), "autoencoder-kl": (KLEncoder, KLDecoder),
+}  # fmt: skip
+"""By kind."""
+
 
 class ElboTerms(NamedTuple):
     """What `VAE.forward` returns; everything a loss or a score is made of."""
@@ -138,9 +157,21 @@ class VAE(nn.Module):
         self.config = config
         self.likelihood = build_likelihood(config)
         num_moments = 2 if config.variational else 1
-        encoder, decoder = (ConvEncoder, ConvDecoder) if config.kind == "conv" else (DenseEncoder, DenseDecoder)
+        encoder, decoder = NETWORKS[config.kind]
         self.encoder = encoder(config, num_moments)
         self.decoder = decoder(config, self.likelihood.params_per_channel)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last layer, at which the gradients of parts of a loss are compared."""
+        last_layer: Tensor = self.decoder.last_layer
+        return last_layer
+
+    def train_only(self, part: Literal["encoder", "decoder", "all"]) -> None:
+        """Let gradients reach one part alone. The likelihood's own parameters, such as σ, go with the decoder."""
+        self.encoder.requires_grad_(part != "decoder")
+        for module in (self.decoder, self.likelihood):
+            module.requires_grad_(part != "encoder")
 
     def encode(self, x: Float[Tensor, "b c h w"]) -> Posterior:
         """q(z|x); in training call the (wrapped) model instead, or DDP will not reduce the gradients."""
