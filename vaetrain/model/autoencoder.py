@@ -164,7 +164,8 @@ class VAE(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """Weight of the decoder's last layer, at which the gradients of parts of a loss are compared."""
-        last_layer: Tensor = self.decoder.last_layer
+        last_layer = self.decoder.last_layer
+        assert isinstance(last_layer, Tensor)
         return last_layer
 
     def train_only(self, part: Literal["encoder", "decoder", "all"]) -> None:
