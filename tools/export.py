@@ -53,10 +53,8 @@ def write(arguments: ExportArguments) -> None:
     """Export on as many processes as there are, and push; only diffusers' format has work for more than one."""
     from vaetrain import export  # imports torch, which --help and a wrong path need not wait for
     from vaetrain.distributed import processes
-    from vaetrain.interchange.hub import push, require_login
+    from vaetrain.interchange.hub import push
 
-    if arguments.push_to_hub is not None:
-        require_login(arguments.push_to_hub)
     run, out, checkpoint = arguments.run, arguments.out, arguments.checkpoint
     is_main = True
     match arguments.format:
@@ -82,8 +80,11 @@ def write(arguments: ExportArguments) -> None:
 if __name__ == "__main__":
     ARGUMENTS = parse(ExportArguments, __doc__, flags=True)
 
+    from vaetrain.interchange.hub import require_login
     from vaetrain.preflight import check_run
 
     with user_errors():
         check_run(ARGUMENTS.run)
+        if ARGUMENTS.push_to_hub is not None:
+            require_login(ARGUMENTS.push_to_hub)
         write(ARGUMENTS)

@@ -26,14 +26,13 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
 
     Raises ValueError when the server refuses or is not reached.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi
 
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=not public, exist_ok=True)
         hub.upload_folder(folder_path=folder, repo_id=repository, commit_message="Export of vaetrain")
-    except (OSError, HTTPError) as error:
+    except Exception as error:  # its HTTP client's, too, and which that is depends on its version
         raise ValueError(
             f"{folder} is exported but not pushed to {repository}: {error}. `hf upload {repository} {folder}` pushes it"
         ) from error
