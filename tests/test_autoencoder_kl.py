@@ -19,7 +19,7 @@ from vaetrain.config import TrainConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.export import export, export_diffusers, load_run
-from vaetrain.interchange.diffusers_config import WEIGHTS_FILE, check_fits, config_of
+from vaetrain.interchange.diffusers_config import WEIGHTS_FILE, check_fits, config_of, model_of
 from vaetrain.interchange.diffusers_weights import diffusers_tensors, load_diffusers
 from vaetrain.metrics.latent_statistics import latent_statistics
 from vaetrain.model.autoencoder import VAE
@@ -154,6 +154,16 @@ def test_what_does_not_fit_is_refused_with_the_options_that_do(tmp_path):
         check_fits(tmp_path, SMALL)
     with pytest.raises(ValueError, match="is a diffusers folder"):
         vaetrain.load(tmp_path)
+
+
+def test_what_a_config_leaves_out_is_what_the_library_takes(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    theirs = AutoencoderKL().config
+    assert model_of(tmp_path) == {
+        "kind": "autoencoder-kl", "in_channels": theirs.in_channels, "base_channels": theirs.block_out_channels[0],
+        "channel_mult": (1,), "num_res_blocks": theirs.layers_per_block, "latent_channels": theirs.latent_channels,
+        "quant_conv": theirs.use_quant_conv,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

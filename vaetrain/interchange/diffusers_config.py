@@ -13,12 +13,21 @@ from vaetrain.model.config import NUM_GROUPS, ModelConfig
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
-AS_IT_IS: dict[str, Any] = {
-    "act_fn": "silu",
-    "norm_num_groups": NUM_GROUPS,
-    "mid_block_add_attention": True,
+AS_IT_IS: dict[str, Any] = {"act_fn": "silu", "norm_num_groups": NUM_GROUPS, "mid_block_add_attention": True}
+"""What this network has no other of."""
+
+DEFAULTS: dict[str, Any] = AS_IT_IS | {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
 }
-"""What configs may leave out, and this network has no other."""
+"""Of the library, for what a config leaves out, as old ones do."""
 
 
 def is_diffusers_folder(folder: Path) -> bool:
@@ -54,7 +63,7 @@ def model_of(folder: Path) -> dict[str, Any]:
     Raises ValueError for another class, and for a network that an autoencoder-kl is not.
     """
     file = folder / "config.json"
-    content = json.loads(file.read_text())
+    content = DEFAULTS | json.loads(file.read_text())
     if content.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"{file} is of diffusers' {content.get('_class_name')}; what can be read is an AutoencoderKL")
     widths = content["block_out_channels"]
@@ -62,10 +71,10 @@ def model_of(folder: Path) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "out_channels": content["in_channels"],
-        "use_post_quant_conv": content.get("use_quant_conv", True),
+        "use_post_quant_conv": content["use_quant_conv"],
     }
     for name, value in expected.items():
-        if content.get(name, True if name == "use_post_quant_conv" else value) != value:
+        if content[name] != value:
             raise ValueError(f"{file} has {name} {content[name]}; an autoencoder-kl has {value}")
     if any(width % widths[0] for width in widths):
         raise ValueError(
@@ -78,7 +87,7 @@ def model_of(folder: Path) -> dict[str, Any]:
         "channel_mult": tuple(width // widths[0] for width in widths),
         "num_res_blocks": content["layers_per_block"],
         "latent_channels": content["latent_channels"],
-        "quant_conv": content.get("use_quant_conv", True),
+        "quant_conv": content["use_quant_conv"],
     }
 
 
