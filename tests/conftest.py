@@ -33,7 +33,7 @@ with contextlib.suppress(ModuleNotFoundError):  # make floor does without it
 SEVERAL_PROCESSES = (
     "test_resume", "test_scale", "test_preemption", "test_train", "test_launch", "test_exit", "test_rerun", "test_watchdog",
     "test_parity", "test_divergence", "test_sweep_runner", "test_damaged_data", "test_time_limit", "test_likelihood_scores",
-    "test_distributed",
+    "test_distributed", "test_autoencoder_kl",
 )  # fmt: skip
 """Files whose tests start several processes that wait for each other: `make test` runs them one after the other, for two such
 tests at a time on two cores take more than twice as long."""

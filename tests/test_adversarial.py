@@ -39,8 +39,9 @@ EVERYTHING = (
     "--objective.adversarial.augment", "colour", "translation", "cutout", "--objective.adversarial.loss", "non-saturating",
 )  # fmt: skip
 KINDS = pytest.mark.parametrize(
-    "options", [ON, EVERYTHING, (*ON, "--model.kind", "dense"), (*ON, "--model.likelihood", "bernoulli")],
-    ids=["hinge", "everything", "dense", "bernoulli"],
+    "options", [ON, EVERYTHING, (*ON, "--model.kind", "dense"), (*ON, "--model.likelihood", "bernoulli"),
+     (*ON, "--model.kind", "autoencoder-kl", "--model.base-channels", "32")],
+    ids=["hinge", "everything", "dense", "bernoulli", "autoencoder-kl"],
 )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_gradients_and_the_ratio_are_those_of_one_loss_written_down_at_once(opti
     ):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-5 * float(norm(of_discriminator)))
     if adaptive:
-        last = step.vae.decoder.last_layer.weight
+        last = step.vae.last_layer
         wanted, own_norm = (
             torch.autograd.grad(each / BATCH_SIZE, last, retain_graph=True)[0].norm()
             for each in (terms.distortion.sum(), value)

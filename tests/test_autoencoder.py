@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "attention": SMALL | {"attention_resolutions": (8, 16), "base_channels": 64},
     "vector": SMALL | {"latent": "vector", "likelihood": "logistic-mixture"},
     "odd-sized": SMALL | {"image_size": 28, "in_channels": 1},
+    "autoencoder-kl": SMALL | {"kind": "autoencoder-kl", "base_channels": 32},
     "dense": {"kind": "dense", "image_size": 12, "hidden_features": (32, 16), "latent_channels": 4},
     "dense-gray": {"kind": "dense", "image_size": 12, "in_channels": 1, "likelihood": "discretized-logistic"},
     "deterministic": SMALL | {"variational": False, "likelihood": "gaussian-fixed"},
@@ -33,6 +34,7 @@ LATENT_SHAPES = {
     "attention": (4, 8, 8),
     "vector": (4,),
     "odd-sized": (4, 14, 14),
+    "autoencoder-kl": (4, 8, 8),
     "dense": (4,),
     "dense-gray": (16,),
     "deterministic": (4, 8, 8),
@@ -114,7 +116,22 @@ def test_a_variational_one_has_both():
     assert not terms.distortion.equal(vae(x, draw(3, *shape, seed=1)).distortion)
 
 
-@pytest.mark.parametrize("name", ["conv", "attention", "vector", "dense"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_the_decoders_output_is_linear_in_its_last_layer(name):
+    vae = build(name)
+    z = draw(2, *LATENT_SHAPES[name])
+    whole = vae.decoder(z)
+    assert any(vae.last_layer is parameter for parameter in vae.decoder.parameters())
+    vae.last_layer.mul_(2)
+    doubled = vae.decoder(z)
+    vae.last_layer.zero_()
+    without = vae.decoder(z)
+    assert (whole - without).abs().max() > 0.01
+    torch.testing.assert_close(doubled - without, 2 * (whole - without), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv", "attention", "autoencoder-kl", "vector", "dense"])
 @torch.no_grad()
 def test_an_image_does_not_see_the_others_of_its_batch(name):
     vae = build(name)
@@ -147,7 +164,7 @@ def test_attention_lets_distant_pixels_see_each_other():
     assert reach[(16,)] > 0
 
 
-@pytest.mark.parametrize("name", ["conv", "attention", "patches", "vector", "dense"])
+@pytest.mark.parametrize("name", ["conv", "attention", "patches", "autoencoder-kl", "vector", "dense"])
 @torch.no_grad()
 def test_bf16_autocast_comes_close_to_fp32_and_returns_float32_terms(name):
     vae = build(name)

@@ -50,7 +50,7 @@ def test_help_answers_without_importing_torch(script):
 ORDER = (
     "machine files strict_json exit_codes picture_text command_line progress_bar upload",
     "distributed objective", "model", "data", "config",
-    "runs metrics", "training report sweeps", "export", "priors scaling", "sampling", "evaluation", "preflight",
+    "runs metrics interchange", "training report sweeps", "export", "priors scaling", "sampling", "evaluation", "preflight",
     "train sample evaluate scale",
 )  # fmt: skip
 """What may import what stands before it, and nothing beside it (docs/architecture.md)."""

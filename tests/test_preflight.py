@@ -18,6 +18,8 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.data.readers.stream_order import workers_for
+from vaetrain.interchange.diffusers_config import WEIGHTS_FILE, config_of
+from vaetrain.model.config import ModelConfig
 from vaetrain.training import step
 
 
@@ -178,6 +180,11 @@ REFUSALS = {
     "sample without checkpoint": ("vaetrain/sample.py --run {just_begun} --out {new}", "nor a run that has a good one"),
     "export": ("tools/export.py nowhere {new}", "nowhere is no run directory"),
     "export without checkpoint": ("tools/export.py {just_begun} {new}", "nor a run that has a good one"),
+    "export to no repository": ("tools/export.py {run} {new} --push-to-hub me", "--push-to-hub is me; give OWNER/NAME"),
+    "published vae": (
+        "vaetrain/train.py {tiny} --init-from {published}",
+        "does not fit this --model.*; pass --model.kind autoencoder-kl --model.in-channels 3 --model.base-channels 64",
+    ),
     "report": ("tools/report.py nowhere", "run directory nowhere does not exist"),
     "compare": ("tools/compare_runs.py nowhere {run}", "nowhere is no run directory"),
     "verify": ("tools/verify_shards.py nowhere", "shard set nowhere does not exist"),
@@ -228,6 +235,10 @@ def refused(tiny_shards, tmp_path_factory):
     train_alone = replace(whole, splits={"train": whole.splits["train"]}, fingerprint="")
     (folder / "train_alone").mkdir()
     train_alone.write(folder / "train_alone")
+    published = folder / "published"
+    published.mkdir()
+    (published / "config.json").write_text(json.dumps(config_of(ModelConfig(kind="autoencoder-kl"))))
+    (published / WEIGHTS_FILE).touch()
     (folder / "scaled").mkdir()
     (folder / "scaled" / "scaling.json").touch()
     places = {
@@ -239,6 +250,7 @@ def refused(tiny_shards, tmp_path_factory):
         "later": run_of("later", *own, checkpoint=False, format_version=9, packages={"vaetrain": "7.8.9"}),
         "train_alone": folder / "train_alone",
         "scaled": folder / "scaled",
+        "published": published,
         "new": folder / "new",
     }
     commands = [command.format_map(places).split() for command, _ in REFUSALS.values()]

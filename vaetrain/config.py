@@ -105,6 +105,10 @@ class RfidConfig:
 class TrainConfig:
     """How long, in which batches and in which arithmetic."""
 
+    only: Literal["all", "encoder", "decoder"] = "all"
+    """The part that is trained; the other keeps its weights, those of `--init-from`, to the bit. The likelihood's own parameters,
+    such as σ, go with the decoder."""
+
     epochs: int = 20
     """Passes over the training images."""
 
@@ -286,8 +290,9 @@ class Config:
     has one. A path to a run or a checkpoint: go on from that one, unless the run directory has its own."""
 
     init_from: Path | None = None
-    """Weights to start from when there is nothing to resume: a run (its best checkpoint), a checkpoint or an export.
-    Optimizer and progress start afresh; the average starts from the averaged weights."""
+    """Weights to start from when there is nothing to resume: a run (its best checkpoint), a checkpoint, an export, or the folder of
+    a diffusers AutoencoderKL (docs/first_stage.md). Optimizer and progress start afresh; the average starts from the averaged
+    weights, and with `--train.only` so do the weights."""
 
     def __post_init__(self) -> None:
         """Fill in the run directory; seeds are counted from 0."""
@@ -301,6 +306,16 @@ class Config:
         if self.train.best_by == "lpips" and not self.objective.perceptual.weight:
             raise ValueError(
                 "--train.best-by lpips needs --objective.perceptual.weight above 0, which has the network for it"
+            )
+        adversarial = self.objective.adversarial
+        if self.train.only == "encoder" and adversarial.weight and adversarial.adaptive:
+            raise ValueError(
+                "--objective.adversarial.adaptive compares gradients at the decoder's last layer, which --train.only encoder "
+                "freezes; give --objective.adversarial.adaptive False and a weight in nats"
+            )
+        if self.train.only != "all" and self.init_from is None and self.resume in ("auto", "never"):
+            raise ValueError(
+                f"--train.only {self.train.only} freezes the rest at random; name its weights with --init-from"
             )
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; it must not be negative")

@@ -1,24 +1,36 @@
-"""The shipped model: safetensors, a config and a model card; and `load`, which reads those and whole runs.
+"""The shipped model: weights, a config and a model card; and `load`, which reads those of this format and whole runs.
 
-OUT/model.safetensors   weights (the exponential moving average)
-OUT/config.json         architecture, and everything that made the weights: training config, data, provenance, scores
-OUT/provenance.json     what made the export, and the run
-OUT/README.md           model card
+              weights (the exponential moving average)   architecture          all that made the weights
+vaetrain      OUT/model.safetensors                      OUT/config.json       OUT/config.json
+diffusers     OUT/diffusion_pytorch_model.safetensors    OUT/config.json       OUT/vaetrain.json
+onnx          OUT/encoder.onnx, OUT/decoder.onnx                               OUT/vaetrain.json
+
+All that made the weights: training config, data, provenance, scores. Each has OUT/provenance.json, what made the export and the
+run, and OUT/README.md, the model card.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vaetrain.command_line import plain
+from vaetrain.data.readers.reader import open_split
+from vaetrain.distributed.exchange import meet
 from vaetrain.files import replace_file
+from vaetrain.interchange.diffusers_config import WEIGHTS_FILE, config_of, is_diffusers_folder
+from vaetrain.interchange.diffusers_weights import diffusers_tensors
+from vaetrain.interchange.onnx_graph import require_onnx, write_onnx
+from vaetrain.metrics.latent_statistics import LatentStatistics, latent_statistics
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
 from vaetrain.runs.directory import RunDirectory, write_json
@@ -29,6 +41,7 @@ from vaetrain.training import checkpoint as checkpoints
 FORMAT_VERSION = 1
 
 CheckpointName = Literal["best", "last"]
+Normalisation = Literal["scalar", "channels"]
 
 
 @dataclass(frozen=True)
@@ -71,13 +84,18 @@ def load(
     folder = Path(path)
     if not (folder / "config.json").is_file():
         return load_run(folder, checkpoint=checkpoint, weights=weights, device=device).vae
+    if is_diffusers_folder(folder):
+        raise ValueError(
+            f"{folder} is a diffusers folder: diffusers.AutoencoderKL.from_pretrained reads it, and --init-from starts a training "
+            "with it"
+        )
     content = json.loads((folder / "config.json").read_text())
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{folder}/config.json has format {content.get('format_version')}, this vaetrain reads {FORMAT_VERSION}; "
             "use the version named in it, or export the run again"
         )
-    model = {"checkpoint_levels": []} | content["model"]  # which exports did not have at first
+    model = {"checkpoint_levels": [], "quant_conv": True} | content["model"]  # which exports did not have at first
     vae = VAE(from_json(ModelConfig, model, f"{folder}/config.json, model"))
     checkpoints.load_into(vae, folder / "model.safetensors")
     return ready(vae, device)
@@ -118,38 +136,195 @@ def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path
 
     Raises FileExistsError when `out` already holds one, so that nothing shipped is overwritten.
     """
-    if (out / "model.safetensors").exists():
-        raise FileExistsError(f"{out} already holds an exported model; choose another folder")
+    refuse_to_overwrite(out)
     trained = load_run(run, checkpoint=checkpoint)
-    evaluation_file = RunDirectory(run).evaluation_file
-    scores = json.loads(evaluation_file.read_text()) if evaluation_file.is_file() else None
-    if scores is not None and scores["checkpoint"] != str(trained.checkpoint):
-        scores = None  # of another checkpoint: they are not this model's
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        out / "config.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "model": trained.config["model"],
-            "training": trained.config,
-            "checkpoint": str(trained.checkpoint),
-            "progress": trained.progress,
-            "dataset": trained.dataset,
-            "provenance": trained.provenance,
-            "scores": scores,
-        },
-    )
-    made_by = provenance(None, trained.dataset["train"]["fingerprint"])
-    write_json(out / "provenance.json", {**made_by, "training": trained.provenance})
-    replace_file(out / "README.md", model_card(trained, scores).encode())
-    aside = out / ".model.safetensors"
-    save_file(checkpoints.plain_tensors(trained.vae), aside, metadata={"format": "pt"})
-    aside.rename(out / "model.safetensors")
+    scores = scores_of(run, trained)
+    write_records(out, trained, model_card(trained, scores, USE), {"config.json": record_of(trained, scores)})
+    save_whole(checkpoints.plain_tensors(trained.vae), out / "model.safetensors")
     return out
 
 
-def model_card(trained: TrainedModel, scores: dict[str, Any] | None) -> str:
-    """The README of an export: what it is, how to use it, what it was trained on, and its measured scores."""
+def export_diffusers(
+    run: Path,
+    out: Path,
+    accelerator: Accelerator,
+    *,
+    checkpoint: CheckpointName = "best",
+    normalise: Normalisation = "scalar",
+    data: str | None = None,
+    batch_size: int = 64,
+) -> Path:
+    """The same as a folder that `diffusers.AutoencoderKL.from_pretrained` reads. A collective; the main process writes.
+
+    With what a second stage normalises latents by, of all images of the training split, which lies at `data` or where the run
+    found it. Either one number for all channels or one for each is told, never both: diffusers' pipelines that know the second
+    apply the first on top. Raises ValueError for a model that is no autoencoder-kl, and for other images than the run's.
+    """
+    refuse_to_overwrite(out)
+    trained = load_run(run, checkpoint=checkpoint, device=accelerator.device)
+    vae, trained_on = trained.vae, RunDirectory.open(run).config().data
+    if vae.config.kind != "autoencoder-kl":
+        raise ValueError(
+            f"{run} is a {vae.config.kind} model, and diffusers has no such network; train with --model.kind autoencoder-kl"
+        )
+    reader = open_split(trained_on if data is None else replace(trained_on, train=data, val=None), accelerator, "train")
+    try:
+        expected, found = trained.dataset["train"]["fingerprint"], reader.manifest.fingerprint
+        if found != expected:
+            raise ValueError(
+                f"{reader.description}: fingerprint {found}, but {run} was trained on {expected}; name those images with --data"
+            )
+        latents = latent_statistics(vae, reader, accelerator, batch_size)
+    finally:
+        reader.close()
+    if accelerator.is_main_process:
+        scores = scores_of(run, trained)
+        config = config_of(vae.config) | normalisation(latents, normalise)
+        use = USE_IN_DIFFUSERS[normalise].format(
+            scale=config["scaling_factor"], num_images=latents.num_images, mean=latents.mean, std=latents.std
+        )
+        record = record_of(trained, scores) | {"latents": asdict(latents)}
+        card = model_card(trained, scores, use, library="diffusers")
+        write_records(out, trained, card, {"vaetrain.json": record, "config.json": config})
+        save_whole(diffusers_tensors(vae), out / WEIGHTS_FILE)
+    meet("the main process to write the export")
+    return out
+
+
+def export_onnx(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> tuple[Path, float]:
+    """The same as ONNX graphs of encoder and decoder; returns `out` and how far onnxruntime is from the model.
+
+    Raises ValueError where the extra is missing, and when that is too far.
+    """
+    require_onnx()
+    refuse_to_overwrite(out)
+    trained = load_run(run, checkpoint=checkpoint)
+    scores = scores_of(run, trained)
+    out.mkdir(parents=True, exist_ok=True)
+    difference = write_onnx(trained.vae, out)
+    card = model_card(trained, scores, USE_OF_ONNX, library="onnx")
+    write_records(out, trained, card, {"vaetrain.json": record_of(trained, scores)})
+    return out, difference
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    """Raise FileExistsError when `out` already holds an export, of any format."""
+    if any((out / name).exists() for name in ("model.safetensors", WEIGHTS_FILE, "encoder.onnx")):
+        raise FileExistsError(f"{out} already holds an exported model; choose another folder")
+
+
+def scores_of(run: Path, trained: TrainedModel) -> dict[str, Any] | None:
+    """What evaluate.py measured of this checkpoint, None if it has not."""
+    file = RunDirectory(run).evaluation_file
+    scores = json.loads(file.read_text()) if file.is_file() else None
+    # Those of another checkpoint are not this model's.
+    return scores if scores is not None and scores["checkpoint"] == str(trained.checkpoint) else None
+
+
+def record_of(trained: TrainedModel, scores: dict[str, Any] | None) -> dict[str, Any]:
+    """All that made the weights."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": trained.config["model"],
+        "training": trained.config,
+        "checkpoint": str(trained.checkpoint),
+        "progress": trained.progress,
+        "dataset": trained.dataset,
+        "provenance": trained.provenance,
+        "scores": scores,
+    }
+
+
+def write_records(out: Path, trained: TrainedModel, card: str, records: Mapping[str, dict[str, Any]]) -> None:
+    """Model card, provenance, and the JSON files of `records`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, record in records.items():
+        write_json(out / name, record)
+    made_by = provenance(None, trained.dataset["train"]["fingerprint"])
+    write_json(out / "provenance.json", {**made_by, "training": trained.provenance})
+    replace_file(out / "README.md", card.encode())
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write weights aside and rename them: last of all, for the export is whole when they are there."""
+    aside = file.with_name(f".{file.name}")
+    save_file(tensors, aside, metadata={"format": "pt"})
+    aside.rename(file)
+
+
+def normalisation(latents: LatentStatistics, normalise: Normalisation) -> dict[str, Any]:
+    """diffusers' config of how latents become those of a second stage, z′ of mean 0 and deviation 1.
+
+    scalar: z′ = (z − shift_factor) · scaling_factor. channels: z′ = (z − latents_mean) · scaling_factor / latents_std.
+    """
+    if normalise == "scalar":
+        shift, scale, mean, std = latents.mean, 1 / latents.std, None, None
+    else:
+        shift, scale, mean, std = None, 1.0, list(latents.channel_mean), list(latents.channel_std)
+    return {"scaling_factor": scale, "shift_factor": shift, "latents_mean": mean, "latents_std": std}
+
+
+USE = """```python
+import vaetrain
+
+vae = vaetrain.load("path/to/this/folder")
+x = vae.from_uint8(images)          # uint8 (b, c, h, w) → float in [{low:g}, {high:g}]
+z = vae.encode(x).mode()
+recon = vae.decode(z)
+new = vae.likelihood.to_uint8(vae.sample(16, seed=0))
+```"""
+
+USE_IN_DIFFUSERS: dict[Normalisation, str] = {
+    "scalar": """```python
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("path/to/this/folder")
+x = images / 127.5 - 1                                                            # uint8 (b, c, h, w) → float in [-1, 1]
+z = (vae.encode(x).latent_dist.sample() - vae.config.shift_factor) * vae.config.scaling_factor
+recon = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample.clamp(-1, 1)
+```
+
+`encode` and `decode` neither shift nor scale. Latents z ~ q(z|x) of the {num_images:,} training images have mean {mean:.6g} and
+standard deviation {std:.6g}, all channels together; `scaling_factor` is 1 over the second.""",
+    "channels": """```python
+import torch
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("path/to/this/folder")
+mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (vae.config.latents_mean, vae.config.latents_std))
+x = images / 127.5 - 1                                                            # uint8 (b, c, h, w) → float in [-1, 1]
+z = (vae.encode(x).latent_dist.sample() - mean) / std
+recon = vae.decode(z * std + mean).sample.clamp(-1, 1)
+```
+
+`encode` and `decode` neither shift nor scale. `latents_mean` and `latents_std` are those of each channel of z ~ q(z|x) over the
+{num_images:,} training images; `scaling_factor` is {scale:g}, for pipelines that apply it on top of them.""",
+}
+
+USE_OF_ONNX = """```python
+import onnxruntime
+
+encoder, decoder = (onnxruntime.InferenceSession(f"path/to/this/folder/{{name}}.onnx") for name in ("encoder", "decoder"))
+x = images.astype("float32") * {scale!r} + {low:g}            # uint8 (b, c, h, w) → float in [{low:g}, {high:g}]
+z = encoder.run(["mean"], {{"x": x}})[0]
+recon = decoder.run(["image"], {{"z": z}})[0]
+```"""
+
+
+def started_from(provenance: Mapping[str, Any]) -> str:
+    """A sentence for each set of weights that a training, or one that it went on from, started with."""
+    sentences = []
+    made_by: Mapping[str, Any] | None = provenance
+    while made_by:
+        if source := made_by.get("init_from"):
+            sha256 = made_by.get("init_from_sha256")
+            sentences.append(f"Started from the weights of `{source}`" + (f" (SHA-256 `{sha256}`)." if sha256 else "."))
+        made_by = made_by.get("parent")
+    return "\n".join(sentences)
+
+
+def model_card(trained: TrainedModel, scores: dict[str, Any] | None, use: str, library: str = "vaetrain") -> str:
+    """The README of an export: what it is, how to `use` it, what it was trained on, and its measured scores."""
     config, data, made = trained.config, trained.dataset["train"], trained.provenance
     model, vae = config["model"], trained.vae
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
@@ -163,8 +338,12 @@ def model_card(trained: TrainedModel, scores: dict[str, Any] | None) -> str:
     table = "\n".join(["| score | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
     low, high = vae.likelihood.pixel_range
     kind = "variational autoencoder" if model["variational"] else "deterministic autoencoder"
+    use = use.format(low=low, high=high, scale=(high - low) / 255) if library != "diffusers" else use
+    only = config["train"]["only"]
+    frozen = "" if only == "all" else f"Only the {only} was trained; the rest is as it was.\n"
+    begin = started_from(trained.provenance)
     return f"""---
-library_name: vaetrain
+library_name: {library}
 tags: [vae, image-generation]
 ---
 
@@ -173,15 +352,7 @@ tags: [vae, image-generation]
 A {model["kind"]} {kind} for {model["image_size"]}×{model["image_size"]} images with {model["in_channels"]} channel(s):
 {num_parameters:,} parameters, latent {" × ".join(map(str, vae.config.latent_shape))}, likelihood {model["likelihood"]}.
 
-```python
-import vaetrain
-
-vae = vaetrain.load("path/to/this/folder")
-x = vae.from_uint8(images)          # uint8 (b, c, h, w) → float in [{low:g}, {high:g}]
-z = vae.encode(x).mode()
-recon = vae.decode(z)
-new = vae.likelihood.to_uint8(vae.sample(16, seed=0))
-```
+{use}
 
 ## Data
 
@@ -191,7 +362,7 @@ example, is © NAVER Corp., CC BY-NC 4.0: attribution, no commercial use).
 
 ## Training
 
-{trained.progress["images_seen"]:,} images seen in {trained.progress["step"]:,} steps of
+{begin + chr(10) if begin else ""}{frozen}{trained.progress["images_seen"]:,} images seen in {trained.progress["step"]:,} steps of
 {config["train"]["global_batch_size"]}, β {config["objective"]["beta"]:g}, learning rate {config["optim"]["lr"]:g}, seed
 {config["seed"]}, on {made["num_processes"]} process(es), {made["device"]}; vaetrain {made["packages"]["vaetrain"]}, git
 revision {made["git_revision"]}{" with uncommitted changes" if made["git_dirty"] else ""}. `config.json` holds the whole

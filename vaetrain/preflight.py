@@ -23,6 +23,7 @@ from vaetrain.data.readers.selection import count_images
 from vaetrain.data.remote.url import remote_folder
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.evaluation.config import EvaluateConfig
+from vaetrain.interchange.diffusers_config import check_fits, is_diffusers_folder
 from vaetrain.metrics.lpips_config import check_perceptual
 from vaetrain.model.config import ModelConfig
 from vaetrain.runs.checkpoint_names import list_checkpoints, require_checkpoint
@@ -70,8 +71,11 @@ def check_training(config: Config) -> None:
         return
     if config.resume not in ("auto", "never"):
         require_checkpoint(Path(config.resume))
-    elif config.init_from is not None and not (config.init_from / "config.json").is_file():
-        require_checkpoint(config.init_from)
+    elif config.init_from is not None:
+        if is_diffusers_folder(config.init_from):
+            check_fits(config.init_from, config.model)
+        elif not (config.init_from / "config.json").is_file():
+            require_checkpoint(config.init_from)
 
 
 def check_rfid(config: RfidConfig) -> None:

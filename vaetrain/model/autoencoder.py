@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,6 +12,7 @@ from einops.layers.torch import Rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from vaetrain.model.autoencoder_kl import KLDecoder, KLEncoder
 from vaetrain.model.blocks import Attention, Blocks, Downsample, GroupNorm, ResBlock, Upsample
 from vaetrain.model.config import ModelConfig
 from vaetrain.model.likelihood import build_likelihood, from_uint8
@@ -83,9 +84,9 @@ class ConvDecoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], outputs, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Conv2d:
-        """The layer whose output the parameters are."""
-        return self.conv_out
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution."""
+        return self.conv_out.weight
 
     def features(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b d h2 w2"]:
         """Input of the last layer."""
@@ -128,11 +129,11 @@ class DenseDecoder(nn.Sequential):
         )
 
     @property
-    def last_layer(self) -> nn.Linear:
-        """The layer whose output the parameters are."""
-        layer = self[-2]
-        assert isinstance(layer, nn.Linear)
-        return layer
+    def last_layer(self) -> Tensor:
+        """Weight of the last fully connected layer."""
+        last = self[-2]
+        assert isinstance(last, nn.Linear)
+        return last.weight
 
     def features(self, z: Float[Tensor, "b latent"]) -> Float[Tensor, "b d"]:
         """Input of the last layer."""
@@ -145,6 +146,14 @@ class DenseDecoder(nn.Sequential):
         *_, last_layer, arrange = self
         params: Tensor = arrange(last_layer(features))
         return params
+
+
+Decoder = ConvDecoder | DenseDecoder | KLDecoder
+
+NETWORKS: dict[str, tuple[type[nn.Module], type[Decoder]]] = {
+    "conv": (ConvEncoder, ConvDecoder), "dense": (DenseEncoder, DenseDecoder), "autoencoder-kl": (KLEncoder, KLDecoder),
+}  # fmt: skip
+"""By kind."""
 
 
 class ElboTerms(NamedTuple):
@@ -174,9 +183,22 @@ class VAE(nn.Module):
         self.config = config
         self.likelihood = build_likelihood(config)
         num_moments = 2 if config.variational else 1
-        encoder, decoder = (ConvEncoder, ConvDecoder) if config.kind == "conv" else (DenseEncoder, DenseDecoder)
+        encoder, decoder = NETWORKS[config.kind]
         self.encoder = encoder(config, num_moments)
-        self.decoder = decoder(config, self.likelihood.params_per_channel)
+        self.decoder: Decoder = decoder(config, self.likelihood.params_per_channel)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last layer, at which the gradients of parts of a loss are compared."""
+        last_layer = self.decoder.last_layer
+        assert isinstance(last_layer, Tensor)
+        return last_layer
+
+    def train_only(self, part: Literal["encoder", "decoder", "all"]) -> None:
+        """Let gradients reach one part alone. The likelihood's own parameters, such as σ, go with the decoder."""
+        self.encoder.requires_grad_(part != "decoder")
+        for module in (self.decoder, self.likelihood):
+            module.requires_grad_(part != "encoder")
 
     def encode(self, x: Float[Tensor, "b c h w"]) -> Posterior:
         """q(z|x); in training call the (wrapped) model instead, or DDP will not reduce the gradients."""
@@ -190,9 +212,9 @@ class VAE(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b *latent"]) -> ElboTerms:
         """One-sample estimate of the ELBO's terms, z drawn with the given standard normal `noise`."""
         posterior = self.encode(x)
-        features = self.decoder.features(posterior.sample(noise=noise))
-        params = self.decoder.head(features)
-        kept = features if self.keeps_features else None
+        z = posterior.sample(noise=noise)
+        kept = self.decoder.features(z) if self.keeps_features else None
+        params = self.decoder(z) if kept is None else self.decoder.head(kept)
         return ElboTerms(-self.likelihood.log_prob(params, x), posterior.kl(), params, kept)
 
     def from_uint8(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

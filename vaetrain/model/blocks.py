@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,12 @@ class GroupNorm(nn.GroupNorm):
     In and out in the dtype of the activations; the kernels sum in float32.
     """
 
-    def __init__(self, channels: int) -> None:
-        num_groups = max(1, channels // 16)
-        while channels % num_groups:
-            num_groups -= 1
-        super().__init__(num_groups, channels)
+    def __init__(self, channels: int, num_groups: int | None = None, eps: float = 1e-5) -> None:
+        if num_groups is None:
+            num_groups = max(1, channels // 16)
+            while channels % num_groups:
+                num_groups -= 1
+        super().__init__(num_groups, channels, eps)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Normalise each image's groups."""
@@ -39,12 +41,18 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-class Blocks(nn.ModuleList):
-    """Blocks one after the other, each of a level.
+def run_block(block: nn.Module, x: Float[Tensor, "b c h w"], *, recompute: bool) -> Float[Tensor, "b d h2 w2"]:
+    """Apply a block; if `recompute`, with its input alone kept for the backward pass, which computes it once more.
 
-    Those of `checkpoint_levels` keep their input alone for the backward pass, which computes them once more (Chen et al. 2016,
-    "Training Deep Nets with Sublinear Memory Cost"). Gradients are the same to the bit wherever kernels are deterministic.
+    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".) Gradients are the same to the bit wherever kernels are
+    deterministic.
     """
+    # Blocks draw nothing at random, so that no generator's state is to be kept.
+    return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
+
+
+class Blocks(nn.ModuleList):
+    """Blocks one after the other, each of a level; those of `checkpoint_levels` are computed once more in the backward pass."""
 
     def __init__(self, checkpoint_levels: Collection[int]) -> None:
         super().__init__()
@@ -59,12 +67,14 @@ class Blocks(nn.ModuleList):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         """Apply all blocks."""
         for block, is_checkpointed in zip(self, self._is_checkpointed, strict=True):
-            # Blocks draw nothing at random, so that no generator's state is to be kept.
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if is_checkpointed else block(x)
+            x = run_block(block, x, recompute=is_checkpointed)
         return x
 
 
-def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def zero_init(layer: Layer) -> Layer:
     """Start a residual branch at zero, so that a deep network begins as the identity (Zhang et al. 2019, Fixup)."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None

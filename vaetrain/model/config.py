@@ -11,12 +11,21 @@ LikelihoodName = Literal[
 ]  # fmt: skip
 
 
+NUM_GROUPS = 32
+"""Of every group normalisation of an autoencoder-kl."""
+
+RAW_MEAN: tuple[LikelihoodName, ...] = ("gaussian-fixed", "gaussian-shared", "laplace-shared")
+"""Likelihoods whose mean is the decoder's output as it is."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The autoencoder: encoder, latent, decoder and the likelihood the decoder parameterises."""
 
-    kind: Literal["conv", "dense"] = "conv"
-    """`conv`: residual convolutions. `dense`: fully connected layers only (the lecture's "without CNN")."""
+    kind: Literal["conv", "dense", "autoencoder-kl"] = "conv"
+    """`conv`: residual convolutions. `dense`: fully connected layers only (the lecture's "without CNN"). `autoencoder-kl`: latent
+    diffusion's network, which diffusers loads (docs/first_stage.md); where a key below says conv, it is shaped by it too, but for
+    patch-size and attention-resolutions."""
 
     image_size: int = 64
     """Height and width of the images in pixels; must equal the shard set's."""
@@ -42,6 +51,9 @@ class ModelConfig:
     checkpoint_levels: tuple[int, ...] = ()
     """Levels, 0 that of the highest resolution, whose blocks are computed once more in the backward pass in place of being kept in
     memory (conv): the same weights and gradients from less memory and more time (docs/scaling.md)."""
+
+    quant_conv: bool = True
+    """1×1 convolutions on both sides of the latent (autoencoder-kl): Stable Diffusion 1 to XL have them, 3 and FLUX have not."""
 
     hidden_features: tuple[int, ...] = (512, 256)
     """Widths of the encoder's hidden layers, mirrored in the decoder (dense)."""
@@ -79,7 +91,9 @@ class ModelConfig:
             raise ValueError(f"--model.sigma is {self.sigma}; a standard deviation is positive")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"--model.channel-mult is {self.channel_mult}; give one or more factors of at least 1")
-        if self.kind == "conv":
+        if self.kind == "autoencoder-kl":
+            self._check_autoencoder_kl()
+        if self.kind != "dense":
             if self.image_size % self.downsample_factor:
                 raise ValueError(
                     f"--model.image-size {self.image_size} is not a multiple of {self.downsample_factor}, the downsampling "
@@ -87,7 +101,7 @@ class ModelConfig:
                     "--model.channel-mult; use fewer levels or make shards of another size"
                 )
             levels = {self.image_size // self.patch_size // 2**level for level in range(len(self.channel_mult))}
-            if unknown := set(self.attention_resolutions) - levels:
+            if self.kind == "conv" and (unknown := set(self.attention_resolutions) - levels):
                 raise ValueError(
                     f"--model.attention-resolutions {sorted(unknown)} are no resolutions of this model; "
                     f"it has {sorted(levels, reverse=True)}"
@@ -99,6 +113,30 @@ class ModelConfig:
                 )
         elif not self.hidden_features:
             raise ValueError("--model.hidden-features is empty; a dense model needs at least one hidden layer")
+
+    def _check_autoencoder_kl(self) -> None:
+        """Refuse what diffusers' network has not."""
+        for name, value, wanted in (
+            ("patch-size", self.patch_size, 1),
+            ("attention-resolutions", self.attention_resolutions, ()),
+            ("latent", self.latent, "spatial"),
+            ("variational", self.variational, True),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"--model.{name} is {value}; an autoencoder-kl has one network, which diffusers loads: leave it at {wanted}"
+                )
+        if self.likelihood not in RAW_MEAN:
+            raise ValueError(
+                f"--model.likelihood is {self.likelihood}; diffusers takes an autoencoder-kl's output for the image: use one of "
+                f"{', '.join(RAW_MEAN)}"
+            )
+        widths = [self.base_channels * mult for mult in self.channel_mult]
+        if any(width % NUM_GROUPS for width in widths):
+            raise ValueError(
+                f"--model.base-channels {self.base_channels} and --model.channel-mult {self.channel_mult} make widths of {widths}; "
+                f"those of an autoencoder-kl are multiples of {NUM_GROUPS}"
+            )
 
     def check_images(self, image_size: int, channels: int) -> None:
         """Raise ValueError unless images of this size and number of channels fit the model."""

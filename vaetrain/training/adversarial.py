@@ -207,7 +207,7 @@ class Adversary:
         assert terms.features is not None
         (of_distortion,) = torch.autograd.grad(-self.likelihood.log_prob(params, x).sum(), params)
         wanted = of_distortion if pull_of_others is None else of_distortion + pull_of_others
-        weight = self.decoder.last_layer.weight
+        weight = self.decoder.last_layer
         output = self.decoder.head(terms.features.detach().float())
         rows = [
             torch.autograd.grad(output, weight, gradient, retain_graph=gradient is wanted)[0].flatten()

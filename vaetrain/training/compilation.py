@@ -64,7 +64,7 @@ def compile_in_place(model: nn.Module, mode: CompileMode | bool) -> None:
     torch.compiler.reset()  # graphs of a model before this one would count against the limit of recompilations
     model.compile(mode=mode, fullgraph=True, dynamic=False)
     if mode in WITH_CUDA_GRAPHS:
-        for parameter in model.parameters():
+        for parameter in filter(lambda each: each.requires_grad, model.parameters()):
             # Of its own, added to by each replay. The first replay's would be overwritten by the second.
             parameter.grad = torch.zeros_like(parameter)
 

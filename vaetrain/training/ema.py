@@ -31,8 +31,10 @@ class ExponentialMovingAverage(Generic[M]):
         half_life = min(self.half_life_images, images_seen / 20)
         share = 1 - 0.5 ** (batch_size / max(half_life, 1e-8))
         weight = share if skipped is None else (1 - skipped) * share
-        averaged: list[Tensor] = list(self.module.parameters())
-        current: list[Tensor] = list(model.parameters())
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        trained = [(mean, weight) for mean, weight in pairs if weight.requires_grad]  # frozen ones keep their bits
+        averaged: list[Tensor] = [mean for mean, _ in trained]
+        current: list[Tensor] = [weight for _, weight in trained]
         # Not _foreach_lerp_: given a weight on the device it would wait for the device to read it.
         difference = list(torch._foreach_sub(current, averaged))
         torch._foreach_mul_(difference, weight)

@@ -97,7 +97,9 @@ def train_on_dummies(
     step = step_alone(config, device, BatchLayout(micro_batch_size, micro_batch_size, rank=0, num_processes=1))
     kept = [
         # DDP's buckets hold every gradient once more.
-        [torch.empty_like(weight) for weight in step.vae.parameters()] if accelerator.num_processes > 1 else None,
+        [torch.empty_like(w) for w in step.vae.parameters() if w.requires_grad]
+        if accelerator.num_processes > 1
+        else None,
         torch.empty(data_bytes_on(device, config.data), dtype=torch.uint8, device=device),
     ]
     images = torch.zeros(micro_batch_size, model.in_channels, model.image_size, model.image_size, dtype=torch.uint8)
@@ -120,6 +122,7 @@ def step_alone(config: Config, device: torch.device, layout: BatchLayout) -> Tra
     """A new model and all that trains it in this process, in the arithmetic and compiled as `config` says; nothing is skipped."""
     vae = VAE(config.model).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae.keeps_features = keeps_features(config)
+    vae.train_only(config.train.only)
     ema = ExponentialMovingAverage(vae, config.train.ema_half_life_images)
     if config.train.compile:
         compile_in_place(vae, config.train.compile)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from torch import nn
 
 from vaetrain.command_line import parse
 from vaetrain.config import CompileMode, Config, PrecisionName
 from vaetrain.data.readers.read_order import ReadOrder
+from vaetrain.files import sha256_of_file
+from vaetrain.interchange.diffusers_config import WEIGHTS_FILE, check_fits, is_diffusers_folder
+from vaetrain.interchange.diffusers_weights import load_diffusers
+from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.checkpoint import best, check, check_resumable, find, load_into, newest_good, warn_of_damage
@@ -54,6 +57,7 @@ def resume_point(
     fixed: list[tuple[str, Any, Any]] = [
         ("--model.*", saved.model.without_checkpointing, config.model.without_checkpointing),
         ("--seed", saved.seed, config.seed),
+        ("--train.only", saved.train.only, config.train.only),
         ("--train.global-batch-size", saved.train.global_batch_size, config.train.global_batch_size),
         ("--data.classes", saved.data.classes, config.data.classes),
         (
@@ -136,7 +140,11 @@ def origin(run: RunDirectory, config: Config, resumed_from: Path | None) -> dict
         return facts if resumed_from.parent == run.checkpoints else facts | {"parent": made_by(resumed_from)}
     if config.init_from is not None:
         source = weights_of(config.init_from)
-        return {"init_from": str(source), "parent": made_by(source)}
+        return {
+            "init_from": str(source),
+            "init_from_sha256": sha256_of_file(weights_file(source, average=config.train.only != "all")),
+            "parent": made_by(source),
+        }
     return {}
 
 
@@ -152,16 +160,28 @@ def weights_of(source: Path) -> Path:
     return source if whole else best(source)
 
 
-def load_weights(source: Path, model: nn.Module, ema: nn.Module) -> None:
-    """Start from the weights of a run (its best checkpoint), a checkpoint, or an export, whose only weights are averages.
+def weights_file(source: Path, *, average: bool) -> Path:
+    """The file of what `weights_of` returned; of a checkpoint the averaged weights or the raw ones. Others have one."""
+    if is_diffusers_folder(source):
+        return source / WEIGHTS_FILE
+    is_checkpoint = (source / "state.json").is_file()
+    return source / ("ema.safetensors" if average and is_checkpoint else "model.safetensors")
 
+
+def load_weights(source: Path, model: VAE, ema: VAE, *, average_only: bool = False) -> None:
+    """Start from the weights of a run (its best checkpoint), a checkpoint, an export, or a diffusers VAE.
+
+    The last two have one set, for model and average; of the last the likelihood's own parameters stay as they are.
+    `average_only`: of the others too both take the averages, so that a part that is frozen is the one that is exported.
     Raises FileNotFoundError when `source` is none of them, ValueError when it is damaged or does not fit the model.
     """
-    if (source / "config.json").is_file():
-        load_into(model, source / "model.safetensors")
-        load_into(ema, source / "model.safetensors")
+    if is_diffusers_folder(source):
+        check_fits(source, model.config)
+        for vae in (model, ema):
+            load_diffusers(vae, source)
         return
-    checkpoint = weights_of(source)
-    check(checkpoint)
-    load_into(model, checkpoint / "model.safetensors")
-    load_into(ema, checkpoint / "ema.safetensors")
+    source = weights_of(source)
+    if (source / "state.json").is_file():
+        check(source)
+    load_into(model, weights_file(source, average=average_only))
+    load_into(ema, weights_file(source, average=True))

@@ -67,7 +67,7 @@ def start_run(
     opened.enter_context(checkpoints)
     progress = checkpoints.load(resumed_from) if resumed_from else Progress()
     if config.init_from and not resumed_from:
-        load_weights(config.init_from, step.vae, step.averaged)
+        load_weights(config.init_from, step.vae, step.averaged, average_only=config.train.only != "all")
     if accelerator.is_main_process:
         made_by = provenance(accelerator, train_reader.manifest.fingerprint)
         made_by |= origin(run, config, resumed_from) | ({"loss_terms": made_of} if made_of else {})

@@ -144,6 +144,7 @@ class TrainStep:
         torch.manual_seed(config.seed)
         vae = VAE(config.model).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         vae.keeps_features = keeps_features(config) and not bare
+        vae.train_only(config.train.only)
         ema = None if bare else ExponentialMovingAverage(vae, config.train.ema_half_life_images)
         if config.train.compile:
             compile_in_place(vae, config.train.compile)
