@@ -6,13 +6,16 @@ accelerate launch --config_file launch/gpu1.yaml vaetrain/encode.py --run RUN --
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from vaetrain.command_line import parse, user_errors
+from vaetrain.data.config import DataConfig
+from vaetrain.data.remote.url import remote_folder
 from vaetrain.latents.manifest import LatentDtype, Layout
 
+SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
 IMAGES_PER_FILE: dict[Layout, int] = {"webdataset": 1000, "safetensors": 10_000}
 
 
@@ -63,29 +66,46 @@ class EncodeConfig:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
         if self.timeout_s <= 0:
             raise ValueError(f"--timeout-s is {self.timeout_s}; it must be positive")
+        if self.latents_per_file % self.batch_size:
+            below = self.latents_per_file // self.batch_size * self.batch_size
+            raise ValueError(
+                f"--images-per-file {self.latents_per_file} is no multiple of --batch-size {self.batch_size}; the nearest that "
+                f"work are {f'{below} and ' if below else ''}{below + self.batch_size}"
+            )
+        if self.layout == "safetensors" and not self.flip:
+            raise ValueError(
+                "--layout safetensors is read by trainers that take latents_flip half of the time; pass --flip True, or use "
+                "--layout webdataset"
+            )
 
     @property
     def latents_per_file(self) -> int:
         """`images_per_file`, or its default."""
         return IMAGES_PER_FILE[self.layout] if self.images_per_file is None else self.images_per_file
 
+    def data_of(self, data: DataConfig) -> DataConfig:
+        """What is read, given a run's data: local images by their offset, since each process needs its own alone."""
+        if self.data is not None:
+            data = replace(data, train=self.data, val=None)
+        is_local = all(remote_folder(data.location(split)) is None for split in SPLITS)
+        return replace(data, reader="indexed") if is_local else data
+
 
 if __name__ == "__main__":
     CONFIG = parse(EncodeConfig, __doc__)  # before the imports below, which take seconds
 
-    from vaetrain.preflight import check_run, refusing
+    from vaetrain.preflight import check_run, check_split, refusing
 
     with refusing():
-        check_run(CONFIG.run)
+        DATA = CONFIG.data_of(check_run(CONFIG.run).config().data)
+        for SPLIT in SPLITS:
+            check_split(DATA, SPLIT)
 
 import contextlib
-from dataclasses import replace
 
 from accelerate import Accelerator
 
-from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.reader import Reader, open_split
-from vaetrain.data.remote.url import remote_folder
 from vaetrain.distributed import exchange, processes
 from vaetrain.export import TrainedModel, load_run, weights_sha256
 from vaetrain.latents.encoding import FinishedFile, Request, complete, encode_files, prepare, tasks_of
@@ -105,8 +125,8 @@ def encode(config: EncodeConfig, accelerator: Accelerator) -> None:
     trained = load_run(config.run, checkpoint=config.checkpoint, weights=config.weights, device=accelerator.device)
     with contextlib.ExitStack() as opened:
         readers: dict[str, Reader] = {}
-        data = data_of(config)
-        for split in ("train", "val"):
+        data = config.data_of(RunDirectory.open(config.run).config().data)
+        for split in SPLITS:
             readers[split] = open_split(data, accelerator, split)
             opened.callback(readers[split].close)
         request = request_of(config, trained, readers, data, accelerator)
@@ -125,29 +145,20 @@ def encode(config: EncodeConfig, accelerator: Accelerator) -> None:
         to_do = [task for task in share if notes[task.name] is None]
         size, left = (sum(task.stop - task.start for task in some) for some in (share, to_do))
         with ProgressBar("encoding", size, done=size - left, quiet=not accelerator.is_main_process) as bar:
-            for split, reader in readers.items():
+            for split in SPLITS:
                 mine = [task for task in to_do if task.split == split]
-                for note in encode_files(trained.vae, reader, mine, config.out, request, bar):
+                for note in encode_files(trained.vae, readers[split], mine, config.out, request, bar):
                     notes[note.file.name] = note
         found = exchange.gather_objects(list(notes.items()), "all processes to encode their images")
         if accelerator.is_main_process:
             everyones = dict(found)
-            finished = {split: [everyones[task.name] for task in tasks if task.split == split] for split in readers}
+            finished = {split: [everyones[task.name] for task in tasks if task.split == split] for split in SPLITS}
             train = readers["train"].manifest
             made_by = provenance(accelerator, train.fingerprint)
             write_json(config.out / "provenance.json", {**made_by, "training": trained.provenance})
             manifest = complete(config.out, request, finished, train.classes)
             shape = " × ".join(map(str, manifest.latent_shape))
             print(f"{said} latents {shape} in {config.dtype} written to {config.out}")
-
-
-def data_of(config: EncodeConfig) -> DataConfig:
-    """What is read: local images by their offset, since each process needs its own alone."""
-    data = RunDirectory.open(config.run).config().data
-    if config.data is not None:
-        data = replace(data, train=config.data, val=None)
-    is_local = all(remote_folder(data.location(split)) is None for split in ("train", "val"))
-    return replace(data, reader="indexed") if is_local else data
 
 
 def request_of(

@@ -73,18 +73,6 @@ class Request:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be written."""
-        if self.images_per_file % self.batch_size:
-            below = self.images_per_file // self.batch_size * self.batch_size
-            nearest = f"{below} and {below + self.batch_size}" if below else f"{self.batch_size}"
-            raise ValueError(
-                f"--images-per-file {self.images_per_file} is no multiple of --batch-size {self.batch_size}; the nearest that work "
-                f"are {nearest}"
-            )
-        if self.layout == "safetensors" and not self.record.flipped:
-            raise ValueError(
-                "--layout safetensors is read by trainers that take latents_flip half of the time; pass --flip True, or use "
-                "--layout webdataset"
-            )
         if self.layout == "safetensors" and len(self.record.shape) != 3:
             raise ValueError(
                 f"--layout safetensors is of latents (c, h, w), and this model's are {self.record.shape}; use --layout webdataset"
@@ -265,7 +253,9 @@ def _write_tar(
     with ShardWriter(out, task.split, size, first_shard=task.number, aside=out / PARTIAL_NAME) as writer:
         for batch in batches:
             sums.append(ChannelSums.of(batch.parts))
-            for number, its_label, row in zip(batch.indices.tolist(), batch.labels, record.pack(batch.parts), strict=True):
+            for number, its_label, row in zip(
+                batch.indices.tolist(), batch.labels, record.pack(batch.parts), strict=True
+            ):
                 facts = {"label": its_label, "class": classes[its_label], "index": number}
                 writer.write(f"{number:08d}", record.header + row.numpy().tobytes(), "safetensors", facts)
     [shard] = writer.shards
