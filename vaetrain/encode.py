@@ -152,7 +152,9 @@ def encode(config: EncodeConfig, accelerator: Accelerator) -> None:
         found = exchange.gather_objects(list(notes.items()), "all processes to encode their images")
         if accelerator.is_main_process:
             everyones = dict(found)
-            finished = {split: [everyones[task.name] for task in tasks if task.split == split] for split in SPLITS}
+            finished: dict[str, list[FinishedFile]] = {
+                split: [everyones[task.name] for task in tasks if task.split == split] for split in SPLITS
+            }
             train = readers["train"].manifest
             made_by = provenance(accelerator, train.fingerprint)
             write_json(config.out / "provenance.json", {**made_by, "training": trained.provenance})
