@@ -24,6 +24,7 @@ from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sharding.plan import ShardingConfig
 from vaetrain.distributed.randomness import noise_of_training
 from vaetrain.encode import EncodeConfig, encode
+from vaetrain.export import load_run, weights_sha256
 from vaetrain.latents import encoding
 from vaetrain.latents.latent_set import LatentSet
 from vaetrain.latents.reader import LatentReader
@@ -198,6 +199,15 @@ def test_evaluation_covers_each_latent_once(encoded):
     assert not z.equal(next(latents.eval_batches(23, seed=2)).z)
 
 
+def test_a_reader_knows_its_encoder(encoded, tiny_run):
+    trained = load_run(tiny_run)
+    LatentReader.open(encoded["webdataset"]).check_encoder(weights_sha256(tiny_run, trained))
+    with pytest.raises(
+        ValueError, match=r"encoded by weights with SHA-256 .*encode its images with vaetrain/encode.py"
+    ):
+        LatentReader.open(encoded["webdataset"]).check_encoder(weights_sha256(tiny_run, trained, "raw"))
+
+
 class Killed(BaseException):
     pass
 
@@ -320,7 +330,7 @@ def test_latents_that_do_not_fit_their_precision_are_refused(tiny_run, accelerat
 
 
 def test_a_deterministic_encoder_has_no_variance_and_a_vector_no_tensors(train_tiny, accelerator, tmp_path):
-    run = train_tiny("--model.variational", False, "--model.latent", "vector", epochs=1)
+    run = train_tiny("--model.variational", False, "--model.latent", "vector", "--data.classes", "cat", epochs=1)
     encode(EncodeConfig(run, tmp_path / "out"), accelerator)
     latents = LatentReader.open(tmp_path / "out")
     batch = next(latents.train_batches(0, 0, BatchLayout.of(20, None, 0, 1)))
@@ -328,6 +338,7 @@ def test_a_deterministic_encoder_has_no_variance_and_a_vector_no_tensors(train_t
     assert batch.z.equal(batch.posterior.mean)
     assert batch.z.shape == (20, 4)
     assert latents.std.shape == (4,)
+    assert (latents.num_images, latents.manifest.kept_classes, batch.labels.any()) == (69, ("cat",), False)
     with pytest.raises(ValueError, match=r"latents \(c, h, w\), and this model's are \(4,\)"):
         encode(EncodeConfig(run, tmp_path / "tensors", layout="safetensors", flip=True), accelerator)
     still = replace(latents.manifest.statistics, std=(1.0, 0.0, 1.0, 1.0))

@@ -155,6 +155,14 @@ class LatentReader:
         """The first latents of the split, or all when it has fewer, as `eval_batches` gives them."""
         return next(self.eval_batches(min(num_images, self.num_images)))
 
+    def check_encoder(self, weights_sha256: str) -> None:
+        """Raise ValueError unless these weights encoded the latents; `vaetrain.export.weights_sha256` names a run's."""
+        if weights_sha256 != self.manifest.encoder.sha256:
+            raise ValueError(
+                f"{self._stored.folder} was encoded by weights with SHA-256 {self.manifest.encoder.sha256}, and the first stage's "
+                f"have {weights_sha256}; encode its images with vaetrain/encode.py"
+            )
+
     def normalize(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b *latent"]:
         """(z − mean) / std by channel; raises ValueError for latents of which a channel never varies."""
         self._check_spread()
