@@ -200,7 +200,11 @@ class LatentReader:
     def _rows_of(self, batches: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, UInt8[Tensor, "b row"]]]:
         if self._rows is not None:
             for indices in batches:
-                yield indices, self._rows[upload(torch.from_numpy(indices), self._rows.device)]
+                if self._rows.device.type == "cpu":  # NumPy's gather, for the reason in data/readers/resident.py
+                    yield indices, torch.from_numpy(np.take(self._rows.numpy(), indices, axis=0, mode="clip"))
+                else:
+                    numbers = upload(torch.from_numpy(indices), self._rows.device)
+                    yield indices, torch.index_select(self._rows, 0, numbers)
             return
         with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="latents") as threads:
             started = ((indices, threads.submit(_rows_at, self._stored, indices)) for indices in batches)
