@@ -26,7 +26,7 @@ def test_no_module_shadows_a_package_or_a_standard_module():
 @pytest.mark.parametrize(
     "script",
     [
-        *(f"vaetrain/{name}.py" for name in ("train", "sample", "evaluate", "scale")),
+        *(f"vaetrain/{name}.py" for name in ("train", "sample", "evaluate", "scale", "encode")),
         *sorted(f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py") if "__main__" in p.read_text()),
     ],
 )
@@ -50,8 +50,8 @@ def test_help_answers_without_importing_torch(script):
 ORDER = (
     "machine files strict_json exit_codes picture_text command_line progress_bar upload",
     "distributed objective", "model", "data", "config",
-    "runs metrics interchange", "training report sweeps", "export", "priors scaling", "sampling", "evaluation", "preflight",
-    "train sample evaluate scale",
+    "runs metrics interchange", "training report sweeps", "export", "latents", "priors scaling", "sampling", "evaluation",
+    "preflight", "train sample evaluate scale encode",
 )  # fmt: skip
 """What may import what stands before it, and nothing beside it (docs/architecture.md)."""
 

@@ -178,6 +178,8 @@ REFUSALS = {
     "evaluate without checkpoint": ("vaetrain/evaluate.py --run {just_begun}", "nor a run that has a good one"),
     "sample": ("vaetrain/sample.py --run nowhere --out {new}", "nowhere is no run directory"),
     "sample without checkpoint": ("vaetrain/sample.py --run {just_begun} --out {new}", "nor a run that has a good one"),
+    "encode": ("vaetrain/encode.py --run nowhere --out {new}", "nowhere is no run directory"),
+    "encode shards": ("vaetrain/encode.py --run {run} --out {new} --data nowhere", "shard set nowhere does not exist"),
     "export": ("tools/export.py nowhere {new}", "nowhere is no run directory"),
     "export without checkpoint": ("tools/export.py {just_begun} {new}", "nor a run that has a good one"),
     "export to no repository": ("tools/export.py {run} {new} --push-to-hub me", "--push-to-hub is me; give OWNER/NAME"),

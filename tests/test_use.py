@@ -4,10 +4,14 @@ import json
 import tarfile
 
 import pytest
+import safetensors.torch
 import torch
 
 import vaetrain
-from together import run_script, script_succeeds
+from latent_scenario import read_a_share
+from together import run_script, script_succeeds, succeed_together
+from vaetrain.data.readers.order import BatchLayout
+from vaetrain.encode import EncodeConfig, encode
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.export import export
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
@@ -47,6 +51,36 @@ def test_samples_are_the_same_on_one_and_two_processes(copy_of_tiny_run, acceler
     assert (manifest["count"], manifest["seed"], manifest["prior"], manifest["temperature"]) == (10, 0, "standard", 1.0)
     assert sum(shard["num_images"] for shard in manifest["shards"]) == 10
     assert manifest["training"]["config"]["run_dir"] == str(RunDirectory(run_dir).config().run_dir)
+
+
+def test_latents_are_the_same_on_one_and_two_processes(copy_of_tiny_run, accelerator, tmp_path):
+    run_dir, options = copy_of_tiny_run(), {"batch_size": 10, "images_per_file": 20}
+    encode(EncodeConfig(run_dir, tmp_path / "one", flip=True, **options), accelerator)
+    arguments = (
+        "--run",
+        run_dir,
+        "--out",
+        tmp_path / "two",
+        "--flip",
+        True,
+        "--batch-size",
+        10,
+        "--images-per-file",
+        20,
+    )
+    said = script_succeeds("vaetrain/encode.py", *arguments, num_processes=2)
+    assert "100 train and 23 val latents 4 × 8 × 8 in fp32 written" in said
+    files = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir() if file.name != "provenance.json"}
+    assert {"train-000004.tar", "val-000001.tar", "manifest.json", "index.safetensors"} <= files.keys()
+    assert {file.name for file in (tmp_path / "two").iterdir()} == {*files, "provenance.json"}
+    assert {name: (tmp_path / "two" / name).read_bytes() for name in files} == files
+    succeed_together(read_a_share, tmp_path / "two", tmp_path)
+    shares = [safetensors.torch.load_file(tmp_path / f"share-{rank}.safetensors") for rank in (0, 1)]
+    alone = vaetrain.LatentReader.open(tmp_path / "one").train_batches(1, 0, BatchLayout.of(20, None, 0, 1))
+    for number in range(2):
+        batch = next(alone)
+        assert torch.cat([share[f"z.{number}"] for share in shares]).equal(batch.z)
+        assert torch.cat([share[f"indices.{number}"] for share in shares]).equal(batch.indices)
 
 
 def test_another_seed_draws_others_and_a_sample_set_is_not_overwritten(copy_of_tiny_run, accelerator, tmp_path):

@@ -108,7 +108,7 @@ def test_a_process_that_hangs_in_a_read_of_its_own_ends(stuck_shards, kind, monk
     # resident reads everything when it is opened.
     monkeypatch.setattr(ShardSet, "verify", lambda *_: None)
     name = hang()
-    selection._open_shard.cache_clear()
+    selection.open_shard.cache_clear()
     with (
         pytest.raises(ValueError, match=name),
         opened(folder, kind, num_workers=0, timeout_s=1.0) as reader,

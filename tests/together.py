@@ -25,7 +25,7 @@ HANGS_S = 300
 """A bound against hanging and no stopwatch: this long nothing here takes, not even on a machine that is busy with others."""
 
 IMPORTED = [
-    *(f"vaetrain.{name}" for name in ("train", "evaluate", "sample", "scale", "priors.fit")),
+    *(f"vaetrain.{name}" for name in ("train", "evaluate", "sample", "scale", "encode", "priors.fit")),
     *(f"vaetrain.data.readers.{name}" for name in ("indexed", "stream")),
     "torch._dynamo",  # which the first optimizer would import
 ]  # fmt: skip

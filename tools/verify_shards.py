@@ -1,4 +1,4 @@
-"""Say what a shard set holds and whether its files are as the manifest says, or what training would read of it.
+"""Say what a shard set or a latent set holds and whether its files are as the manifest says, or what training would read of it.
 
 python tools/verify_shards.py datasets/photos128 --full
 
@@ -14,17 +14,18 @@ from vaetrain.data.config import DataConfig, ReaderName
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.read_plan import ReadPlan
 from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.latents.manifest import is_latent_set
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Verify a shard set."""
+    """Verify a shard set, or a set of latents."""
 
     dir: Positional[str]
-    """Folder of the shard set, or its manifest.json; or a URL of either, whose manifest and index alone are read."""
+    """Folder of the set, or its manifest.json; or, of shards, a URL of either, whose manifest and index alone are read."""
 
     full: bool = False
-    """Also take every file's SHA-256 and decode every image, in place of comparing sizes."""
+    """Also take every file's SHA-256 and decode every image, or read every latent, in place of comparing sizes."""
 
     plan: tuple[int, int] | None = None
     """NUM_PROCESSES NUM_WORKERS: also say what training on so many processes, each with so many decoding workers, would
@@ -54,6 +55,9 @@ def main() -> None:
     """Print the facts and the plan, then OK, or the list of problems with exit 1."""
     config = parse(VerifyConfig, __doc__, flags=True)
     with user_errors():
+        if is_latent_set(config.dir):
+            verify_latents(config)
+            return
         remote = RemoteShards.of(data_config(config, 0), config.dir)
         if remote and config.full:
             raise ValueError(f"--full reads local shards, and {config.dir} is a URL; copy them to a folder first")
@@ -78,6 +82,28 @@ def main() -> None:
         print(
             "OK: every file and every image" if config.full else "OK: every file has its size (--full reads them too)"
         )
+
+
+def verify_latents(config: VerifyConfig) -> None:
+    """The same of a folder of latents."""
+    if config.plan:
+        raise ValueError(f"--plan is about shards of images, and {config.dir} holds latents")
+    from vaetrain.latents.latent_set import LatentSet  # here, since it brings torch, which shards do without
+
+    latents = LatentSet.open(config.dir)
+    manifest = latents.manifest
+    twins = "with mirrored twins" if manifest.flipped else "without twins"
+    print(f"latents {'×'.join(map(str, manifest.latent_shape))} in {manifest.dtype}, {twins}, layout {manifest.layout}")
+    for name, split in manifest.splits.items():
+        counts = ", ".join(f"{class_name} {count:,}" for class_name, count in split.class_counts.items())
+        print(
+            f"{name}: {split.num_images:,} latents ({counts}), {len(split.shards):,} files, {split.num_bytes:,} bytes"
+        )
+        print(f"  of the shard set with fingerprint {split.source_fingerprint}")
+    print(f"encoded by {manifest.encoder.checkpoint} ({manifest.encoder.weights}), SHA-256 {manifest.encoder.sha256}")
+    print(f"fingerprint {manifest.fingerprint}")
+    latents.verify(config.full)
+    print("OK: every file, every latent and their statistics" if config.full else "OK: every file has its size")
 
 
 def data_config(config: VerifyConfig, num_workers: int) -> DataConfig:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vaetrain.export import load
+    from vaetrain.latents.reader import LatentReader
     from vaetrain.model.autoencoder import VAE
 
 # Threads of OpenMP that wait for each other spin, and on a machine that does something else besides they spin in the way of those
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = version("vaetrain")
-__all__ = ["VAE", "__version__", "load"]
+__all__ = ["VAE", "LatentReader", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only for those who ask for a model, so that every command's --help answers at once."""
+    """Import torch only for those who ask for a model or a reader, so that every command's --help answers at once."""
     if name == "load":
         from vaetrain.export import load
 
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from vaetrain.model.autoencoder import VAE
 
         return VAE
+    if name == "LatentReader":
+        from vaetrain.latents.reader import LatentReader
+
+        return LatentReader
     raise AttributeError(f"module 'vaetrain' has no attribute {name!r}")

@@ -42,6 +42,8 @@ FORMAT_VERSION = 1
 
 CheckpointName = Literal["best", "last"]
 Normalisation = Literal["scalar", "channels"]
+WeightsName = Literal["ema", "raw"]
+WEIGHTS_FILES: dict[WeightsName, str] = {"ema": "ema.safetensors", "raw": "model.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def load(
     path: str | Path,
     *,
     checkpoint: CheckpointName = "best",
-    weights: Literal["ema", "raw"] = "ema",
+    weights: WeightsName = "ema",
     device: str | torch.device = "cpu",
 ) -> VAE:
     """A ready VAE (evaluation mode, float32) from an export or a run directory.
@@ -105,7 +107,7 @@ def load_run(
     run: Path,
     *,
     checkpoint: CheckpointName = "best",
-    weights: Literal["ema", "raw"] = "ema",
+    weights: WeightsName = "ema",
     device: str | torch.device = "cpu",
 ) -> TrainedModel:
     """A run's VAE with its records; see `load`."""
@@ -114,7 +116,7 @@ def load_run(
     checkpoints.check(chosen)
     config = RunDirectory(chosen).config()
     vae = VAE(config.model)
-    checkpoints.load_into(vae, chosen / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
+    checkpoints.load_into(vae, chosen / WEIGHTS_FILES[weights])
     return TrainedModel(
         vae=ready(vae, device),
         checkpoint=chosen.relative_to(directory.path),
@@ -123,6 +125,12 @@ def load_run(
         dataset=json.loads((chosen / "dataset.json").read_text()),
         progress=json.loads((chosen / "state.json").read_text())["progress"],
     )
+
+
+def weights_sha256(run: Path, trained: TrainedModel, weights: WeightsName = "ema") -> str:
+    """SHA-256 of the weights of the checkpoint that was loaded, from its checksums."""
+    checksums: dict[str, str] = json.loads((run / trained.checkpoint / "checksums.json").read_text())
+    return checksums[WEIGHTS_FILES[weights]]
 
 
 def ready(vae: VAE, device: str | torch.device) -> VAE:

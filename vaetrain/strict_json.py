@@ -1,4 +1,4 @@
-"""Strict JSON: frozen dataclasses read back from files with every type checked, and a hash of their content."""
+"""Strict JSON: frozen dataclasses read back from files with every type checked, a hash of their content, and what differs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 
@@ -40,6 +41,12 @@ def sha256_of_json(content: Any) -> str:
     """SHA-256 over the canonical JSON of plain values: sorted keys, no spaces."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """In words, what of `asked` a manifest or request has otherwise; empty when it is the same."""
+    differing = sorted(name for name in asked if found.get(name) != asked[name])
+    return "; ".join(f"{name} was {found.get(name)}, now {asked[name]}" for name in differing)
 
 
 def _shorten(value: Any) -> str:

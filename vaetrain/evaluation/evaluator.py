@@ -19,7 +19,7 @@ from vaetrain.distributed.exchange import WaitedTooLong, problems_of_all
 from vaetrain.evaluation import latent_figures as latent_pictures
 from vaetrain.evaluation.config import ALL_SCORES, EvaluateConfig, ScoreName
 from vaetrain.evaluation.memorization import describe_neighbours, draw_images, memorisation
-from vaetrain.export import TrainedModel, load_run
+from vaetrain.export import TrainedModel, load_run, weights_sha256
 from vaetrain.files import replace_file
 from vaetrain.metrics.extractor import FeatureExtractor, missing_weights
 from vaetrain.metrics.features import NumberedImages
@@ -33,7 +33,7 @@ from vaetrain.metrics.validation import validate
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.config import PriorName
 from vaetrain.priors.fit import fitted_priors, prior_table, priors_for
-from vaetrain.priors.saved import SavedPrior, weights_sha256
+from vaetrain.priors.saved import SavedPrior
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.provenance import provenance
 from vaetrain.sampling.generate import gather_images, gather_samples, generate

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
@@ -18,6 +19,7 @@ from vaetrain.model.config import ModelConfig
 from vaetrain.model.likelihood import build_likelihood, from_uint8
 from vaetrain.model.posterior import DiagonalGaussian, PointMass, Posterior
 from vaetrain.model.prior import sample_standard_normal
+from vaetrain.model.tiling import TiledLayers
 from vaetrain.upload import upload
 
 
@@ -51,6 +53,16 @@ class ConvEncoder(nn.Module):
         """Moments of the posterior, stacked on dimension 1."""
         h = self.conv_in(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch_size, q=self.patch_size))
         return self.out(F.silu(self.norm_out(self.blocks(h))))
+
+    def in_tiles(self, x: Float[Tensor, "b c h w"], tile_size: int) -> Float[Tensor, "b m lh lw"]:
+        """The same for a spatial latent, without attention, in tiles of `tile_size` pixels; see tiling.py."""
+        patches = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch_size, q=self.patch_size)
+        layers = TiledLayers(patches, tile_size // self.patch_size, self.conv_in.weight.device)
+        layers.convolve(self.conv_in)
+        for block in self.blocks:
+            layers.apply(block)
+        layers.convolve(self.out, norm=self.norm_out)
+        return layers.x
 
 
 class ConvDecoder(nn.Module):
@@ -100,6 +112,16 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b ck h w"]:
         """Parameters of p(x|z)."""
         return self.head(self.features(z))
+
+    def in_tiles(self, z: Float[Tensor, "b c h w"], tile_size: int) -> Float[Tensor, "b ck h2 w2"]:
+        """The same for a spatial latent, without attention, in tiles of `tile_size` pixels; see tiling.py."""
+        levels = sum(isinstance(block, Upsample) for block in self.blocks)
+        layers = TiledLayers(z, tile_size // (self.patch_size * 2**levels), self.conv_out.weight.device)
+        layers.convolve(self.conv_in)
+        for block in self.blocks:
+            layers.apply(block)
+        layers.convolve(self.conv_out, norm=self.norm_out)
+        return rearrange(layers.x, "b (c p q) h w -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
 
 
 def dense_layers(widths: Sequence[int]) -> nn.Sequential:
@@ -200,14 +222,32 @@ class VAE(nn.Module):
         for module in (self.decoder, self.likelihood):
             module.requires_grad_(part != "encoder")
 
-    def encode(self, x: Float[Tensor, "b c h w"]) -> Posterior:
-        """q(z|x); in training call the (wrapped) model instead, or DDP will not reduce the gradients."""
-        moments = self.encoder(x)
+    def encode(self, x: Float[Tensor, "b c h w"], *, tile_size: int | None = None) -> Posterior:
+        """q(z|x); in training call the (wrapped) model instead, or DDP will not reduce the gradients.
+
+        A convolutional model with a spatial latent and without attention takes images of any size that its downsampling divides,
+        rectangles too; with `tile_size` in overlapping tiles of so many pixels a side, for images (anywhere, such as in the host's
+        memory) that are too large for the device as a whole. Without gradients, then. Raises ValueError for other sizes and models.
+        """
+        self.config.latent_shape_of(*x.shape[2:])
+        if tile_size is None:
+            moments = self.encoder(x)
+        else:
+            self.config.check_tiles(tile_size)
+            assert isinstance(self.encoder, ConvEncoder)
+            with torch.no_grad():
+                moments = self.encoder.in_tiles(x, tile_size)
         return DiagonalGaussian.from_moments(moments) if self.config.variational else PointMass(moments.float())
 
-    def decode(self, z: Float[Tensor, "b *latent"]) -> Float[Tensor, "b c h w"]:
-        """E[x|z] in the pixel range."""
-        return self.likelihood.mean(self.decoder(z))
+    def decode(self, z: Float[Tensor, "b *latent"], *, tile_size: int | None = None) -> Float[Tensor, "b c h w"]:
+        """E[x|z] in the pixel range; of latents of other sizes, too, and in tiles of `tile_size` pixels, as `encode`."""
+        self.config.check_latent(tuple(z.shape[1:]))
+        if tile_size is None:
+            return self.likelihood.mean(self.decoder(z))
+        self.config.check_tiles(tile_size)
+        assert isinstance(self.decoder, ConvDecoder)
+        with torch.no_grad():
+            return self.likelihood.mean(self.decoder.in_tiles(z, tile_size))
 
     def forward(self, x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b *latent"]) -> ElboTerms:
         """One-sample estimate of the ELBO's terms, z drawn with the given standard normal `noise`."""
@@ -221,9 +261,9 @@ class VAE(nn.Module):
         """Stored images as the floats this model is trained on."""
         return from_uint8(images, self.likelihood.pixel_range)
 
-    def reconstruct(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Decode the posterior's mode; images in and out in the pixel range."""
-        return self.decode(self.encode(x).mode())
+    def reconstruct(self, x: Float[Tensor, "b c h w"], *, tile_size: int | None = None) -> Float[Tensor, "b c h w"]:
+        """Decode the posterior's mode; images in and out in the pixel range. Sizes and tiles: as `encode`."""
+        return self.decode(self.encode(x, tile_size=tile_size).mode(), tile_size=tile_size)
 
     def sample(
         self, num_images: int, *, seed: int = 0, start: int = 0, temperature: float = 1.0

@@ -145,6 +145,10 @@ class ModelConfig:
                 f"the shard set's images are {image_size}×{image_size} pixels but --model.image-size is {self.image_size}; "
                 f"pass --model.image-size {image_size}, or make shards with --size {self.image_size}"
             )
+        self.check_channels(channels)
+
+    def check_channels(self, channels: int) -> None:
+        """Raise ValueError unless images with this number of channels fit the model, whatever their size."""
         if channels != self.in_channels:
             raise ValueError(
                 f"the shard set's images have {channels} channel(s) but --model.in-channels is {self.in_channels}; "
@@ -169,7 +173,64 @@ class ModelConfig:
         side = self.image_size // self.downsample_factor
         return (self.latent_channels, side, side)
 
+    def latent_shape_of(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latent of an image of any size; raises ValueError, saying why, for one that the model cannot encode."""
+        if (height, width) == (self.image_size, self.image_size):
+            return self.latent_shape
+        size, factor = f"{height}×{width} pixels", self.downsample_factor
+        if reason := self.why_size_is_fixed:
+            raise ValueError(
+                f"images of {size}: this model takes {self.image_size}×{self.image_size} alone, since {reason}"
+            )
+        if height % factor or width % factor or min(height, width) < factor:
+            raise ValueError(
+                f"images of {size}: height and width must be multiples of {factor}, the model's downsampling; crop or pad them to "
+                f"{_nearest(height, factor)}×{_nearest(width, factor)}"
+            )
+        return (self.latent_channels, height // factor, width // factor)
+
+    def check_latent(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError for a latent, without its batch dimension, that the model cannot decode."""
+        if shape == self.latent_shape:
+            return
+        if reason := self.why_size_is_fixed:
+            raise ValueError(f"latents of shape {shape}: this model takes {self.latent_shape} alone, since {reason}")
+        if len(shape) != 3 or shape[0] != self.latent_channels or min(shape) < 1:
+            raise ValueError(f"latents of shape {shape}: this model takes ({self.latent_channels}, height, width)")
+
+    def check_tiles(self, tile_size: int) -> None:
+        """Raise ValueError unless the model works in tiles of so many pixels a side."""
+        if self.kind == "autoencoder-kl":
+            raise ValueError(
+                "a model of --model.kind autoencoder-kl encodes and decodes other sizes whole, and not in tiles: its attention "
+                "compares all positions; export it (--format diffusers) and use the library's enable_tiling, which blends"
+            )
+        if reason := self.why_size_is_fixed:
+            raise ValueError(f"tile_size is {tile_size}, but this model does not work in tiles, since {reason}")
+        factor = self.downsample_factor
+        if tile_size < 1 or tile_size % factor:
+            raise ValueError(
+                f"tile_size is {tile_size}; it must be a multiple of {factor}, the model's downsampling, such as "
+                f"{_nearest(tile_size, factor)}"
+            )
+
+    @property
+    def why_size_is_fixed(self) -> str | None:
+        """Why images of one size alone fit, and no tiles; None when others do, too."""
+        if self.kind == "dense":
+            return "its layers are fully connected (--model.kind dense)"
+        if self.latent == "vector":
+            return "its latent is a vector, of fully connected layers (--model.latent vector)"
+        if self.attention_resolutions:
+            resolutions = " ".join(map(str, self.attention_resolutions))
+            return f"its attention compares all positions at fixed resolutions (--model.attention-resolutions {resolutions})"
+        return None
+
     @property
     def num_pixels(self) -> int:
         """Dimensions of one image: channels × height × width."""
         return self.in_channels * self.image_size**2
+
+
+def _nearest(size: int, factor: int) -> int:
+    return max(factor, round(size / factor) * factor)

@@ -18,7 +18,7 @@ from vaetrain.command_line import plain
 from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed import exchange
 from vaetrain.distributed.randomness import mixed_seed
-from vaetrain.export import TrainedModel
+from vaetrain.export import TrainedModel, weights_sha256
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.aggregate import AggregatePosterior, gather_aggregate
 from vaetrain.priors.codes import MeanCode, RandomCode
@@ -26,15 +26,7 @@ from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
 from vaetrain.priors.flow import fit_flow
 from vaetrain.priors.gaussian import GaussianPrior
 from vaetrain.priors.mixture import fit_mixture
-from vaetrain.priors.saved import (
-    FORMAT_VERSION,
-    PriorFacts,
-    SavedPrior,
-    load_prior,
-    prior_file,
-    save_prior,
-    weights_sha256,
-)  # fmt: skip
+from vaetrain.priors.saved import FORMAT_VERSION, PriorFacts, SavedPrior, load_prior, prior_file, save_prior
 from vaetrain.priors.whitening import Whitening
 from vaetrain.progress_bar import ProgressBar
 

@@ -70,12 +70,6 @@ def prior_file(run: Path, trained: TrainedModel, name: PriorName) -> Path:
     return run / "priors" / trained.checkpoint.name / f"{name}.safetensors"
 
 
-def weights_sha256(run: Path, trained: TrainedModel) -> str:
-    """SHA-256 of the (EMA) weights of the checkpoint that was loaded, from its checksums."""
-    checksums: dict[str, str] = json.loads((run / trained.checkpoint / "checksums.json").read_text())
-    return checksums["ema.safetensors"]
-
-
 def save_prior(file: Path, prior: Prior, facts: PriorFacts) -> None:
     """Write a prior, whole or not at all. For the main process alone."""
     file.parent.mkdir(parents=True, exist_ok=True)

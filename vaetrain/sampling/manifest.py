@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vaetrain.command_line import plain
-from vaetrain.export import TrainedModel
+from vaetrain.export import TrainedModel, weights_sha256
 from vaetrain.priors.config import PriorName
-from vaetrain.priors.saved import SavedPrior, weights_sha256
+from vaetrain.priors.saved import SavedPrior
 
 PIXELS = "decoder mean, rounded to the nearest of 256 levels, halves to the even one"
 
@@ -59,12 +59,6 @@ def manifest_of(
         "training": {"config": trained.config, "provenance": trained.provenance, "dataset": trained.dataset},
         "provenance": dict(made_by),
     }
-
-
-def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """In words, what of `asked` a manifest or request has otherwise; empty when it is the same."""
-    differing = sorted(name for name in asked if found.get(name) != asked[name])
-    return "; ".join(f"{name} was {found.get(name)}, now {asked[name]}" for name in differing)
 
 
 def _fitted(prior: PriorName, saved: SavedPrior | None) -> SavedPrior | None:

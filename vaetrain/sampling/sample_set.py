@@ -16,7 +16,7 @@ from typing import Any
 from vaetrain.data.format.manifest import MANIFEST_NAME, Shard
 from vaetrain.files import sha256_of_file
 from vaetrain.runs.directory import write_json
-from vaetrain.sampling.manifest import differences
+from vaetrain.strict_json import differences
 
 REQUEST_NAME = "request.json"
 

@@ -15,8 +15,8 @@ from vaetrain.data.format.writer import ShardWriter
 from vaetrain.distributed.exchange import decided_by_main, gather_objects, meet
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.sampling.encode import with_png
-from vaetrain.sampling.manifest import differences
 from vaetrain.sampling.sample_set import write_manifest
+from vaetrain.strict_json import differences
 
 
 def check_free(folder: Path, content: Mapping[str, Any]) -> bool:

@@ -66,7 +66,7 @@ class Shard:
             raise ValueError(
                 f"{self.name} cannot hold {self.num_images:,} images in {self.num_bytes:,} bytes, of {MAX_SHARD_BYTES:,} at most"
             )
-        _check_sha256(f"sha256 of {self.name}", self.sha256)
+        check_sha256(f"sha256 of {self.name}", self.sha256)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Manifest:
                 raise ValueError(
                     f"splits.{name}.class_counts names {list(split.class_counts)}, not {list(self.classes)}"
                 )
-        _check_sha256("index_sha256", self.index_sha256)
+        check_sha256("index_sha256", self.index_sha256)
         determining = {name: value for name, value in self.to_json().items() if name not in ("tool", "fingerprint")}
         fingerprint = sha256_of_json(determining)
         if self.fingerprint not in ("", fingerprint):
@@ -258,6 +258,7 @@ class Manifest:
         return content | {"classes": list(self.classes), "splits": splits}
 
 
-def _check_sha256(what: str, value: str) -> None:
+def check_sha256(what: str, value: str) -> None:
+    """Raise ValueError unless `value` is a SHA-256 in hexadecimal."""
     if not re.fullmatch(r"[0-9a-f]{64}", value):
         raise ValueError(f"{what} is {value!r}, not 64 hexadecimal digits")

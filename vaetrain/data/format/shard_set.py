@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vaetrain.data.format.index import SplitIndex, unpack_index
-from vaetrain.data.format.manifest import BROKEN_IMAGE, INDEX_NAME, MANIFEST_NAME, Manifest, Shard
+from vaetrain.data.format.manifest import BROKEN_IMAGE, INDEX_NAME, MANIFEST_NAME, Manifest, Shard, Split
 from vaetrain.files import sha256_of_file
 
 
@@ -46,20 +47,8 @@ class ShardSet:
 
     @cached_property
     def _indices(self) -> dict[str, SplitIndex]:
-        path = self.folder / INDEX_NAME
         remedy = "write the shard set again with tools/make_shards.py"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; copy it from where the shards came from, or {remedy}")
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.manifest.index_sha256:
-            raise ValueError(f"{path} is not the index that the manifest vouches for (its SHA-256 differs); {remedy}")
-        try:
-            indices = unpack_index(content, self.manifest.splits)
-            for name, split in self.manifest.splits.items():
-                split.check(indices[name], name)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no valid index: {error}; {remedy}") from error
-        return indices
+        return read_index(self.folder / INDEX_NAME, self.manifest.index_sha256, self.manifest.splits, remedy)
 
     def verify(self, full: bool = False, *, split: str | None = None, part: int = 0, num_parts: int = 1) -> None:
         """Raise ValueError listing every shard that is missing or of the wrong size, and a damaged index.
@@ -77,13 +66,8 @@ class ShardSet:
             for position, shard in enumerate(self.manifest.splits[split_name].shards):
                 if position % num_parts != part:
                     continue
-                path = self.path(shard)
-                if not path.is_file():
-                    problems.append(f"{shard.name} is missing")
-                elif (num_bytes := path.stat().st_size) != shard.num_bytes:
-                    problems.append(f"{shard.name} has {num_bytes:,} bytes, not {shard.num_bytes:,}")
-                elif full and sha256_of_file(path) != shard.sha256:
-                    problems.append(f"{shard.name} has another SHA-256 than in the manifest: its content was changed")
+                if problem := problem_of_file(self.path(shard), shard, full):
+                    problems.append(problem)
                 elif full and split_name in indices:
                     problems += self._undecodable(shard, position, indices[split_name])
         if problems:
@@ -116,3 +100,30 @@ class ShardSet:
                             f"{shard.name}: the image at byte {index.offset[image]} is {found}, not {expected}"
                         )
         return problems
+
+
+def read_index(path: Path, sha256: str, splits: Mapping[str, Split], remedy: str) -> dict[str, SplitIndex]:
+    """The index file of these splits; raises FileNotFoundError, or ValueError when it is not the one with this SHA-256."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; copy it from where the shards came from, or {remedy}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path} is not the index that the manifest vouches for (its SHA-256 differs); {remedy}")
+    try:
+        indices = unpack_index(content, splits)
+        for name, split in splits.items():
+            split.check(indices[name], name)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no valid index: {error}; {remedy}") from error
+    return indices
+
+
+def problem_of_file(path: Path, shard: Shard, full: bool) -> str | None:
+    """What is wrong with a shard's file, if anything is: by its size and, with `full`, its SHA-256."""
+    if not path.is_file():
+        return f"{shard.name} is missing"
+    if (num_bytes := path.stat().st_size) != shard.num_bytes:
+        return f"{shard.name} has {num_bytes:,} bytes, not {shard.num_bytes:,}"
+    if full and sha256_of_file(path) != shard.sha256:
+        return f"{shard.name} has another SHA-256 than in the manifest: its content was changed"
+    return None

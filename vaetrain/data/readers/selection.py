@@ -26,7 +26,8 @@ MAX_OPEN_SHARDS = 256
 
 
 @lru_cache(maxsize=MAX_OPEN_SHARDS)
-def _open_shard(folder: Path, name: str) -> io.FileIO:
+def open_shard(folder: Path, name: str) -> io.FileIO:
+    """A shard, open for reading, as long as so many others have not been read since."""
     # Evicting a file does not close it under a thread that still reads: the last reference does.
     return io.FileIO(folder / name)
 
@@ -214,7 +215,7 @@ class Selection:
         note_reading(position, position)
         num_bytes = int(self.index.num_bytes[position])
         try:
-            file = _open_shard(self.shard_set.folder, self.shard_of(position).name)
+            file = open_shard(self.shard_set.folder, self.shard_of(position).name)
             encoded = os.pread(file.fileno(), num_bytes, int(self.index.offset[position]))
         except OSError as error:
             raise ValueError(f"{self.where(position)}: {error}; is the storage still there?") from error
