@@ -89,14 +89,13 @@ def test_a_folder_gives_the_same_images_for_any_workers_and_tasks(tmp_path: Path
         (["train/0000", "test/0000"], ["val", "train"]),
         (["train-0", "train-1"], [None, None]),
         (["test-0", "testing-1"], [None, None]),
-        (["trainable", "test-0"], [None, None]),
     ],
 )
 def test_splits_are_in_the_names_of_files(tmp_path: Path, names: list[str], splits: list[str | None]) -> None:
     for number, name in enumerate(names):
-        as_datasets_writes(tmp_path / "pets" / f"{name}.parquet", range(number, number + 1))
+        as_datasets_writes(tmp_path / "pets" / f"{name}.parquet", range(3 * number, 3 * number + 3))
     source = open_source(str(tmp_path / "pets"))
-    assert [item.split for item in source.listing().items] == splits
+    assert [item.split for item in source.listing().items[::3]] == splits
 
 
 def test_files_beside_splits_are_refused(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_everything_that_is_no_image_is_listed_with_its_reason(
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     reasons = {rejected["source"]: rejected["reason"] for rejected in map(json.loads, lines)}
     assert sorted(reasons) == sorted([*names, "notes.txt"])  # listed, and not counted
-    assert reasons["notes.txt"].startswith("its name is not that of an image (.bmp, ")
+    assert reasons["notes.txt"].startswith("no images")
     assert f"{len(names)} rejected, 1 ignored, " in closing_line(
         tmp_path / "out", ShardSet.open(tmp_path / "out").manifest
     )
