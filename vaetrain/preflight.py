@@ -28,6 +28,7 @@ from vaetrain.model.config import ModelConfig
 from vaetrain.runs.checkpoint_names import list_checkpoints, require_checkpoint
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.scaling.config import ScaleConfig
+from vaetrain.wandb_account import check_wandb
 
 OTHERS_WAIT_S = 10.0
 """Before a process speaks that is not the first of its machine."""
@@ -51,13 +52,15 @@ def refusing() -> Iterator[None]:
 
 
 def check_training(config: Config) -> None:
-    """Refuse, as `train` would, batches that do not divide, data that do not fit, a perceptual term without its files, and a place
-    that nothing can start from.
+    """Refuse, as `train` would, batches that do not divide, data that do not fit, a perceptual term without its files, W&B
+    without an account or a connection, and a place that nothing can start from.
 
     Raises ValueError, FileNotFoundError or FileExistsError, as all functions here.
     """
     layout = _layout(config)
     check_perceptual(config.objective.perceptual, config.model.image_size)
+    if config.log.wandb == "online":
+        check_wandb(ask_server=LauncherEnvironment.read().rank == 0)
     num_images, _ = (check_split(config.data, split, config.model) for split in ("train", "val"))
     if num_images is not None:
         layout.images_per_epoch(num_images)

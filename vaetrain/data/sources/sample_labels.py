@@ -41,11 +41,15 @@ def sample_labels(
         labels = {p: _label(suffix, contents[parts]) if parts else None for p, parts in files.items()}
         if bare := [p for p, label in labels.items() if label is None]:
             raise ValueError(
-                f"{source} has labels in {suffix} files, such as {'/'.join(first)}, but none for {'/'.join(bare[0])}; "
+                f"{source} has labels in {suffix} files, such as {_path(first)}, but none for {_path(bare[0])}; "
                 "add them, or remove such pictures"
             )
         return {p: label for p, label in labels.items() if label is not None}
     return None
+
+
+def _path(parts: Parts) -> str:
+    return "/".join(filter(None, parts))
 
 
 def _label(suffix: str, content: bytes) -> str | None:
