@@ -122,6 +122,9 @@ class _ScalarLoader(yaml.SafeLoader):
         value = super().construct_object(node, deep)
         return Scalar(value, node.value, node.style is not None) if isinstance(node, yaml.ScalarNode) else value
 
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[str, Any]:
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+
 
 def _word(scalar: Scalar, kind: Any) -> str:
     """A scalar as an argument for an option of a type: text is what is written there, whatever YAML takes it for."""

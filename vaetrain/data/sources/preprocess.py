@@ -142,6 +142,8 @@ def decode_picture(content: bytes, frame: int = 0) -> Image.Image:
             picture.load()
             picture.info |= {NUM_FRAMES: len(frames), COLOUR_16_BIT: is_deep}
     except UnidentifiedImageError as error:  # whose own message is a memory address
+        if kind in MORE_FORMATS:
+            raise ValueError(f"it begins as {kind} does, and is damaged") from error
         what = f"it is {kind}, " if kind and kind.upper() not in FORMATS else "it is "
         raise ValueError(f"{what}none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
