@@ -122,7 +122,7 @@ class _ScalarLoader(yaml.SafeLoader):
         value = super().construct_object(node, deep)
         return Scalar(value, node.value, node.style is not None) if isinstance(node, yaml.ScalarNode) else value
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 SERVER = "https://api.wandb.ai"
@@ -20,8 +21,8 @@ MODES = {"": "disabled", "dryrun": "offline", "run": "online"}
 """Of WANDB_MODE, besides online, offline and disabled."""
 
 
-def wandb_mode() -> str:
-    """What WANDB_MODE says, or else disabled."""
+def wandb_mode() -> Any:
+    """What WANDB_MODE says, or else disabled; LogConfig refuses what is none of its modes."""
     mode = os.environ.get("WANDB_MODE", "").lower()
     return MODES.get(mode, mode)
 
