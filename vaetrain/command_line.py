@@ -39,7 +39,7 @@ def parse(cls: type[T], description: str | None, argv: Sequence[str] | None = No
         saved = [argument for file in config_files for argument in yaml_arguments(file, cls)]
     markers = () if flags else (tyro.conf.FlagConversionOff,)
     help_text = f"{description.strip()}\n{ABOUT_CONFIG_FILES}" if description else None
-    with _words_as_they_are():
+    with user_errors(exit_code=2), _words_as_they_are():  # the environment, too, may give a default that is refused
         config = tyro.cli(cls, description=help_text, args=[*saved, *arguments], config=markers)
     with user_errors(exit_code=2):
         _refuse_line_breaks(config)

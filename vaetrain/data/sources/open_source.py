@@ -45,13 +45,15 @@ def open_source(src: str, options: SourceOptions | None = None, **others: Any) -
         if parse_idx_name(path.name) and (idx := IdxSource.find(path)):
             return idx
         kind = kind_of(head_of(path))
-        remedy = {"7z": "unpack it and give the folder", "RAR": "unpack it and give the folder"}
         if suffix_of(src) in PICTURE_SUFFIXES:
             raise ValueError(f"{src} is one image; give the folder of all of them")
+        if kind == "zip":
+            raise ValueError(f"{src} is damaged: it begins as a zip does and has no end; download or pack it again")
+        unpack = kind in ("7z", "RAR", "compress (.Z)")
         what = (
-            f"is {kind}, which is not read: {remedy[kind]}"
-            if kind in remedy
-            else f"is {f'{kind}, ' if kind else ''}no source of images"
+            f"is {kind}, which is not read: unpack it"
+            if unpack
+            else f"is no source of images{f' but {kind}' if kind else ''}"
         )
         raise ValueError(f"{src} {what}; give {WHAT_THERE_IS}")
     if idx := IdxSource.find(path):
