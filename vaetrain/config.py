@@ -198,8 +198,6 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         """Refuse intervals that mean nothing."""
-        if self.wandb not in ("disabled", "offline", "online"):
-            raise ValueError(f"WANDB_MODE is {self.wandb}; set it to online, offline or disabled, or give --log.wandb")
         if self.every_steps < 1:
             raise ValueError(f"--log.every-steps is {self.every_steps}; it must be at least 1")
         if self.num_pictures < 1:

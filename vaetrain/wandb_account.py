@@ -17,14 +17,18 @@ from urllib.parse import urlsplit
 SERVER = "https://api.wandb.ai"
 WAIT_S = 10.0
 """For the server's answer."""
-MODES = {"": "disabled", "dryrun": "offline", "run": "online"}
-"""Of WANDB_MODE, besides online, offline and disabled."""
+MODES = {
+    "": "disabled", "disabled": "disabled", "offline": "offline", "dryrun": "offline", "online": "online", "run": "online",
+}  # fmt: skip
+"""WANDB_MODE → --log.wandb."""
 
 
 def wandb_mode() -> Any:
-    """What WANDB_MODE says, or else disabled; LogConfig refuses what is none of its modes."""
+    """What WANDB_MODE says, or else disabled; raises ValueError where it says none of the modes."""
     mode = os.environ.get("WANDB_MODE", "").lower()
-    return MODES.get(mode, mode)
+    if mode not in MODES:
+        raise ValueError(f"WANDB_MODE is {mode}; set it to online, offline or disabled")
+    return MODES[mode]
 
 
 def wandb_project() -> str:
