@@ -42,7 +42,7 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 
 PIN := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
   --custom-compile-command "make requirements"
-EXTRAS := --extra tensorboard --extra fast --extra parquet --extra hub --extra onnx
+EXTRAS := --extra tensorboard --extra fast --extra parquet --extra hub --extra onnx --extra archives --extra photos
 
 requirements: pyproject.toml
 	$(PIN) --upgrade pyproject.toml --group dev $(EXTRAS) -o requirements/dev.txt

@@ -78,7 +78,7 @@ def test_names_that_are_no_unicode_are_reported(tmp_path: Path) -> None:
         [*command, "--max-rejected", "1", "--group-duplicates"], cwd=ROOT, capture_output=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    said = f"1 rejected, 1 ignored, 1 groups of duplicates, written to {out}\n"
+    said = f"1 rejected, 1 ignored (1 that are no images), 1 groups of duplicates, written to {out}\n"
     assert done.stdout.endswith(said.encode(errors="backslashreplace"))
     rejected, ignored = (out / "rejected.jsonl").read_text("utf-8").splitlines()
     assert json.loads(rejected)["source"] == f"cat/{name}"

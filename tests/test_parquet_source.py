@@ -87,16 +87,19 @@ def test_a_folder_gives_the_same_images_for_any_workers_and_tasks(tmp_path: Path
         ),
         (["train-0", "validation-0", "test-0"], ["test", "train", "val"]),
         (["train/0000", "test/0000"], ["val", "train"]),
+        (["default/train/0000", "default/test/0000"], ["val", "train"]),
+        (["partial-train/0000", "test/0000"], ["train", "val"]),
+        (["training-00000", "test-00000"], ["val", "train"]),
+        (["pets_train", "pets_test"], ["val", "train"]),
         (["train-0", "train-1"], [None, None]),
         (["test-0", "testing-1"], [None, None]),
-        (["trainable", "test-0"], [None, None]),
     ],
 )
 def test_splits_are_in_the_names_of_files(tmp_path: Path, names: list[str], splits: list[str | None]) -> None:
     for number, name in enumerate(names):
-        as_datasets_writes(tmp_path / "pets" / f"{name}.parquet", range(number, number + 1))
+        as_datasets_writes(tmp_path / "pets" / f"{name}.parquet", range(3 * number, 3 * number + 3))
     source = open_source(str(tmp_path / "pets"))
-    assert [item.split for item in source.listing().items] == splits
+    assert [item.split for item in source.listing().items[::3]] == splits
 
 
 def test_files_beside_splits_are_refused(tmp_path: Path) -> None:
@@ -104,6 +107,41 @@ def test_files_beside_splits_are_refused(tmp_path: Path) -> None:
         as_datasets_writes(tmp_path / f"{name}.parquet", range(1))
     with pytest.raises(ValueError, match=r"files of splits \(test, train\) and more\.parquet, which is of none"):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["trainable", "test-0"], r"files of splits \(test\) and trainable\.parquet, which is of none"),
+        (["validation-0", "test-0"], "test and val and none to train on"),
+        (["a/train-0", "a/test-0", "b/train-0", "b/test-0"], r"several configurations \(a, b\), each with splits"),
+    ],
+)
+def test_files_whose_splits_are_not_clear_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        as_datasets_writes(tmp_path / f"{name}.parquet", range(3))
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path))
+
+
+def test_other_types_of_bytes_and_text(tmp_path: Path) -> None:
+    images, labels = [png(n) for n in range(4)], ["cat", "dog"] * 2
+    views = {"image": pa.array(images, pa.binary_view()), "label": pa.array(labels, pa.string_view())}
+    manifest = make(write(tmp_path / "views", views), tmp_path / "out", format="png")  # a Parquet file by its bytes
+    assert manifest.splits["train"].class_counts == {"cat": 2, "dog": 2}
+    expected = {np.asarray(Image.open(io.BytesIO(image))).tobytes() for image in images}
+    assert {np.asarray(picture).tobytes() for picture in decoded(tmp_path / "out")} == expected
+
+
+def test_columns_that_may_be_of_classes_are_asked_about(tmp_path: Path) -> None:
+    columns = {"img": structs(range(2)), "fine_label": pa.array([0, 1]), "coarse_label": pa.array([1, 0])}
+    file = write(tmp_path / "two.parquet", columns)
+    with pytest.raises(
+        ValueError, match=r"has fine_label, coarse_label, which may be of classes; name one with --label-column"
+    ):
+        open_source(str(file))
+    assert classes_of(file, label_column="fine_label") == (("0", "1"), ["0", "1"])
+    assert classes_of(file, label_column="none")[0] == ("two",)
 
 
 def classes_of(file: Path, **columns: str) -> tuple[tuple[str, ...], list[str]]:

@@ -155,14 +155,15 @@ def test_everything_that_is_no_image_is_listed_with_its_reason(
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     reasons = {rejected["source"]: rejected["reason"] for rejected in map(json.loads, lines)}
     assert sorted(reasons) == sorted([*names, "notes.txt"])  # listed, and not counted
-    assert reasons["notes.txt"].startswith("its name is not that of an image (.bmp, ")
-    assert f"{len(names)} rejected, 1 ignored, " in closing_line(
+    assert reasons["notes.txt"].startswith("no images")
+    assert f"{len(names)} rejected, 1 ignored (1 that are no images), " in closing_line(
         tmp_path / "out", ShardSet.open(tmp_path / "out").manifest
     )
     assert all(reasons.values())
     none_of_them = "it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM"
-    for name in ("text.jpg", "archive.png", "postscript.jpg"):
+    for name in ("text.jpg", "postscript.jpg"):
         assert reasons[name] == none_of_them
+    assert reasons["archive.png"] == none_of_them.replace("it is", "it is zip,")
     assert reasons["empty.jpg"] == "it is empty"
     assert reasons["bomb.png"].startswith("it has more than 89,478,485 pixels")
     assert "floating-point" in reasons["float.tif"]

@@ -59,7 +59,11 @@ def shard_changed(folder):
 @pytest.mark.parametrize(
     ("damage", "arguments", "message"),
     [
-        (no_manifest, [], "has no manifest.json; make one with tools/make_shards.py"),
+        (
+            no_manifest,
+            [],
+            "it has no manifest.json); make one of what it holds in another folder, python tools/make_shards.py",
+        ),
         (manifest_of_another_size, [], "fingerprint does not match the other fields"),
         (no_index, [], "index.safetensors does not exist"),
         (shard_missing, [], "train-000003.tar is missing"),

@@ -191,3 +191,19 @@ def test_a_run_directory_needs_its_variables(monkeypatch):
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
     with pytest.raises(ValueError, match=r"the environment has no \$WANDB_RUN_ID"):
         Config(data=parse(Config, None, ["--data.train", "x"]).data, run_dir=Path("a/$WANDB_RUN_ID"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            {"optim": {"parameters": {"lr": {"values": [1e-3]}}}},
+            r"s\.yaml, optim: nested parameters are not known here; write optim\.lr: \{values: \[…\]\}",
+        ),
+        ({"data.classes": {"values": [["cat"], ["dog"]]}}, r"data\.classes: \['cat'\] is no single value"),
+        ({"data.classes": {"value": {"a": 1}}}, r"data\.classes: \{'a': 1\} is no single value"),
+    ],
+)
+def test_nested_and_list_valued_parameters_are_refused_when_the_file_is_read(tmp_path, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, parameters=parameters)

@@ -11,11 +11,12 @@ import difflib
 import os
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 import yaml
@@ -38,8 +39,16 @@ def parse(cls: type[T], description: str | None, argv: Sequence[str] | None = No
         saved = [argument for file in config_files for argument in yaml_arguments(file, cls)]
     markers = () if flags else (tyro.conf.FlagConversionOff,)
     help_text = f"{description.strip()}\n{ABOUT_CONFIG_FILES}" if description else None
-    return tyro.cli(cls, description=help_text, args=[*saved, *arguments], config=markers)
+    with user_errors(exit_code=2), _words_as_they_are():  # the environment, too, may give a default that is refused
+        config = tyro.cli(cls, description=help_text, args=[*saved, *arguments], config=markers)
+    with user_errors(exit_code=2):
+        _refuse_line_breaks(config)
+    return config
 
+
+QUOTE = "\0"
+"""Begins a word of a YAML file that the parser would otherwise take for an option (-x) or for nothing (None); no argument of a
+process has a NUL."""
 
 GIVEN_UP = {"data.allow_pipe": False}
 """Keys that configs of older runs have, with the values that changed nothing: those are passed over."""
@@ -69,25 +78,99 @@ def yaml_arguments(file: Path, cls: type) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"config file {file} does not exist")
     try:
-        content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_ScalarLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
-    if content is None:
+    if content is None or content == Scalar(None, ""):
         return []
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}; a config is a mapping of keys to values")
-    known = known_keys(cls)
+        kind = type(content.value if isinstance(content, Scalar) else content).__name__
+        raise ValueError(f"{file} holds {kind}; a config is a mapping of keys to values")
+    kinds = _leaf_types(cls)
     arguments: list[str] = []
     for key, value in flatten(content):
-        if key in GIVEN_UP and value == GIVEN_UP[key]:
+        scalars = value if isinstance(value, list) else [value]
+        if not all(isinstance(scalar, Scalar) for scalar in scalars):
+            raise ValueError(f"{file}: {key} is a list of lists or of mappings; write one list of words or numbers")
+        if key in GIVEN_UP and value == Scalar(GIVEN_UP[key], value.text):
             continue
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; valid keys: {', '.join(sorted(known))}"
+        if key not in kinds:
+            nearest = difflib.get_close_matches(key, kinds, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; valid keys: {', '.join(sorted(kinds))}"
             raise ValueError(f"{file}: unknown key {key}{hint}")
         arguments.append(f"--{key.replace('_', '-')}")
-        arguments.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+        arguments.extend(_word(scalar, kinds[key]) for scalar in scalars)
     return arguments
+
+
+class Scalar(NamedTuple):
+    """A scalar of a YAML file."""
+
+    value: Any
+    """As YAML 1.1 has it: no is False, 007 is 7."""
+    text: str
+    """As it is written."""
+    is_quoted: bool = False
+
+    def __str__(self) -> str:
+        """As it is written, for keys."""
+        return self.text
+
+
+class _ScalarLoader(yaml.SafeLoader):
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        return Scalar(value, node.value, node.style is not None) if isinstance(node, yaml.ScalarNode) else value
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+def _word(scalar: Scalar, kind: Any) -> str:
+    """A scalar as an argument for an option of a type: text is what is written there, whatever YAML takes it for."""
+    if not _takes_text(kind) or (scalar.value is None and not scalar.is_quoted and _takes_none(kind)):
+        return str(scalar.value)
+    must_be_quoted = (
+        not scalar.text or scalar.text.startswith(("-", QUOTE)) or (scalar.is_quoted and scalar.text == "None")
+    )
+    return f"{QUOTE}{scalar.text}" if must_be_quoted else scalar.text
+
+
+def _takes_text(kind: Any) -> bool:
+    """Whether an option's values are strings or paths, one or several, and nothing else but None."""
+    if typing.get_origin(kind) in (tuple, types.UnionType, typing.Union, typing.Annotated):
+        return all(_takes_text(part) for part in typing.get_args(kind) if part not in (Ellipsis, type(None)))
+    return kind in (str, Path)
+
+
+def _takes_none(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind)
+
+
+def _words_as_they_are() -> tyro.constructors.ConstructorRegistry:
+    """Rules of the parser for strings and paths that take QUOTE off."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def text_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type not in (str, Path):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="STR" if info.type is str else "PATH",
+            instance_from_str=lambda words: info.type(words[0].removeprefix(QUOTE)),
+            is_instance=lambda value: isinstance(value, info.type),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _refuse_line_breaks(config: Any) -> None:
+    for key, value in flatten(plain(config)):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.splitlines() not in ([], [text]):
+                raise ValueError(f"--{key.replace('_', '-')} is {text!r}; give a value of one line")
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -100,17 +183,17 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield name, value
 
 
-def known_keys(cls: type, prefix: str = "") -> set[str]:
-    """Dotted names of all leaves of a nested dataclass."""
-    types = typing.get_type_hints(cls)
-    keys: set[str] = set()
+def _leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """The type of each leaf of a nested dataclass, by its dotted name."""
+    hints = typing.get_type_hints(cls)
+    leaves: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        kind = types[field.name]
+        kind = hints[field.name]
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            keys |= known_keys(kind, f"{prefix}{field.name}.")
+            leaves |= _leaf_types(kind, f"{prefix}{field.name}.")
         else:
-            keys.add(prefix + field.name)
-    return keys
+            leaves[prefix + field.name] = kind
+    return leaves
 
 
 def plain(value: Any) -> Any:
@@ -124,7 +207,15 @@ def plain(value: Any) -> Any:
 
 def to_yaml(config: Any) -> str:
     """A config as YAML that `--config` reads back to an equal one."""
-    return yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="'" if data == "None" else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Literal
 from vaetrain.data.config import DataConfig
 from vaetrain.model.config import ModelConfig
 from vaetrain.objective.config import ObjectiveConfig
+from vaetrain.wandb_account import wandb_mode, wandb_project
 
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 BestBy = Literal["elbo", "psnr", "ssim", "lpips", "rfid"]
@@ -220,11 +221,12 @@ class LogConfig:
     num_pictures: int = 32
     """Images in the sample grid, and twice the images in the reconstruction grid."""
 
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Also log to Weights & Biases: `offline` writes under the run directory for `wandb sync`."""
+    wandb: Literal["disabled", "offline", "online"] = field(default_factory=wandb_mode)
+    """Also log to Weights & Biases: `offline` writes under the run directory for `wandb sync`. Not given: what the environment's
+    WANDB_MODE says, if it says anything."""
 
-    wandb_project: str = "vaetrain"
-    """Weights & Biases project."""
+    wandb_project: str = field(default_factory=wandb_project)
+    """Weights & Biases project. Not given: the environment's WANDB_PROJECT, or vaetrain."""
 
     tensorboard: bool = False
     """Also log to TensorBoard, under the run directory."""

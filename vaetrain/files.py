@@ -21,7 +21,7 @@ class NewerFormatError(ValueError):
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file aside and rename it into place, so that nobody ever sees half of it."""
     aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    with naming_file(path), aside.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -41,6 +41,17 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Have what goes wrong while `path` is written (a full disk) name it, as what goes wrong when it is opened does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from vaetrain.model.config import ModelConfig
 from vaetrain.runs.checkpoint_names import list_checkpoints, require_checkpoint
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.scaling.config import ScaleConfig
+from vaetrain.wandb_account import check_wandb
 
 OTHERS_WAIT_S = 10.0
 """Before a process speaks that is not the first of its machine."""
@@ -53,7 +54,7 @@ def refusing() -> Iterator[None]:
 
 def check_training(config: Config) -> None:
     """Refuse, as `train` would, batches that do not divide, data that do not fit, a perceptual term without its files, a
-    discriminator of larger images, and a place that nothing can start from.
+    discriminator of larger images, W&B without an account or a connection, and a place that nothing can start from.
 
     Raises ValueError, FileNotFoundError or FileExistsError, as all functions here.
     """
@@ -61,6 +62,8 @@ def check_training(config: Config) -> None:
     check_perceptual(config.objective.perceptual, config.model.image_size)
     config.objective.adversarial.check_images(config.model.image_size)
     check_rfid(config.train.rfid)
+    if config.log.wandb == "online":
+        check_wandb(ask_server=LauncherEnvironment.read().rank == 0)
     num_images, _ = (check_split(config.data, split, config.model) for split in ("train", "val"))
     if num_images is not None:
         layout.images_per_epoch(num_images)

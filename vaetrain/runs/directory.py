@@ -10,7 +10,7 @@ from typing import Any
 
 from vaetrain.command_line import parse, to_yaml
 from vaetrain.config import Config
-from vaetrain.files import replace_file
+from vaetrain.files import naming_file, replace_file
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.provenance import package_version, uncommitted_changes
 
@@ -145,7 +145,7 @@ class RunDirectory:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; it is on disk when this returns from the operating system's point of view."""
-        with self.metrics_file.open("a") as file:
+        with naming_file(self.metrics_file), self.metrics_file.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def drop_metrics_after(self, step: int, validated_at: int) -> None:

@@ -26,6 +26,8 @@ def drawing(parameter: Any, where: str) -> Drawing:
     """What draws a value for a parameter; raises ValueError, which starts with `where`, for what is not known or no number."""
     if not isinstance(parameter, Mapping):
         raise ValueError(f"{where} is {parameter!r}; write {{value: {parameter}}}, {{values: […]}}, or min and max")
+    if "parameters" in parameter:
+        raise ValueError(f"{where}: nested parameters are not known here; write {_flat_names(parameter, where)}")
     if is_listed(parameter):
         kind = "values" if "values" in parameter else "value"
         _refuse_others(parameter, {kind, "distribution"}, where, kind)
@@ -34,6 +36,11 @@ def drawing(parameter: Any, where: str) -> Drawing:
             raise ValueError(f"{where}: values is {values!r}; write a list, such as [{values}]")
         if not values:
             raise ValueError(f"{where}: values is empty; list some")
+        if several := [value for value in values if isinstance(value, list | Mapping)]:
+            raise ValueError(
+                f"{where}: {several[0]!r} is no single value, and would reach the command as one word; sweep over config files "
+                "instead (a parameter called config, with values [a.yaml, b.yaml])"
+            )
         only = "categorical" if kind == "values" else "constant"
         if parameter.get("distribution", only) != only:
             raise ValueError(
@@ -41,6 +48,15 @@ def drawing(parameter: Any, where: str) -> Drawing:
             )
         return lambda rng: values[int(rng.integers(len(values)))]
     return _distribution(parameter, where)
+
+
+def _flat_names(parameter: Mapping[str, Any], where: str) -> str:
+    """What W&B's nested parameters are in this project's dotted names."""
+    name = where.rpartition(", ")[2]
+    inner = parameter["parameters"]
+    return (
+        " and ".join(f"{name}.{key}: {{values: […]}}" for key in inner) if isinstance(inner, Mapping) else f"{name}.KEY"
+    )
 
 
 def _distribution(parameter: Mapping[str, Any], where: str) -> Drawing:

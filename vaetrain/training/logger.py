@@ -6,7 +6,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ class RunLogger:
         )  # fmt: skip
         self.global_batch_size = config.train.global_batch_size
         self.small_batch_size = small_batch_size
+        with _wandb_errors(config.log.wandb):
+            self._start_trackers(accelerator, run, config, dataset_fingerprint, step)
+
+    def _start_trackers(
+        self, accelerator: Accelerator, run: RunDirectory, config: Config, dataset_fingerprint: str, step: int
+    ) -> None:
         if accelerator.log_with:
             accelerator.init_trackers(
                 config.log.wandb_project,
@@ -171,6 +178,20 @@ class RunLogger:
         for logger in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if logger.name == "tensorboard" else {}
             logger.log_images({name: pixels[None]}, step=step, **layout)
+
+
+@contextmanager
+def _wandb_errors(mode: str) -> Iterator[None]:
+    """Turn what W&B refuses (a project of others, a server that left) into one line."""
+    if mode == "disabled":
+        yield
+        return
+    from wandb import errors
+
+    try:
+        yield
+    except errors.Error as error:
+        raise ValueError(f"--log.wandb {mode}: {error}; --log.wandb offline goes on without the server") from error
 
 
 def wandb_id(run: RunDirectory) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shlex
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,13 @@ class ShardSet:
         """Open a folder, or its manifest.json; raises FileNotFoundError when there is no manifest."""
         folder = Path(path).parent if Path(path).name == MANIFEST_NAME else Path(path)
         if not (folder / MANIFEST_NAME).is_file():
+            if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+                # make_shards refuses a folder that is in use, so its shards go beside it.
+                out = folder.with_name(f"{folder.name.split('.')[0] or folder.name}-shards")
+                raise FileNotFoundError(
+                    f"{folder} is no shard set (it has no {MANIFEST_NAME}); make one of what it holds in another folder, python "
+                    f"tools/make_shards.py {shlex.quote(str(folder))} {shlex.quote(str(out))} --size N, and name that one"
+                )
             state = f"has no {MANIFEST_NAME}" if folder.is_dir() else "does not exist"
             raise FileNotFoundError(
                 f"shard set {folder} {state}; make one with tools/make_shards.py SRC {folder} --size N"

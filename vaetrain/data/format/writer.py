@@ -16,6 +16,7 @@ import numpy as np
 
 from vaetrain.data.format.index import SplitIndex
 from vaetrain.data.format.manifest import TAR_BLOCK, Shard
+from vaetrain.files import naming_file
 
 # tar pads a file to whole records of 20 blocks; other readers accept less, but GNU tar warns of "a lone zero block".
 TAR_RECORD = 20 * TAR_BLOCK
@@ -96,9 +97,10 @@ class ShardWriter:
             return
         end = bytes(2 * TAR_BLOCK)
         self._put(end + bytes(-(self._num_bytes + len(end)) % TAR_RECORD))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming_file(self._partial):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._file = None
         self._partial.replace(self._folder / self._name)
         self.shards.append(Shard(self._name, self._num_images, self._num_bytes, self._hash.hexdigest()))
@@ -134,7 +136,8 @@ class ShardWriter:
 
     def _put(self, content: bytes) -> None:
         assert self._file is not None
-        self._file.write(content)
+        with naming_file(self._partial):
+            self._file.write(content)
         self._hash.update(content)
         self._num_bytes += len(content)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -104,6 +105,7 @@ def count_images(manifest: Manifest, split: str, classes: tuple[str, ...], sourc
             f"{source} has no {split} split, only {' '.join(manifest.splits)}; "
             "make one with tools/make_shards.py --val-count, or name another shard set with --data.val"
         )
+    classes = as_in_manifest(manifest, classes)
     if unknown := [name for name in classes if name not in manifest.classes]:
         raise ValueError(f"--data.classes {' '.join(unknown)}: {source} has {' '.join(manifest.classes)}")
     counts = manifest.splits[split].class_counts
@@ -111,6 +113,14 @@ def count_images(manifest: Manifest, split: str, classes: tuple[str, ...], sourc
     if num_images == 0:
         raise ValueError(f"{source}: no image of the {split} split is of --data.classes {' '.join(classes)}")
     return num_images
+
+
+def as_in_manifest(manifest: Manifest, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of classes as the manifest composes their letters: a file system's é may be e and an accent, a keyboard's is one."""
+    composed = {unicodedata.normalize("NFC", name): name for name in manifest.classes}
+    return tuple(
+        name if name in manifest.classes else composed.get(unicodedata.normalize("NFC", name), name) for name in classes
+    )
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,7 @@ class Selection:
         source = source or str(shard_set.folder)
         manifest = shard_set.manifest
         count_images(manifest, split, classes, source)
+        classes = as_in_manifest(manifest, classes)
         index = shard_set.index(split)
         keep = np.isin(index.label, [manifest.classes.index(name) for name in classes]) if classes else None
         table = ImageTable.of(index, manifest.splits[split].shards, keep)

@@ -7,14 +7,14 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from vaetrain.data.format.manifest import Crop, Encoding, ImageFormat
 from vaetrain.data.sources.preprocess import Preprocessing
-from vaetrain.data.sources.source import ImageSource
+from vaetrain.data.sources.source import ImageSource, SourceOptions
 
 FACES = "faces"
 NEAR_DUPLICATES = 0.99
@@ -25,10 +25,11 @@ class ShardingConfig:
     """Make a shard set of square images."""
 
     src: Positional[str]
-    """A folder, zip or tar of images, with a folder per class, and perhaps train/ and val/ or test/ above those; a Parquet
-    file with a column of images, or a folder of them (train-*.parquet, test-*.parquet, as on the Hugging Face hub); a
-    folder of MNIST's four idx files; another shard set, whose records travel along, and whose images stay as they are, byte for
-    byte, unless size, channels, format or quality change; or the word `faces`: the built-in drawn animal faces."""
+    """A folder, zip or tar of images, with a folder per class, and perhaps train/ and val/ or test/ above those, or a folder of
+    WebDataset's tars; a Parquet file with a column of images, or a folder of them (train-*.parquet, test-*.parquet, as on the
+    Hugging Face hub); MNIST's four idx files in a folder, zip or tar; another shard set, whose records travel along, and whose
+    images stay as they are, byte for byte, unless size, channels, format or quality change; or the word `faces`: the built-in
+    drawn animal faces."""
 
     out: Positional[Path]
     """Folder for the shards and their manifest.json."""
@@ -58,6 +59,17 @@ class ShardingConfig:
     label_column: str | None = None
     """Column of the classes in Parquet files, integers or strings; `none`: there are no classes. None: the one that the files
     say is of classes, or that is called label."""
+
+    splits: Literal["auto", "none"] = "auto"
+    """auto: folders and files called as splits are (train, Training, seg_test, val2017, dev, …) are split so. none: whatever they
+    are called, folders are classes and files are pieces of one set."""
+
+    frames: Literal["first", "all"] = "first"
+    """What is taken of files that hold several pictures, as animations and stacks of slices do (GIF, WebP, PNG, TIFF, AVIF)."""
+
+    white: float | None = None
+    """Value of white in pixels of more than 8 bits, such as 4095 in 16-bit files of 12-bit pictures, or 1.0 in those of numbers;
+    None: 65535 in 16 bits, and others are rejected."""
 
     gray: bool = False
     """One channel in place of three (MNIST's idx files and grayscale shard sets always have one)."""
@@ -109,6 +121,8 @@ class ShardingConfig:
             raise ValueError(f"--quality is {self.quality}; it must be between 1 and 100")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed is {self.seed}; it must be between 0 and {2**32 - 1}")
+        if self.white is not None and not 0 < self.white < math.inf:
+            raise ValueError(f"--white is {self.white}; give the value of white, such as 4095 for 12 bits")
         if not 0 < self.near_duplicates < 1:
             raise ValueError(f"--near-duplicates is {self.near_duplicates}; it must be between 0 and 1, such as 0.99")
         if self.group_duplicates and self.val_count is None:
@@ -163,7 +177,12 @@ class ShardingConfig:
                 encoding = Encoding("webp", self.quality, "4:2:0", crop=self.crop)
             case "png":
                 encoding = Encoding("png", None, None, crop=self.crop)
-        return Preprocessing(self.size, channels, encoding)
+        return Preprocessing(self.size, channels, encoding, self.white)
+
+    @property
+    def source_options(self) -> SourceOptions:
+        """How the originals are read."""
+        return SourceOptions(self.image_column, self.label_column, self.splits, self.frames)
 
 
 def share_of(percent: str) -> Fraction:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vaetrain.data.format.manifest import Shard
-from vaetrain.data.sharding.task import Rejected, ShardTask
+from vaetrain.data.sharding.task import DeepPixels, MoreFrames, Rejected, ShardTask
 from vaetrain.files import replace_file, sha256_of_file
 from vaetrain.strict_json import from_json
 
@@ -30,6 +30,9 @@ class FinishedShard:
     """Originals that are not in it."""
     likeness: str
     """What each of its images looks like: an array of LIKENESS in base64."""
+    more_frames: tuple[MoreFrames, ...]
+    """Originals of which not all pictures are in it."""
+    deep: DeepPixels
 
     def write(self, task: ShardTask, aside: Path) -> None:
         """Leave the note of `task`, by way of a file in the folder `aside`, which is this process's own."""
@@ -48,8 +51,9 @@ class FinishedShard:
         except FileNotFoundError:
             return None
         try:
-            note: FinishedShard = from_json(cls, json.loads(content))
-        except ValueError as error:
+            absent = {"more_frames": [], "deep": dataclasses.asdict(DeepPixels())}  # in notes of vaetrain 0.2
+            note: FinishedShard = from_json(cls, absent | json.loads(content))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{_file(task)} is damaged: {error}; delete {task.out} and start again") from error
         return note if note.plan == task.plan and note._is_whole(task.out, full) else None
 

@@ -38,18 +38,20 @@ from vaetrain.data.sharding.duplicates import DUPLICATES_NAME, duplicate_groups,
 from vaetrain.data.sharding.image_hash import IMAGE_HASH
 from vaetrain.data.sharding.plan import ShardingPlan
 from vaetrain.data.sharding.process_map import map_in_order
-from vaetrain.data.sharding.task import Rejected, SampleChunk, ShardTask, make_piece
-from vaetrain.data.sources.preprocess import SUFFIXES
-from vaetrain.data.sources.source import ImageOpener, ImageSource
+from vaetrain.data.sharding.task import DeepPixels, MoreFrames, Rejected, SampleChunk, ShardTask, make_piece
+from vaetrain.data.sources.file_kind import suffix_counts
+from vaetrain.data.sources.source import Ignored, ImageOpener, ImageSource
 from vaetrain.files import replace_file
 from vaetrain.machine import num_cores
 from vaetrain.progress_bar import ProgressBar
 
 REJECTED_NAME = "rejected.jsonl"
-NO_IMAGE_NAME = f"its name is not that of an image ({', '.join(sorted(SUFFIXES))})"
-"""Why a file is ignored: listed, but not counted as an image that cannot be read."""
+DEPTHS = {10: 1023, 12: 4095, 14: 16383}
+"""Bits of a pixel → white, in files of 16 bits."""
 # Arguments that change nothing in the result, so that it does not record them.
 HOW_IT_IS_RUN = ("out", "workers", "task", "num_tasks", "merge")
+# Arguments that are recorded where they are given: sets made before there were any stay as they are.
+LATER_ARGUMENTS = {"splits": "auto", "frames": "first", "white": None}
 
 
 def make_shards(config: ShardingConfig) -> Manifest:
@@ -120,8 +122,13 @@ def _claim(partial: Path, aside: Path, plan: ShardingPlan, config: ShardingConfi
 
 
 def _make_share(plan: ShardingPlan, config: ShardingConfig, aside: Path) -> Manifest | None:
-    if plan.ignored:
-        print(f"ignored {len(plan.ignored):,} file(s) that are no images, such as {plan.ignored[0]}", file=sys.stderr)
+    for reason, files in _by_reason(plan.ignored).items():
+        print(
+            f"ignored {len(files):,} file(s) that are {reason}, such as {files[0]} ({suffix_counts(files)})",
+            file=sys.stderr,
+        )
+    for said in plan.notes:
+        print(said, file=sys.stderr)
     tasks = list(plan.tasks(config.out, aside, config.images_per_shard))
     share = [] if config.merge else tasks[config.task :: config.num_tasks]
     notes = _write_shards(share, aside, config.workers or num_cores())
@@ -145,7 +152,9 @@ def _complete(
 ) -> Manifest:
     # Several tasks may be here at once, with the same notes: each writes the same bytes, in a folder of its own first.
     out, partial = config.out, config.out / PARTIAL_NAME
-    _report_rejected([original for note in notes.values() for original in note.rejected], plan.ignored, config, aside)
+    _report_rejected(list(notes.values()), plan.ignored, config, aside)
+    if config.white is None:
+        _report_depth(sum((note.deep for note in notes.values()), DeepPixels()))
     _report_duplicates(tasks, notes, config, aside)
     finished = {name: note for name, note in notes.items() if note.shard is not None}
     for file in out.iterdir():  # left by an unfinished run of another plan
@@ -174,11 +183,26 @@ def closing_line(out: Path, manifest: Manifest) -> str:
     numbers = f"{', '.join(others)} and {last}" if others else last
     counts = sum((Counter(split.class_counts) for split in manifest.splits.values()), Counter())
     classes = ", ".join(f"{name} {counts[name]:,}" for name in manifest.classes)
-    left_out = (out / REJECTED_NAME).read_bytes().splitlines() if (out / REJECTED_NAME).exists() else []
-    num_ignored = sum(json.loads(line)["reason"] == NO_IMAGE_NAME for line in left_out)
-    ignored = f"{num_ignored:,} ignored, " if num_ignored else ""
-    report = f"{len(left_out) - num_ignored:,} rejected, {ignored}{num_groups_in(out):,} groups of duplicates"
-    return f"{numbers} images ({classes}), {report}, written to {out}"
+    file = out / REJECTED_NAME
+    left_out = [json.loads(line) for line in (file.read_bytes().splitlines() if file.exists() else [])]
+    rejected = [each for each in left_out if each["split"]]
+    ignored = Counter(each["reason"] for each in left_out if not each["split"] and "num_left_out" not in each)
+    num_frames = sum(each.get("num_left_out", 0) for each in left_out)
+    reasons = ", ".join(f"{number:,} that are {reason}" for reason, number in ignored.most_common())
+    report = [
+        f"{len(rejected):,} rejected",
+        *([f"{ignored.total():,} ignored ({reasons})"] if ignored else []),
+        *([f"{num_frames:,} more frames in their files (--frames all takes them)"] if num_frames else []),
+        f"{num_groups_in(out):,} groups of duplicates",
+    ]
+    return f"{numbers} images ({classes}), {', '.join(report)}, written to {out}"
+
+
+def _by_reason(ignored: Iterable[Ignored]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for each in ignored:
+        files.setdefault(each.reason, []).append(each.source)
+    return files
 
 
 def _already_complete(out: Path, plan: ShardingPlan) -> Manifest:
@@ -213,16 +237,20 @@ def write_shard(task: ShardTask, pieces: Iterable[SampleChunk]) -> FinishedShard
     """Write a shard (none if not one of its originals can be read) and its note."""
     rejected: list[Rejected] = []
     likeness = []
+    more_frames: list[MoreFrames] = []
+    deep = DeepPixels()
     with ShardWriter(task.out, task.split, len(task.items), first_shard=task.number, aside=task.aside) as writer:
         for piece in pieces:
             writer.append(piece.samples, piece.rows)
             rejected += piece.rejected
             likeness.append(piece.likeness)
+            more_frames += piece.more_frames
+            deep += piece.deep
     index = writer.index()
     offset, num_bytes, label = (tuple(column.tolist()) for column in (index.offset, index.num_bytes, index.label))
     shard = writer.shards[0] if writer.shards else None
     looks = b64encode(b"".join(likeness)).decode()
-    note = FinishedShard(task.plan, shard, offset, num_bytes, label, tuple(rejected), looks)
+    note = FinishedShard(task.plan, shard, offset, num_bytes, label, tuple(rejected), looks, tuple(more_frames), deep)
     note.write(task, task.aside)
     return note
 
@@ -234,19 +262,48 @@ def _stage(tasks: list[ShardTask], aside: Path) -> dict[ImageSource, ImageOpener
     return {source: source.staged(aside / f"source-{n}.tar", items[source]) for n, source in enumerate(sources)}
 
 
-def _report_rejected(rejected: list[Rejected], ignored: Sequence[str], config: ShardingConfig, aside: Path) -> None:
+def _report_rejected(
+    notes: Sequence[FinishedShard], ignored: Sequence[Ignored], config: ShardingConfig, aside: Path
+) -> None:
+    """Write OUT/rejected.jsonl: what could not be read, what was not taken, and what there is more of in a file."""
     file = config.out / REJECTED_NAME
-    if not rejected and not ignored:
+    rejected = [original for note in notes for original in note.rejected]
+    more_frames = [original for note in notes for original in note.more_frames]
+    left_out = [
+        dataclasses.asdict(each) for each in (*rejected, *(Rejected(name, "", reason) for name, reason in ignored))
+    ]
+    left_out += [
+        dataclasses.asdict(Rejected(each.source, "", "frames after the first")) | {"num_left_out": each.num_left_out}
+        for each in more_frames
+    ]
+    if not left_out:
         file.unlink(missing_ok=True)
         return
-    left_out = [*rejected, *(Rejected(name, "", NO_IMAGE_NAME) for name in ignored)]
-    lines = (json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in left_out)
+    lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in left_out)
     replace_file(aside / REJECTED_NAME, "".join(lines).encode(errors="backslashreplace"))
     (aside / REJECTED_NAME).replace(file)
+    if more_frames:
+        total = sum(each.num_left_out for each in more_frames)
+        print(
+            f"{len(more_frames):,} file(s) hold {total:,} more pictures than the first, such as {more_frames[0].source}, which are "
+            "left out; --frames all takes them",
+            file=sys.stderr,
+        )
     if len(rejected) > config.max_rejected:
         raise ValueError(
             f"{len(rejected):,} image(s) cannot be read, first {rejected[0].source}: {rejected[0].reason}. All are listed in "
             f"{file}. Mend or remove them and run again, or allow them to be left out with --max-rejected {len(rejected)}"
+        )
+
+
+def _report_depth(deep: DeepPixels) -> None:
+    """Tell of pictures that are nearly black because their files have more bits than their pixels."""
+    bits = next((bits for bits, white in DEPTHS.items() if deep.brightest <= white), None)
+    if deep.num_images and bits is not None:
+        print(
+            f"the brightest value of {deep.num_images:,} 16-bit image(s) is {deep.brightest:,} of 65,535: if their pixels have "
+            f"{bits} bits, say --white {DEPTHS[bits]}, or they stay nearly black",
+            file=sys.stderr,
         )
 
 
@@ -296,7 +353,10 @@ def _describe(finished: dict[str, FinishedShard], plan: ShardingPlan, config: Sh
     index = pack_index(indices)
     replace_file(aside / INDEX_NAME, index)
     (aside / INDEX_NAME).replace(config.out / INDEX_NAME)
-    arguments = {key: value for key, value in dataclasses.asdict(config).items() if key not in HOW_IT_IS_RUN}
+    arguments = {
+        key: value for key, value in dataclasses.asdict(config).items()
+        if key not in HOW_IT_IS_RUN and (key, value) not in LATER_ARGUMENTS.items()
+    }  # fmt: skip
     return Manifest(
         format_version=FORMAT_VERSION,
         image_size=plan.recipe.size,

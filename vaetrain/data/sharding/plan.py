@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from vaetrain.data.sharding.task import ShardTask
 from vaetrain.data.sharding.val_split import groups_of, split_train_val
 from vaetrain.data.sources.open_source import Faces, open_source
 from vaetrain.data.sources.preprocess import Preprocessing
-from vaetrain.data.sources.source import ImageSource, Listing, SourceItem
+from vaetrain.data.sources.source import Ignored, ImageSource, Listing, SourceItem
 from vaetrain.strict_json import sha256_of_json
 
 DEFAULT_NUM_FACES = 3000
@@ -35,8 +36,10 @@ class ShardingPlan:
     """Per split its source and its originals in shard order."""
     digest: str
     """SHA-256 over all that decides the bytes."""
-    ignored: tuple[str, ...]
-    """Files that are no images."""
+    ignored: tuple[Ignored, ...]
+    """Files that are not taken."""
+    notes: tuple[str, ...] = ()
+    """What the sources say besides."""
 
     @classmethod
     def of(cls, config: ShardingConfig) -> ShardingPlan:
@@ -44,7 +47,7 @@ class ShardingPlan:
         if config.src == FACES:
             source: ImageSource = Faces(config.num_images or DEFAULT_NUM_FACES, config.seed, config.size)
         else:
-            source = open_source(config.src, config.image_column, config.label_column)
+            source = open_source(config.src, config.source_options)
         listing = source.listing()
         recipe = config.recipe(source)
         own_splits = sorted({item.split for item in listing.items if item.split is not None})
@@ -61,19 +64,26 @@ class ShardingPlan:
             splits = {name: (source, items) for name, items in _dealt(listing, source, recipe, config).items()}
         else:
             splits = {"train": (source, shuffled)}
-        ignored = listing.ignored
+        ignored, notes = listing.ignored, listing.notes
         if config.val_src is not None:
-            val_source = open_source(config.val_src, config.image_column, config.label_column)
+            val_source = open_source(config.val_src, config.source_options)
             val_listing = val_source.listing()
             val_items = _relabelled(val_listing, listing, config)
             splits["val"] = val_source, tuple(val_items[i] for i in _shuffle(len(val_items), config.seed))
-            ignored += val_listing.ignored
-        content = dataclasses.asdict(recipe), listing.classes, config.images_per_shard, config.seed
-        items = {name: items for name, (_, items) in splits.items()}
+            ignored, notes = ignored + val_listing.ignored, notes + val_listing.notes
+        # What came later than other fields counts where it is used, so that the plans of older sets stay theirs.
+        described = {
+            name: value for name, value in dataclasses.asdict(recipe).items() if (name, value) != ("white", None)
+        }
+        content = described, listing.classes, config.images_per_shard, config.seed
+        items = {
+            name: [item if item.frame else item[: SourceItem._fields.index("frame")] for item in items]
+            for name, (_, items) in splits.items()
+        }
         fingerprints = [source.fingerprint for source, _ in splits.values() if source.fingerprint]
         report = [] if config.near_duplicates == NEAR_DUPLICATES else [config.near_duplicates]
         digest = sha256_of_json([content, items, *fingerprints, *report])
-        return cls(listing.classes, recipe, splits, digest, ignored)
+        return cls(listing.classes, recipe, splits, digest, ignored, notes)
 
     @property
     def num_images(self) -> int:
@@ -123,6 +133,8 @@ def _relabelled(val: Listing, train: Listing, config: ShardingConfig) -> tuple[S
         )
     if not val.has_class_folders and not train.has_class_folders:
         return val.items  # one class each, named after the folders
-    if unknown := [name for name in val.classes if name not in train.classes]:
+    position = {unicodedata.normalize("NFC", name): label for label, name in enumerate(train.classes)}
+    labels = [position.get(unicodedata.normalize("NFC", name)) for name in val.classes]
+    if unknown := [name for name, label in zip(val.classes, labels, strict=True) if label is None]:
         raise ValueError(f"--val-src {config.val_src} has classes that SRC lacks: {', '.join(unknown)}")
-    return tuple(item._replace(label=train.classes.index(val.classes[item.label])) for item in val.items)
+    return tuple(item._replace(label=label) for item in val.items if (label := labels[item.label]) is not None)

@@ -23,7 +23,29 @@ class Rejected:
 
     source: str
     split: str
+    """Empty: it was not taken, for what it is."""
     reason: str
+
+
+@dataclass(frozen=True)
+class MoreFrames:
+    """An original that holds more pictures than the one taken."""
+
+    source: str
+    num_left_out: int
+
+
+@dataclass(frozen=True)
+class DeepPixels:
+    """Originals of more than 8 bits."""
+
+    num_images: int = 0
+    brightest: int = 0
+    """The largest value in any, of 65535."""
+
+    def __add__(self, other: DeepPixels) -> DeepPixels:
+        """Those of both."""
+        return DeepPixels(self.num_images + other.num_images, max(self.brightest, other.brightest))
 
 
 class ChunkTask(NamedTuple):
@@ -54,6 +76,8 @@ class SampleChunk(NamedTuple):
     """Originals that are not among them."""
     likeness: bytes
     """Array of LIKENESS, of the samples."""
+    more_frames: tuple[MoreFrames, ...] = ()
+    deep: DeepPixels = DeepPixels()
 
     @property
     def num_originals(self) -> int:
@@ -91,21 +115,26 @@ class ShardTask(NamedTuple):
 
 def make_piece(task: ChunkTask) -> SampleChunk:
     """Read, resize and encode the originals of a piece."""
-    samples, rows, rejected, glimpses = bytearray(), [], [], []
+    samples, rows, rejected, glimpses, more_frames, deep = bytearray(), [], [], [], [], DeepPixels()
     for position, item in enumerate(task.items, start=task.first):
         try:
-            image, picture, extra = task.pictures.sample(item, task.recipe)
+            sample = task.pictures.sample(item, task.recipe)
         except UNREADABLE as error:
             rejected.append(Rejected(item.source, task.split, str(error) or type(error).__name__))
             continue
         except Exception as error:
             error.add_note(f"while reading {item.source}")
             raise
-        record = {"label": item.label, "class": task.classes[item.label], "source": item.source, **extra}
-        rows.append(Row(len(samples) + TAR_BLOCK, len(image), item.label))
-        samples += pack_sample(f"{position:08d}", image, task.recipe.encoding.format, record)
-        glimpses.append(thumbnail_of(image, picture))
-    return SampleChunk(bytes(samples), tuple(rows), tuple(rejected), likenesses(glimpses).tobytes())
+        record = {"label": item.label, "class": task.classes[item.label], "source": item.source, **sample.extra}
+        rows.append(Row(len(samples) + TAR_BLOCK, len(sample.image), item.label))
+        samples += pack_sample(f"{position:08d}", sample.image, task.recipe.encoding.format, record)
+        glimpses.append(thumbnail_of(sample.image, sample.picture))
+        if sample.num_frames > 1 and not item.source.endswith(f"#{item.frame}"):  # so called where all are taken
+            more_frames.append(MoreFrames(item.source, sample.num_frames - 1))
+        if sample.brightest is not None:
+            deep += DeepPixels(1, sample.brightest)
+    likeness = likenesses(glimpses).tobytes()
+    return SampleChunk(bytes(samples), tuple(rows), tuple(rejected), likeness, tuple(more_frames), deep)
 
 
 def look(task: ChunkTask) -> SampleChunk:

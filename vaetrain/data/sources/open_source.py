@@ -1,84 +1,88 @@
-"""Which kind of source lies at a path, MNIST's idx files, and the built-in faces."""
+"""Which kind of source lies at a path, and the built-in faces."""
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zipfile
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
-from vaetrain.data.sources.archives import DECOMPRESSORS, CompressedTar, ImageFolder, ImageTar, ImageZip, file_identity
+from vaetrain.data.sources.archives import CompressedTar, ImageFolder, ImageTar, ImageTars, ImageZip, is_compressed
 from vaetrain.data.sources.faces.faces import CLASSES, draw_face
-from vaetrain.data.sources.idx import PARTS, find_idx, idx_name, read_idx
+from vaetrain.data.sources.file_kind import head_of, kind_of
+from vaetrain.data.sources.idx import parse_idx_name
+from vaetrain.data.sources.idx_source import IdxSource
 from vaetrain.data.sources.parquet import ParquetSource, is_parquet
+from vaetrain.data.sources.preprocess import PICTURE_SUFFIXES, suffix_of
 from vaetrain.data.sources.shard_set import ShardSetSource, is_shard_set
-from vaetrain.data.sources.source import DirectSource, ImageSource, Listing, SourceItem
+from vaetrain.data.sources.source import DirectSource, ImageSource, Listing, SourceItem, SourceOptions
 
 WHAT_THERE_IS = "a folder, zip or tar of images, Parquet files, MNIST's files, a shard set, or faces"
 
 
-def open_source(src: str, image_column: str | None = None, label_column: str | None = None) -> ImageSource:
-    """The source at a path; the columns are for Parquet. Raises FileNotFoundError or ValueError when there is none."""
+def open_source(src: str, options: SourceOptions | None = None, **others: Any) -> ImageSource:
+    """The source at a path, of the kind that its first bytes say, read as `options` say (or `others`, fields of SourceOptions).
+
+    Raises FileNotFoundError or ValueError when there is none.
+    """
+    options = replace(options or SourceOptions(), **others)
     path = Path(src)
     if not path.exists():
         raise FileNotFoundError(f"{src} does not exist; give {WHAT_THERE_IS}")
     if is_parquet(path):
-        return ParquetSource.open_files(path, image_column, label_column)
-    if image_column or label_column:
+        _refuse_frames(src, options, "a Parquet file")
+        return ParquetSource.open_files(path, options)
+    if options.image_column or options.label_column:
         raise ValueError(f"--image-column and --label-column are for Parquet files, and {src} is none; leave them out")
     if is_shard_set(path):
+        _refuse_frames(src, options, "a shard set")
         return ShardSetSource.open_set(path)
+    if path.is_file() and not (is_compressed(path) or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
+        if parse_idx_name(path.name) and (idx := IdxSource.find(path)):
+            return idx
+        kind = kind_of(head_of(path))
+        if suffix_of(src) in PICTURE_SUFFIXES:
+            raise ValueError(f"{src} is one image; give the folder of all of them")
+        if kind == "zip":
+            raise ValueError(f"{src} is damaged: it begins as a zip does and has no end; download or pack it again")
+        unpack = kind in ("7z", "RAR", "compress (.Z)")
+        what = (
+            f"is {kind}, which is not read: unpack it"
+            if unpack
+            else f"is no source of images{f' but {kind}' if kind else ''}"
+        )
+        raise ValueError(f"{src} {what}; give {WHAT_THERE_IS}")
+    if idx := IdxSource.find(path):
+        _refuse_frames(src, options, "MNIST's")
+        return idx
     if path.is_dir():
-        has_idx = any(find_idx(path, part, dimensions) for part in PARTS for dimensions in (1, 3))
-        return IdxFolder(path) if has_idx else ImageFolder(path)
-    if path.suffix in DECOMPRESSORS:
-        return CompressedTar(path)
+        return (ImageTars if _holds_tars_alone(path) else ImageFolder)(path, options)
+    if is_compressed(path):
+        return CompressedTar(path, options)
     if zipfile.is_zipfile(path):
-        return ImageZip(path)
-    if tarfile.is_tarfile(path):
-        return ImageTar(path)
-    raise ValueError(f"{src} is no source of images; give {WHAT_THERE_IS}")
+        return ImageZip(path, options)
+    return ImageTar(path, options)
 
 
-@dataclass(frozen=True)
-class IdxFolder(DirectSource):
-    """The four canonical MNIST files, gzipped or not; t10k is the validation split."""
+def _refuse_frames(src: str, options: SourceOptions, kind: str) -> None:
+    if options.frames == "all":
+        raise ValueError(f"--frames all is for image files in folders and archives, and {src} is {kind}; leave it out")
 
-    path: Path
-    channels = 1
-    format = "png"
 
-    def listing(self) -> Listing:
-        """All images; raises FileNotFoundError for a missing file, ValueError for one that is damaged."""
-        items = []
-        for part, split in zip(PARTS, ("train", "val"), strict=True):
-            labels, images = self._array(part, 1), self._array(part, 3)
-            if len(labels) != len(images) or labels.max(initial=0) > 9:
-                raise ValueError(
-                    f"{self.path}: {part} has {len(images)} images and {len(labels)} labels up to {labels.max()}"
-                )
-            num_bytes = images[0].size
-            items += [
-                SourceItem(f"{part}/{i:05d}", label, split, i, num_bytes) for i, label in enumerate(labels.tolist())
-            ]
-        return Listing(tuple("0123456789"), tuple(items))
-
-    def open(self, item: SourceItem) -> tuple[Image.Image, dict[str, Any]]:
-        """A grayscale picture."""
-        part = item.source.split("/")[0]
-        return Image.fromarray(self._array(part, 3)[int(item.member)]), {}
-
-    def _array(self, part: str, dimensions: int) -> UInt8[np.ndarray, "..."]:
-        file = find_idx(self.path, part, dimensions)
-        if file is None:
-            raise FileNotFoundError(f"{self.path} lacks {idx_name(part, dimensions)}.gz; MNIST is four files")
-        return _open_idx(file, file_identity(file), dimensions)
+def _holds_tars_alone(folder: Path) -> bool:
+    """Whether there are tars and no pictures in a folder; its first picture ends the search."""
+    has_tars = False
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for suffix in {suffix_of(name) for name in names if not name.startswith(".")}:
+            if suffix in PICTURE_SUFFIXES:
+                return False
+            has_tars |= suffix == ".tar"
+    return has_tars
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,3 @@ class Faces(DirectSource):
         """Draw a face; its record says every factor that made it."""
         pixels, face = draw_face(self.seed, int(item.member), self.size)
         return Image.fromarray(pixels), {"face": face.to_json()}
-
-
-@lru_cache(maxsize=4)
-def _open_idx(path: Path, identity: tuple[int, int, int], dimensions: int) -> UInt8[np.ndarray, "..."]:
-    return read_idx(path, dimensions)

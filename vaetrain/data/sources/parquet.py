@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,23 +18,33 @@ from jaxtyping import Int64
 from PIL import Image
 
 from vaetrain.data.sources.archives import file_identity
-from vaetrain.data.sources.class_folders import SPLIT_NAMES, check_class_name, class_named_after, splits_of
+from vaetrain.data.sources.class_folders import check_class_name, class_named_after, joined_forms, refuse_unseen_classes
+from vaetrain.data.sources.file_kind import head_of, kind_of
 from vaetrain.data.sources.preprocess import MAX_FILE_BYTES, decode_picture
-from vaetrain.data.sources.source import ImageOpener, ImageSource, Listing, SourceItem
+from vaetrain.data.sources.source import ImageOpener, ImageSource, Listing, SourceItem, SourceOptions
+from vaetrain.data.sources.split_names import are_splits, said_split, splits_of_files, words
 from vaetrain.strict_json import sha256_of_json
 
 NO_LABELS = "none"
 LABEL_NAMES = ("label", "labels", "class")
-LABEL_TYPES = ("int", "uint", "string", "large_string", "dictionary", "bool")
+LABEL_WORDS = frozenset(
+    [
+        "label", "labels", "class", "classes", "category", "categories", "cls", "target", "fine", "coarse",
+        "species", "breed",
+    ]
+)  # fmt: skip
+"""In names of columns that may be of classes, and are asked about."""
+LABEL_TYPES = ("int", "uint", "string", "large_string", "dictionary", "bool")  # and string_view
 ROWS_AT_A_TIME = 32
 BUFFER_BYTES = 1 << 20
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a path is a Parquet file, or a folder of such files (or of folders of such files)."""
+    """Whether a path is a Parquet file, or a folder of such files, of folders of them, or laid out as CONFIG/SPLIT/0000.parquet."""
     if path.is_file():
-        return path.suffix == ".parquet"
-    return next(itertools.chain(path.glob("*.parquet"), path.glob("*/*.parquet")), None) is not None
+        return path.suffix == ".parquet" or kind_of(head_of(path)) == "Parquet"
+    shallow = itertools.chain(path.glob("*.parquet"), path.glob("*/*.parquet"))
+    return next(shallow, None) is not None or any(said_split(file.parent.name) for file in path.glob("*/*/*.parquet"))
 
 
 @dataclass(frozen=True)
@@ -60,17 +69,19 @@ class ParquetSource(ImageSource):
     """SHA-256 over the files' footers, in which sizes, places and statistics of all columns lie."""
 
     @classmethod
-    def open_files(cls, path: Path, image_column: str | None, label_column: str | None) -> ParquetSource:
+    def open_files(cls, path: Path, options: SourceOptions) -> ParquetSource:
         """Find files and columns; raises ValueError listing the columns when it is not clear which to read."""
         is_folder = path.is_dir()
         files = _visible(path) if is_folder else [""]
         schema = _schema(path / files[0])
-        image, name = _image_columns(schema, image_column, path)
-        label, class_names = _label_column(schema, label_column, path)
+        image, name = _image_columns(schema, options.image_column, path)
+        label, class_names = _label_column(schema, options.label_column, path)
         for file in files[1:]:
             _check_same(schema, _schema(path / file), path / file, (image, label))
         footers = [_footer(path / file) for file in files]
-        splits = _file_splits(files, path) if is_folder else (None,)
+        _refuse_several_configurations(files, path)
+        split_of = splits_of_files(files, path) if options.splits == "auto" else {}
+        splits = tuple(split_of.get(file) for file in files)
         return cls(path, tuple(files), splits, image, name, label, class_names, sha256_of_json(footers))
 
     def listing(self) -> Listing:
@@ -88,7 +99,9 @@ class ParquetSource(ImageSource):
             SourceItem(source, label, split, row, 0)
             for row, ((source, split, _), label) in enumerate(zip(rows, labels, strict=True))
         ]
-        return Listing(classes, tuple(items), has_class_folders=self.label is not None)
+        listing = Listing(classes, tuple(items), has_class_folders=self.label is not None)
+        refuse_unseen_classes(listing, self.path, f", or read no labels: --label-column {NO_LABELS}")
+        return listing
 
     def staged(self, file: Path, items: Sequence[SourceItem]) -> ImageOpener:
         """Copy the images of `items` into one file, in one pass over the rows that holds a page of them at a time.
@@ -123,6 +136,8 @@ class ParquetSource(ImageSource):
         """Class names, and each label as a position in them."""
         if self.label is None:
             return (class_named_after(self.path),), [0] * len(labels)
+        if not self.class_names and (forms := joined_forms({label for label in labels if isinstance(label, str)})):
+            labels = [forms.get(label, label) for label in labels]
         found = [label for label in labels if label is not None]
         values: list[Any] = list(range(len(self.class_names))) or sorted(set(found))
         classes = self.class_names or tuple(str(value) for value in values)
@@ -223,18 +238,18 @@ def _visible(folder: Path) -> list[str]:
     return sorted(file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts))
 
 
-def _file_splits(files: list[str], path: Path) -> tuple[str | None, ...]:
-    """The split that each file's name says, if `train` is among them and something to validate on."""
-    said = [re.findall(rf"(?:^|/)({'|'.join(SPLIT_NAMES)})(?=[-._/])", file) for file in files]
-    names = {found[0] for found in said if found}
-    if "train" not in names or len(names) < 2:
-        return (None,) * len(files)
-    if not all(said):
-        file = files[said.index([])]
+def _refuse_several_configurations(files: list[str], path: Path) -> None:
+    """Raise ValueError for folders that each have splits of their own: the same images in other forms, as the hub keeps them."""
+    below: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.partition("/")
+        below.setdefault(folder if name else "", []).append(name.split("/")[0].removesuffix(".parquet"))
+    several = sorted(folder for folder, names in below.items() if folder and are_splits(names))
+    if len(several) > 1:
         raise ValueError(
-            f"{path} has files of splits ({', '.join(sorted(names))}) and {file}, which is of none; move it"
+            f"{path} has several configurations ({', '.join(several)}), each with splits; name the folder of one: "
+            f"{path / several[0]}"
         )
-    return tuple(splits_of(names)[found[0]] for found in said)
 
 
 def _features(schema: Any, path: Path) -> dict[str, dict[str, Any]]:
@@ -260,7 +275,7 @@ def _image_columns(schema: Any, wanted: str | None, path: Path) -> tuple[str, st
                 f"{field.name}.bytes",
                 f"{field.name}.path" if "string" in parts.get("path", "") else None,
             )
-        elif str(field.type) in ("binary", "large_binary"):
+        elif str(field.type) in ("binary", "large_binary", "binary_view"):
             leaves[field.name] = field.name, None
     images = [name for name, feature in _features(schema, path).items() if feature.get("_type") == "Image"]
     structs = [name for name, (leaf, _) in leaves.items() if leaf != name]
@@ -269,7 +284,7 @@ def _image_columns(schema: Any, wanted: str | None, path: Path) -> tuple[str, st
         problem = f"no column {wanted} of images" if wanted else f"{len(candidates) or 'no'} columns that may be images"
         raise ValueError(
             f"{path} has {problem}; name one that holds bytes, or a struct of bytes and path, with --image-column: "
-            f"{_listing_of(schema)}"
+            f"{_listing_of(schema)}. Paths alone are not followed, and lists are not looked into"
         )
     return leaves[candidates[0]]
 
@@ -281,6 +296,13 @@ def _label_column(schema: Any, wanted: str | None, path: Path) -> tuple[str | No
     features = _features(schema, path)
     labelled = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
     candidates = [wanted] if wanted else labelled or [name for name in LABEL_NAMES if name in schema.names]
+    if not candidates:
+        called = [name for name in schema.names if LABEL_WORDS & {word.lower() for word in words(name)}]
+        if called := [name for name in called if str(schema.field(name).type).startswith(LABEL_TYPES)]:
+            raise ValueError(
+                f"{path} has {', '.join(called)}, which may be of classes; name one with --label-column, or {NO_LABELS} to read no "
+                f"labels: {_listing_of(schema)}"
+            )
     if len(candidates) > 1 or (wanted and wanted not in schema.names):
         problem = f"no column {wanted}" if wanted else f"several columns of labels ({', '.join(candidates)})"
         raise ValueError(

@@ -78,7 +78,7 @@ class ShardSetSource(DirectSource):
         picture, record = self.open(item)
         manifest = _manifest(self.path, self.fingerprint)
         wanted = replace(recipe.encoding, crop=manifest.encoding.crop)  # they are square, so no crop would change them
-        same_recipe = recipe == Preprocessing(manifest.image_size, manifest.channels, recipe.encoding)
+        same_recipe = recipe == Preprocessing(manifest.image_size, manifest.channels, recipe.encoding, recipe.white)
         if same_recipe and wanted == manifest.encoding and picture.size == (recipe.size, recipe.size):
             return Sample(self._image(item), recipe.prepare(picture), record)
         prepared = recipe.prepare(picture)

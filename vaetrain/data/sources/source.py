@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
 from vaetrain.data.format.manifest import ImageFormat
-from vaetrain.data.sources.preprocess import Preprocessing
+from vaetrain.data.sources.preprocess import NUM_FRAMES, Preprocessing, brightest
 
 
 class SourceItem(NamedTuple):
@@ -33,6 +33,39 @@ class SourceItem(NamedTuple):
     num_bytes: int
     """Size of the original, or 0 where that is not known before it is opened."""
 
+    frame: int = 0
+    """Which of the pictures in it."""
+
+
+class Ignored(NamedTuple):
+    """A file that is not taken."""
+
+    source: str
+    """Its name, as that of an original."""
+
+    reason: str
+    """What it is, in the plural, so that such files can be counted."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is read."""
+
+    image_column: str | None = None
+    """Parquet's column of images; None: the one that can be."""
+
+    label_column: str | None = None
+    """Parquet's column of classes; None: the one that is said or called to be."""
+
+    splits: Literal["auto", "none"] = "auto"
+    """auto: names of folders and files say what is for validation. none: they do not."""
+
+    frames: Literal["first", "all"] = "first"
+    """Pictures taken of a file that holds several."""
+
+
+AS_IT_IS = SourceOptions()
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -47,8 +80,11 @@ class Listing:
     has_class_folders: bool = True
     """False: nothing tells classes apart, and their one class is named after the source."""
 
-    ignored: tuple[str, ...] = ()
-    """Files whose names say that they are no images."""
+    ignored: tuple[Ignored, ...] = ()
+    """Files that are not taken."""
+
+    notes: tuple[str, ...] = ()
+    """What whoever reads it should be told."""
 
 
 class Sample(NamedTuple):
@@ -62,6 +98,12 @@ class Sample(NamedTuple):
 
     extra: dict[str, Any]
     """What its record says besides label, class and source."""
+
+    num_frames: int = 1
+    """Pictures in its file."""
+
+    brightest: int | None = None
+    """Its largest value, of 65535, where it had more than 8 bits."""
 
 
 class ImageOpener(ABC):
@@ -77,8 +119,9 @@ class ImageOpener(ABC):
     def sample(self, item: SourceItem, recipe: Preprocessing) -> Sample:
         """The original after `recipe`; raises as `open` and Preprocessing.prepare do."""
         picture, extra = self.open(item)
+        frames, level = picture.info.get(NUM_FRAMES, 1), brightest(picture)  # before `prepare` empties `info`
         prepared = recipe.prepare(picture)
-        return Sample(recipe.encode(prepared), prepared, extra)
+        return Sample(recipe.encode(prepared), prepared, extra, frames, level)
 
 
 class ImageSource(ABC):
