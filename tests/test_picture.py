@@ -161,8 +161,8 @@ def test_everything_that_is_no_image_is_listed_with_its_reason(
     )
     assert all(reasons.values())
     none_of_them = "it is none of JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM"
-    for name in ("text.jpg", "postscript.jpg"):
-        assert reasons[name] == none_of_them
+    assert reasons["postscript.jpg"] == none_of_them
+    assert reasons["text.jpg"] == none_of_them.replace("it is", "it is a web page,")
     assert reasons["archive.png"] == none_of_them.replace("it is", "it is zip,")
     assert reasons["empty.jpg"] == "it is empty"
     assert reasons["bomb.png"].startswith("it has more than 89,478,485 pixels")

@@ -221,7 +221,7 @@ class Evaluator:
     def elbo(self) -> dict[str, Any]:
         """ELBO and reconstruction of every validation image."""
         scores = validate(self.trained.vae, self.val_reader, self.accelerator, self.config.batch_size, self.config.seed)
-        return {f"val/{name}": value for name, value in plain(scores).items()}
+        return {f"val/{name}": value for name, value in scores.record.items()}
 
     def generation(self) -> dict[str, Any]:
         """Samples of each prior against training images, and what they were computed from."""

@@ -63,7 +63,8 @@ class ValidationScores:
     def record(self) -> dict[str, float | None]:
         """By name, as training logs them."""
         scores = asdict(self)
-        return scores | scores.pop("further")
+        further = scores.pop("further")
+        return scores | further
 
     def with_further(self, **values: float) -> ValidationScores:
         """With more of them."""

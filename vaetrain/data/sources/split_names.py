@@ -131,7 +131,7 @@ def splits_of_files(files: Sequence[str], source: Path) -> dict[str, str | None]
         said |= dict.fromkeys([file], *found) if found else {}
     kinds = set(said.values())
     unsaid = [file for file in files if file not in said]
-    if kinds <= {"train"} or ("train" not in kinds and not unsaid):
+    if kinds <= {"train"} or (len(kinds) == 1 and not unsaid):
         return dict.fromkeys(files)
     if unsaid:
         raise ValueError(
