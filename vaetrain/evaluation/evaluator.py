@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from vaetrain.command_line import plain, print_traceback_if_asked
+from vaetrain.command_line import print_traceback_if_asked
 from vaetrain.data.readers.reader import Reader, open_split
 from vaetrain.distributed.exchange import WaitedTooLong, problems_of_all
 from vaetrain.evaluation import latent_figures as latent_pictures
