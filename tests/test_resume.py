@@ -236,8 +236,8 @@ def test_starting_from_weights(train_tiny, tmp_path, monkeypatch):
     loaded = []
     original = vaetrain.training.start.load_weights
 
-    def look(source, model, ema):
-        original(source, model, ema)
+    def look(source, model, ema, **options):
+        original(source, model, ema, **options)
         loaded.append([{name: t.clone() for name, t in module.state_dict().items()} for module in (model, ema)])
 
     monkeypatch.setattr(vaetrain.training.start, "load_weights", look)
