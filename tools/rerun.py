@@ -39,7 +39,7 @@ def main(arguments: RerunArguments) -> int:
     """Check, train, compare; returns the exit code."""
     run = RunDirectory.open(arguments.run)
     out = arguments.out or arguments.run.with_name(f"{arguments.run.name}-rerun")
-    if not run.provenance():
+    if not run.provenance_file.is_file():
         raise FileNotFoundError(f"{run.provenance_file} does not exist, so nobody knows what made this run")
     if (out / "config.yaml").exists():
         raise FileExistsError(f"{out} already holds a run; name another folder with --out")

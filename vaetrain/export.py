@@ -8,7 +8,6 @@ OUT/README.md           model card
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from vaetrain.command_line import plain
-from vaetrain.files import replace_file
+from vaetrain.documents import read_json
+from vaetrain.files import fresh_name, replace_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.runs.directory import RunDirectory, write_json
+from vaetrain.runs.directory import RunDirectory, read_dataset, write_json
 from vaetrain.runs.provenance import provenance
+from vaetrain.runs.recorded import Exported
 from vaetrain.strict_json import from_json
 from vaetrain.training import checkpoint as checkpoints
 
@@ -46,8 +47,16 @@ class TrainedModel:
         """How far training was at the checkpoint, under the names that training's own records have."""
         step, images_seen = self.progress["step"], self.progress["images_seen"]
         split, classes = self.dataset["train"]["splits"]["train"], self.config["data"]["classes"]
+        if unknown := set(classes) - split["class_counts"].keys():
+            raise ValueError(
+                f"{self.checkpoint} was trained on classes that its dataset.json has not: {sorted(unknown)}"
+            )
         num_images = sum(split["class_counts"][name] for name in classes) if classes else split["num_images"]
         batch_size = self.config["train"]["global_batch_size"]
+        if batch_size > num_images:
+            raise ValueError(
+                f"{self.checkpoint} is damaged: it was trained in batches of {batch_size} of {num_images} images; take another run"
+            )
         return {
             "step": step,
             "images_seen": images_seen,
@@ -71,16 +80,15 @@ def load(
     folder = Path(path)
     if not (folder / "config.json").is_file():
         return load_run(folder, checkpoint=checkpoint, weights=weights, device=device).vae
-    content = json.loads((folder / "config.json").read_text())
-    if content.get("format_version") != FORMAT_VERSION:
+    content = read_json(folder / "config.json", Exported, remedy="export the run again", nulls=True)
+    if content["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder}/config.json has format {content.get('format_version')}, this vaetrain reads {FORMAT_VERSION}; "
+            f"{folder}/config.json has format {content['format_version']}, this vaetrain reads {FORMAT_VERSION}; "
             "use the version named in it, or export the run again"
         )
     model = {"checkpoint_levels": []} | content["model"]  # which exports did not have at first
-    vae = VAE(from_json(ModelConfig, model, f"{folder}/config.json, model"))
-    checkpoints.load_into(vae, folder / "model.safetensors")
-    return ready(vae, device)
+    config = from_json(ModelConfig, model, f"{folder}/config.json is damaged: model")
+    return ready(checkpoints.load_vae(config, folder / "model.safetensors"), device)
 
 
 def load_run(
@@ -95,15 +103,15 @@ def load_run(
     chosen = checkpoints.best(run) if checkpoint == "best" else checkpoints.find(run)
     checkpoints.check(chosen)
     config = RunDirectory(chosen).config()
-    vae = VAE(config.model)
-    checkpoints.load_into(vae, chosen / ("ema.safetensors" if weights == "ema" else "model.safetensors"))
+    file = chosen / ("ema.safetensors" if weights == "ema" else "model.safetensors")
+    vae = checkpoints.load_vae(config.model, file)
     return TrainedModel(
         vae=ready(vae, device),
         checkpoint=chosen.relative_to(directory.path),
         config=plain(config),
-        provenance=json.loads((chosen / "provenance.json").read_text()),
-        dataset=json.loads((chosen / "dataset.json").read_text()),
-        progress=json.loads((chosen / "state.json").read_text())["progress"],
+        provenance=RunDirectory(chosen).provenance(),
+        dataset=read_dataset(RunDirectory(chosen).dataset_file),
+        progress=checkpoints.read_state(chosen)["progress"],
     )
 
 
@@ -122,8 +130,9 @@ def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path
         raise FileExistsError(f"{out} already holds an exported model; choose another folder")
     trained = load_run(run, checkpoint=checkpoint)
     evaluation_file = RunDirectory(run).evaluation_file
-    scores = json.loads(evaluation_file.read_text()) if evaluation_file.is_file() else None
-    if scores is not None and scores["checkpoint"] != str(trained.checkpoint):
+    again = "score the run again, or delete it"
+    scores = read_json(evaluation_file, remedy=again, nulls=True) if evaluation_file.is_file() else None
+    if scores is not None and scores.get("checkpoint") != str(trained.checkpoint):
         scores = None  # of another checkpoint: they are not this model's
     out.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -142,7 +151,7 @@ def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path
     made_by = provenance(None, trained.dataset["train"]["fingerprint"])
     write_json(out / "provenance.json", {**made_by, "training": trained.provenance})
     replace_file(out / "README.md", model_card(trained, scores).encode())
-    aside = out / ".model.safetensors"
+    aside = fresh_name(out / "model.safetensors")
     save_file(checkpoints.plain_tensors(trained.vae), aside, metadata={"format": "pt"})
     aside.rename(out / "model.safetensors")
     return out
@@ -193,7 +202,7 @@ example, is © NAVER Corp., CC BY-NC 4.0: attribution, no commercial use).
 
 {trained.progress["images_seen"]:,} images seen in {trained.progress["step"]:,} steps of
 {config["train"]["global_batch_size"]}, β {config["objective"]["beta"]:g}, learning rate {config["optim"]["lr"]:g}, seed
-{config["seed"]}, on {made["num_processes"]} process(es), {made["device"]}; vaetrain {made["packages"]["vaetrain"]}, git
+{config["seed"]}, on {made["num_processes"]} process(es), {made["device"]}; vaetrain {made["packages"].get("vaetrain")}, git
 revision {made["git_revision"]}{" with uncommitted changes" if made["git_dirty"] else ""}. `config.json` holds the whole
 configuration and all package versions.
 

@@ -161,7 +161,7 @@ def fitted_prior(config: SampleConfig, trained: TrainedModel, accelerator: Accel
     """The prior that was asked for, fitted now if it has not been; None for the standard normal, which needs no fit."""
     if config.prior == "standard":
         return None
-    data = RunDirectory.open(config.run).config().data
+    data = RunDirectory.open(config.run).config().data.as_recorded()
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
     with contextlib.ExitStack() as opened:
