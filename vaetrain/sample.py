@@ -6,6 +6,11 @@ accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run RUN --
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vaetrain.distributed.launcher import end_with_launcher
+
+    end_with_launcher()  # before anything that takes time
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
