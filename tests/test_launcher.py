@@ -89,7 +89,7 @@ def test_a_process_ends_whenever_its_launcher_is_killed(tiny_shards: Path, tmp_p
 
 
 def test_the_processes_of_a_launch_have_a_key_that_no_other_has() -> None:
-    code = "import os; from vaetrain.distributed.launcher import launch_key; os.write(1, f\"{launch_key()}\\n\".encode())"
+    code = 'import os; from vaetrain.distributed.launcher import launch_key; os.write(1, f"{launch_key()}\\n".encode())'
     keys = []
     for _ in range(2):
         result = subprocess.run(
@@ -111,7 +111,9 @@ def test_who_holds_the_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found is not None
         assert found.pid == os.getpid()
         here = LauncherEnvironment(0, 2, 0, 2, main_port=port, launcher_keeps_store=True)
-        with pytest.raises(ValueError, match=rf"port {port}, .* is held by process {os.getpid()} .*--main_process_port"):
+        with pytest.raises(
+            ValueError, match=rf"port {port}, .* is held by process {os.getpid()} .*--main_process_port"
+        ):
             check_port(here)
         monkeypatch.setattr(os, "getppid", os.getpid)  # it is the launcher's own
         check_port(here)

@@ -2,9 +2,9 @@
 
 python tools/fuzz.py [KIND ...] [--num N] [--seed S]
 
-KIND is manifest, tar, image, safetensors, config or run; none: all of them. Each file is one that vaetrain or Pillow wrote with some of its bytes or
-values changed, in half of the cases so that hashes and checksums still hold, as a stranger's would. It is clean when reading succeeds
-or raises ValueError or OSError. Exit code 1: some were not, or took over 5 seconds, or memory grew by over 512 MiB.
+KIND is manifest, tar, image, safetensors, config or run; none: all of them. Each file is one that vaetrain or Pillow wrote,
+with some of its bytes or values changed, often so that hashes and checksums still hold, as a stranger's would. It is clean when reading
+succeeds or raises ValueError or OSError. Exit code 1: some were not, or took over 5 seconds, or memory grew by over 512 MiB.
 """
 
 from __future__ import annotations
@@ -90,7 +90,23 @@ VALUES = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**12, 10**30, -(10**12), 10**400, 1.5, float("nan"), float("inf"), "", "x", "../x",
     "/etc/passwd", "--output=x", "a\nb", "\ud800", "\0", [], {}, [1], {"a": 1}, [[[]]], "9" * 50, "x" * 5000,
 )  # fmt: skip
-PIECES = (b'"', b"{", b"[", b"9" * 30, b"-", b"1e999", b"NaN", b"null", b"\\u0000", b"../", b'"a":', b"&a ", b"*a", b": ", b"\n")
+PIECES = (
+    b'"',
+    b"{",
+    b"[",
+    b"9" * 30,
+    b"-",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"\\u0000",
+    b"../",
+    b'"a":',
+    b"&a ",
+    b"*a",
+    b": ",
+    b"\n",
+)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -156,7 +172,9 @@ class Material:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shards, self.run, self.export, self.samples = (folder / name for name in ("shards", "run", "export", "samples"))
+        self.shards, self.run, self.export, self.samples = (
+            folder / name for name in ("shards", "run", "export", "samples")
+        )
 
     def make_shards(self) -> None:
         """24 drawn faces of 8×8."""
@@ -168,9 +186,7 @@ class Material:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(_image("PNG", number))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            make_shards(
-                ShardingConfig(str(self.folder / "originals"), self.shards, size=8, images_per_shard=8, workers=1, val_count=8)
-            )
+            make_shards(ShardingConfig(str(self.folder / "originals"), self.shards, **SHARDING))
 
     def make_run(self) -> None:
         """A training of four steps, scored, exported and sampled from."""
@@ -194,6 +210,7 @@ class Material:
         (self.checkpoint,) = (self.run / "checkpoints").glob("step-*")
 
 
+SHARDING: dict[str, Any] = {"size": 8, "images_per_shard": 8, "workers": 1, "val_count": 8}
 TINY = (
     "--model.kind", "dense", "--model.image-size", "8", "--model.channel-mult", "1", "--model.hidden-features", "4", "--model.latent",
     "vector", "--model.latent-channels", "2", "--train.global-batch-size", "4", "--train.num-images", "16", "--train.precision",
@@ -264,10 +281,14 @@ def tars(material: Material) -> Callable[[random.Random], None]:
     def one(rng: random.Random) -> None:
         content = bytearray(rng.choice(sound))
         if rng.random() < 0.5:
-            at = rng.choice([at for at in range(0, len(content) - 512, 512) if content[at + 257 : at + 262] == b"ustar"])
+            at = rng.choice(
+                [at for at in range(0, len(content) - 512, 512) if content[at + 257 : at + 262] == b"ustar"]
+            )
             header = bytearray(damaged(bytes(content[at : at + 512]), rng))[:512].ljust(512, b"\0")
             if rng.random() < 0.4:
-                header[124:136] = rng.choice((b"77777777777\0", b"\x80" + b"\0" * 3 + b"\xff" * 8, b"\xff" * 12, b"-0000000001\0"))
+                header[124:136] = rng.choice(
+                    (b"77777777777\0", b"\x80" + b"\0" * 3 + b"\xff" * 8, b"\xff" * 12, b"-0000000001\0")
+                )
             if rng.random() < 0.3:
                 header[156] = rng.choice(b"0123456xgLKSVDMN")
             header[148:156] = b" " * 8
@@ -331,7 +352,9 @@ def safetensors_files(material: Material) -> Callable[[random.Random], None]:
                 (folder / "config.json").write_bytes(damaged(config, rng))
             case 3:
                 content = json.loads(config)
-                (folder / "config.json").write_text(json.dumps({**content, "model": with_other_values(content["model"], rng)}))
+                (folder / "config.json").write_text(
+                    json.dumps({**content, "model": with_other_values(content["model"], rng)})
+                )
         vaetrain.load(folder)
 
     return one
@@ -391,8 +414,8 @@ def runs(material: Material) -> Callable[[random.Random], None]:
     dataset, vae = RunDirectory(material.run).dataset(), VAE(material.config.model)
     checkpoints = Checkpoints(
         run, material.config.checkpoint, accelerator, model=vae, ema=VAE(material.config.model),
-        optimizer=build_optimizer(vae, material.config.optim),
-        meters=Meters(("loss", "distortion_nats", "rate_nats", "grad_norm"), accelerator), spikes=SpikeDetector(100.0, accelerator.device),
+        optimizer=build_optimizer(vae, material.config.optim), spikes=SpikeDetector(100.0, accelerator.device),
+        meters=Meters(("loss", "distortion_nats", "rate_nats", "grad_norm"), accelerator),
     )  # fmt: skip
     reading = ReadOrder("any", 1, 1, 4)
 
@@ -484,7 +507,11 @@ def _end_of(one: Callable[[random.Random], None], rng: random.Random) -> str:
     began = time.monotonic()
     signal.alarm(HANGS_S)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             one(rng)
         end = "read"

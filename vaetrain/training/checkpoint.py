@@ -438,7 +438,7 @@ def check_fits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file
     for name in tensors.keys() & wanted.keys():
         found, expected = tensors[name], wanted[name]
         if found.shape != expected.shape or found.dtype != expected.dtype:
-            problem = f"{name} is {found.dtype} of shape {tuple(found.shape)}, the model's {expected.dtype} of {tuple(expected.shape)}"
+            problem = f"{name} is {found.dtype} of shape {tuple(found.shape)}, not {expected.dtype} of {tuple(expected.shape)}"
     if problem:
         raise ValueError(f"{file} does not fit this --model.*: {problem}; {REMEDY}")
     for name, tensor in tensors.items():
