@@ -2,9 +2,10 @@
 
 python tools/fuzz.py [KIND ...] [--num N] [--seed S]
 
-KIND is manifest, tar, image, safetensors, config or run; none: all of them. Each file is one that vaetrain or Pillow wrote,
-with some of its bytes or values changed, often so that hashes and checksums still hold, as a stranger's would. It is clean when reading
-succeeds or raises ValueError or OSError. Exit code 1: some were not, or took over 5 seconds, or memory grew by over 512 MiB.
+KIND is manifest, tar, image, safetensors, config or run; none: all of them. Each file is one that vaetrain or Pillow wrote, with
+some of its bytes or values changed, often so that hashes and checksums still hold, as a stranger's would. It is clean when
+reading succeeds or raises ValueError or OSError. Exit code 1: some were not, or took over 5 seconds, or memory grew by over
+512 MiB.
 """
 
 from __future__ import annotations
@@ -212,9 +213,9 @@ class Material:
 
 SHARDING: dict[str, Any] = {"size": 8, "images_per_shard": 8, "workers": 1, "val_count": 8}
 TINY = (
-    "--model.kind", "dense", "--model.image-size", "8", "--model.channel-mult", "1", "--model.hidden-features", "4", "--model.latent",
-    "vector", "--model.latent-channels", "2", "--train.global-batch-size", "4", "--train.num-images", "16", "--train.precision",
-    "fp32", "--log.every-steps", "2", "--log.num-pictures", "4", "--checkpoint.keep-last", "1",
+    "--model.kind", "dense", "--model.image-size", "8", "--model.channel-mult", "1", "--model.hidden-features", "4",
+    "--model.latent", "vector", "--model.latent-channels", "2", "--train.global-batch-size", "4", "--train.num-images", "16",
+    "--train.precision", "fp32", "--log.every-steps", "2", "--log.num-pictures", "4", "--checkpoint.keep-last", "1",
 )  # fmt: skip
 
 
