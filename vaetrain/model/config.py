@@ -15,8 +15,8 @@ MOST = {
 MOST_LAYERS = 64
 """Levels of a convolutional, hidden layers of a dense model."""
 
-MOST_WEIGHTS = 2**31
-"""8 GiB in fp32."""
+MOST_WEIGHTS = 2**32
+"""16 GiB in fp32."""
 
 LikelihoodName = Literal[
     "gaussian-fixed", "gaussian-shared", "gaussian-pixel", "laplace-shared",

@@ -171,7 +171,7 @@ class RunDirectory:
         """
         self.figures.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        if step == 0 and not list_checkpoints(self.checkpoints):
+        if not list_checkpoints(self.checkpoints):
             replace_file(self.no_checkpoint_file, b"")  # before there is any record
         earlier = self.provenance() if step > 0 else {}
         if earlier:
