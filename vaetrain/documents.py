@@ -134,6 +134,8 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def construct_plain(self, node: yaml.Node) -> Any:
         """A number within bounds, or its text."""
+        if not isinstance(node, yaml.ScalarNode):
+            raise yaml.YAMLError("something is marked as a number that is none")
         text = str(self.construct_scalar(node))
         if node.tag.endswith(":int"):
             if len(text) > MAX_DIGITS + 1:
@@ -155,14 +157,14 @@ class _BoundedLoader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.YAMLError("a key is a list or a mapping")
-            found[str(key_node.value)] = self.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+            found[str(key_node.value)] = self.construct_object(value_node, deep=True)
         return found
 
     def construct_list(self, node: yaml.Node) -> list[Any]:
         """A list."""
         if not isinstance(node, yaml.SequenceNode):
             raise yaml.YAMLError("something is marked as a list that is none")
-        return [self.construct_object(item, deep=True) for item in node.value]  # type: ignore[no-untyped-call]
+        return [self.construct_object(item, deep=True) for item in node.value]
 
     def refuse(self, node: yaml.Node) -> Any:
         """A tag that names no plain value, such as !!python/object."""

@@ -32,7 +32,7 @@ class LauncherEnvironment:
     """Where the store is by which all meet."""
 
     main_port: int = 0
-    """Its TCP port."""
+    """Its TCP port; 0 where nobody has named one."""
 
     attempt: int = 0
     """Times that torchrun has started all processes anew."""

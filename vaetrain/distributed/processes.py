@@ -135,8 +135,8 @@ def join_launch(timeout: timedelta) -> None:
     port is another's.
     """
     here = LauncherEnvironment.read()
-    if here.num_processes == 1 or dist.is_initialized():
-        return
+    if here.num_processes == 1 or not here.main_port or dist.is_initialized():
+        return  # without a port nobody has launched anything, which Accelerate says
     check_port(here)
     try:
         store, rank, num_processes = next(iter(dist.rendezvous("env://", timeout=timeout)))  # type: ignore[no-untyped-call]
