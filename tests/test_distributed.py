@@ -5,6 +5,7 @@ import torch
 
 from together import succeed_together
 from vaetrain.distributed import exchange, processes
+from vaetrain.distributed.launcher import launcher
 
 
 def test_alone_there_is_no_group_and_no_store(accelerator):
@@ -16,15 +17,14 @@ def test_alone_there_is_no_group_and_no_store(accelerator):
 def test_only_processes_that_a_launcher_started_have_one(monkeypatch):
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert processes.launcher() is None
+    assert launcher() is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    assert processes.launcher() is not None
+    assert launcher() is not None
 
 
-def test_the_first_attempt_is_left_to_accelerate(monkeypatch):
+def test_one_process_alone_joins_nobody(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    processes.join_another_attempt(processes.timedelta(seconds=1))
+    processes.join_launch(processes.timedelta(seconds=1))
     assert not torch.distributed.is_initialized()
 
 

@@ -15,7 +15,7 @@ from vaetrain.config import Config
 from vaetrain.data.config import DataConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_reader
-from vaetrain.distributed import processes
+from vaetrain.distributed.launcher import launcher
 from vaetrain.distributed.preemption import LONGEST_PAUSE_S, SIGNALS, StopRequest
 from vaetrain.exit_codes import EXIT_STOPPED
 from vaetrain.runs.checkpoint_names import list_checkpoints
@@ -118,7 +118,7 @@ def test_an_orphan_stops(monkeypatch):
     assert stop.agree()
     assert stop.reason == "the end of its launcher"
     monkeypatch.undo()
-    assert processes.launcher() is None  # nobody's child: closing the terminal's shell must not stop a training
+    assert launcher() is None  # nobody's child: closing the terminal's shell must not stop a training
 
 
 class Ring:

@@ -30,7 +30,7 @@ def main(arguments: ReportArguments) -> None:
     """Write the page."""
     if not arguments.runs:
         raise ValueError("name at least one run directory")
-    content = report(arguments.runs).encode()
+    content = report(arguments.runs).encode(errors="backslashreplace")  # a file's name may be no Unicode
     out = arguments.out or arguments.runs[0] / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file, for example {out / 'report.html'}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from vaetrain.command_line import parse, user_errors
+from vaetrain.command_line import parse, printable, user_errors
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def main(arguments: RerunArguments) -> int:
     """Check, train, compare; returns the exit code."""
     run = RunDirectory.open(arguments.run)
     out = arguments.out or arguments.run.with_name(f"{arguments.run.name}-rerun")
-    if not run.provenance():
+    if not run.provenance_file.is_file():
         raise FileNotFoundError(f"{run.provenance_file} does not exist, so nobody knows what made this run")
     if (out / "config.yaml").exists():
         raise FileExistsError(f"{out} already holds a run; name another folder with --out")
@@ -48,7 +48,7 @@ def main(arguments: RerunArguments) -> int:
     check_split(config.data, "val", config.model)
     rerun.check_data(run)
     for caveat in rerun.caveats(run):
-        print(f"note: {caveat}")
+        print(f"note: {printable(caveat)}")
     if differences := list(rerun.differences(run)):
         listing = "".join(f"\n  {difference}" for difference in differences)
         if not arguments.allow_differences:
@@ -56,7 +56,7 @@ def main(arguments: RerunArguments) -> int:
                 f"here and now is not what made {run.path}:{listing}\nMend that, or train all the same with "
                 "--allow-differences"
             )
-        print(f"note: here and now is not what made {run.path}:{listing}")
+        print(printable(f"note: here and now is not what made {run.path}:{listing}"))
     code = rerun.start(rerun.config_of_rerun(run, out), run.provenance())
     if code != 0:
         raise ValueError(f"training ended with exit code {code}; its message is above")

@@ -1,5 +1,7 @@
 """Run a W&B sweep file (grid or random search) without a server: resumable, some trials at a time, with table and plot.
 
+A sweep file is code: the command in it is run as it stands, by whoever wrote it. Read somebody else's before you run it.
+
 python tools/sweep.py configs/sweeps/NAME.yaml [--out DIR] [--processes K] [--num-trials N] [-- ARGUMENTS FOR EVERY TRIAL]
 """
 

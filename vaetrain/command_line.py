@@ -1,27 +1,41 @@
 """Command lines and YAML files: default < YAML < command line, for every entry point and tool.
 
 A YAML file is a saved command line: its keys become `--section.key value` arguments that stand before the user's own, so
-that both go through the same parser (tyro) and a later value wins. Nothing here imports torch.
+that both go through the same parser (tyro) and a later value wins. It may be somebody else's: what executes code or writes outside
+the working directory is taken from the user's own command line alone. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
+import math
 import os
+import re
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 import yaml
 
+from vaetrain.documents import Scalar, read_yaml_as_written, shorten
+
 T = TypeVar("T")
+
+WRITTEN = ("run_dir", "out", "json", "cache_dir", "keep_samples")
+"""Last parts of the names of options that say where files are written."""
+
+EXECUTED = ("fid.extractor", "train.rfid.extractor")
+"""Options that may name a file of code."""
+
+MAX_WHOLE = 2**63
 
 ABOUT_CONFIG_FILES = """
 --config FILE, which may be repeated, reads options from a YAML file (section: {key: value}); default < YAML < command line."""
@@ -36,14 +50,50 @@ def parse(cls: type[T], description: str | None, argv: Sequence[str] | None = No
     """
     arguments, config_files = split_config_files(sys.argv[1:] if argv is None else argv)
     with user_errors(exit_code=2):
-        saved = [argument for file in config_files for argument in yaml_arguments(file, cls)]
+        given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--"}
+        saved = [argument for file in config_files for argument in yaml_arguments(file, cls, trusted=given)]
     markers = () if flags else (tyro.conf.FlagConversionOff,)
     help_text = f"{description.strip()}\n{ABOUT_CONFIG_FILES}" if description else None
     with user_errors(exit_code=2), _words_as_they_are():  # the environment, too, may give a default that is refused
         config = tyro.cli(cls, description=help_text, args=[*saved, *arguments], config=markers)
     with user_errors(exit_code=2):
+        check_numbers(config)
         _refuse_line_breaks(config)
     return config
+
+
+def read_config(cls: type[T], file: Path) -> T:
+    """The dataclass `cls` from a YAML file alone, as a record of what was: where it says to write, the caller must not.
+
+    Raises FileNotFoundError, and ValueError naming the file and what does not fit; nothing is printed.
+    """
+    arguments, said = yaml_arguments(file, cls), io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said), _words_as_they_are():
+            config = tyro.cli(cls, args=arguments, config=(tyro.conf.FlagConversionOff,))
+        check_numbers(config)
+    except SystemExit as error:
+        raise ValueError(f"{file} does not fit this vaetrain: {_told_by_parser(said.getvalue())}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit this vaetrain: {error}") from error
+    return config
+
+
+def _told_by_parser(text: str) -> str:
+    """What tyro says in its frame, on one line, without the help."""
+    text = re.split(r"Argument helptext|For full helptext", text)[0]
+    return shorten(" ".join(re.sub(r"[─│╭╮╰╯]|-{5,}", " ", text).split()), 500)
+
+
+def check_numbers(config: Any, prefix: str = "--") -> None:
+    """Raise ValueError, naming the option, for a number that is not finite or needs over 64 bits."""
+    for key, value in flatten(plain(config)):
+        for number in value if isinstance(value, list) else [value]:
+            fits = math.isfinite(number) if isinstance(number, float) else True
+            if not fits or (isinstance(number, int) and not -MAX_WHOLE <= number < MAX_WHOLE):
+                raise ValueError(
+                    f"{prefix}{key.replace('_', '-')} is {shorten(str(number))}; give a finite number of 64 bits"
+                )
 
 
 QUOTE = "\0"
@@ -73,14 +123,15 @@ def split_config_files(argv: Sequence[str]) -> tuple[list[str], list[Path]]:
     return rest, files
 
 
-def yaml_arguments(file: Path, cls: type) -> list[str]:
-    """A YAML file as command-line arguments for `cls`; an unknown key is refused here, naming the file."""
+def yaml_arguments(file: Path, cls: type, *, trusted: Collection[str] | None = None) -> list[str]:
+    """A YAML file as command-line arguments for `cls`; an unknown key is refused here, naming the file.
+
+    `trusted`, where it is given, are the keys that the user's own command line sets: of others, none may execute code or write
+    outside the working directory or the file's own folder.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"config file {file} does not exist")
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_ScalarLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    content = read_yaml_as_written(file, remedy="mend it, or name another file")
     if content is None or content == Scalar(None, ""):
         return []
     if not isinstance(content, dict):
@@ -91,39 +142,39 @@ def yaml_arguments(file: Path, cls: type) -> list[str]:
     for key, value in flatten(content):
         scalars = value if isinstance(value, list) else [value]
         if not all(isinstance(scalar, Scalar) for scalar in scalars):
-            raise ValueError(f"{file}: {key} is a list of lists or of mappings; write one list of words or numbers")
+            raise ValueError(
+                f"{file}: {shorten(key)} is a list of lists or of mappings; write one list of words or numbers"
+            )
         if key in GIVEN_UP and value == Scalar(GIVEN_UP[key], value.text):
             continue
         if key not in kinds:
-            nearest = difflib.get_close_matches(key, kinds, n=1)
+            nearest = difflib.get_close_matches(shorten(key), kinds, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else f"; valid keys: {', '.join(sorted(kinds))}"
-            raise ValueError(f"{file}: unknown key {key}{hint}")
-        arguments.append(f"--{key.replace('_', '-')}")
-        arguments.extend(_word(scalar, kinds[key]) for scalar in scalars)
+            raise ValueError(f"{file}: unknown key {shorten(key)}{hint}")
+        words = [_word(scalar, kinds[key]) for scalar in scalars]
+        if trusted is not None and key not in trusted:
+            _refuse_to_trust(key, [word.removeprefix(QUOTE) for word in words], file)
+        arguments += [f"--{key.replace('_', '-')}", *words]
     return arguments
 
 
-class Scalar(NamedTuple):
-    """A scalar of a YAML file."""
-
-    value: Any
-    """As YAML 1.1 has it: no is False, 007 is 7."""
-    text: str
-    """As it is written."""
-    is_quoted: bool = False
-
-    def __str__(self) -> str:
-        """As it is written, for keys."""
-        return self.text
-
-
-class _ScalarLoader(yaml.SafeLoader):
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        value = super().construct_object(node, deep)
-        return Scalar(value, node.value, node.style is not None) if isinstance(node, yaml.ScalarNode) else value
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+def _refuse_to_trust(key: str, words: Sequence[str], file: Path) -> None:
+    """Raise ValueError for a value that only the user's own command line may give."""
+    option = f"--{key.replace('_', '-')}"
+    for word in words:
+        if key.rpartition(".")[2] in WRITTEN and word != "None":
+            place = os.path.abspath(os.path.expandvars(word))
+            homes = (os.getcwd(), os.path.abspath(file.parent))
+            if not any(os.path.commonpath((place, home)) == home for home in homes):
+                raise ValueError(
+                    f"{file}: {key} is {shorten(word)!r}, outside the working directory; a file may be somebody else's, so "
+                    f"give {option} on the command line to write there"
+                )
+        if key in EXECUTED and ("/" in word or "." in word):
+            raise ValueError(
+                f"{file}: {key} is {shorten(word)!r}, a file of code; a file may be somebody else's, so give {option} on the "
+                "command line to run it"
+            )
 
 
 def _word(scalar: Scalar, kind: Any) -> str:
@@ -226,8 +277,13 @@ def user_errors(exit_code: int = 1) -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         print_traceback_if_asked()
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))  # which of several processes it was
-        print(f"error: {error}{notes}", file=sys.stderr)
+        print(f"error: {printable(f'{error}{notes}')}", file=sys.stderr)
         raise SystemExit(exit_code) from error
+
+
+def printable(text: str) -> str:
+    """A text as a terminal shows it and obeys none of it: control characters but line ends escaped."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def print_traceback_if_asked() -> None:

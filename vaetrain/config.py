@@ -238,6 +238,10 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         """Refuse intervals that mean nothing."""
+        if "/" in self.wandb_project or self.wandb_project in ("", ".", ".."):
+            raise ValueError(
+                f"--log.wandb-project is {self.wandb_project!r}; it is a name, also of TensorBoard's folder"
+            )
         if self.every_steps < 1:
             raise ValueError(f"--log.every-steps is {self.every_steps}; it must be at least 1")
         if self.num_pictures < 1:

@@ -9,6 +9,11 @@ floor (real images against real ones) and its extrapolation to endlessly many im
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vaetrain.distributed.launcher import end_with_launcher
+
+    end_with_launcher()  # before anything that takes time
+
 from vaetrain.command_line import parse, plain, user_errors
 from vaetrain.evaluation.config import EvaluateConfig
 from vaetrain.exit_codes import EXIT_INCOMPLETE

@@ -11,7 +11,6 @@ run, and OUT/README.md, the model card.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,15 +25,17 @@ from torch import Tensor
 from vaetrain.command_line import plain
 from vaetrain.data.readers.reader import open_split
 from vaetrain.distributed.exchange import meet
-from vaetrain.files import replace_file
+from vaetrain.documents import read_json
+from vaetrain.files import fresh_name, replace_file
 from vaetrain.interchange.diffusers_config import WEIGHTS_FILE, config_of, is_diffusers_folder
 from vaetrain.interchange.diffusers_weights import diffusers_tensors
 from vaetrain.interchange.onnx_graph import require_onnx, write_onnx
 from vaetrain.metrics.latent_statistics import LatentStatistics, latent_statistics
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
-from vaetrain.runs.directory import RunDirectory, write_json
+from vaetrain.runs.directory import RunDirectory, read_dataset, write_json
 from vaetrain.runs.provenance import provenance
+from vaetrain.runs.recorded import Exported
 from vaetrain.strict_json import from_json
 from vaetrain.training import checkpoint as checkpoints
 
@@ -61,8 +62,16 @@ class TrainedModel:
         """How far training was at the checkpoint, under the names that training's own records have."""
         step, images_seen = self.progress["step"], self.progress["images_seen"]
         split, classes = self.dataset["train"]["splits"]["train"], self.config["data"]["classes"]
+        if unknown := set(classes) - split["class_counts"].keys():
+            raise ValueError(
+                f"{self.checkpoint} was trained on classes that its dataset.json has not: {sorted(unknown)}"
+            )
         num_images = sum(split["class_counts"][name] for name in classes) if classes else split["num_images"]
         batch_size = self.config["train"]["global_batch_size"]
+        if batch_size > num_images:
+            raise ValueError(
+                f"{self.checkpoint} is damaged: it was trained in batches of {batch_size} of {num_images} images; take another run"
+            )
         return {
             "step": step,
             "images_seen": images_seen,
@@ -91,16 +100,15 @@ def load(
             f"{folder} is a diffusers folder: diffusers.AutoencoderKL.from_pretrained reads it, and --init-from starts a training "
             "with it"
         )
-    content = json.loads((folder / "config.json").read_text())
-    if content.get("format_version") != FORMAT_VERSION:
+    content = read_json(folder / "config.json", Exported, remedy="export the run again", nulls=True)
+    if content["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder}/config.json has format {content.get('format_version')}, this vaetrain reads {FORMAT_VERSION}; "
+            f"{folder}/config.json has format {content['format_version']}, this vaetrain reads {FORMAT_VERSION}; "
             "use the version named in it, or export the run again"
         )
     model = {"checkpoint_levels": [], "quant_conv": True} | content["model"]  # which exports did not have at first
-    vae = VAE(from_json(ModelConfig, model, f"{folder}/config.json, model"))
-    checkpoints.load_into(vae, folder / "model.safetensors")
-    return ready(vae, device)
+    config = from_json(ModelConfig, model, f"{folder}/config.json is damaged: model")
+    return ready(checkpoints.load_vae(config, folder / "model.safetensors"), device)
 
 
 def load_run(
@@ -115,22 +123,23 @@ def load_run(
     chosen = checkpoints.best(run) if checkpoint == "best" else checkpoints.find(run)
     checkpoints.check(chosen)
     config = RunDirectory(chosen).config()
-    vae = VAE(config.model)
-    checkpoints.load_into(vae, chosen / WEIGHTS_FILES[weights])
+    vae = checkpoints.load_vae(config.model, chosen / WEIGHTS_FILES[weights])
     return TrainedModel(
         vae=ready(vae, device),
         checkpoint=chosen.relative_to(directory.path),
         config=plain(config),
-        provenance=json.loads((chosen / "provenance.json").read_text()),
-        dataset=json.loads((chosen / "dataset.json").read_text()),
-        progress=json.loads((chosen / "state.json").read_text())["progress"],
+        provenance=RunDirectory(chosen).provenance(),
+        dataset=read_dataset(RunDirectory(chosen).dataset_file),
+        progress=checkpoints.read_state(chosen)["progress"],
     )
 
 
 def weights_sha256(run: Path, trained: TrainedModel, weights: WeightsName = "ema") -> str:
     """SHA-256 of the weights of the checkpoint that was loaded, from its checksums."""
-    checksums: dict[str, str] = json.loads((run / trained.checkpoint / "checksums.json").read_text())
-    return checksums[WEIGHTS_FILES[weights]]
+    checksums, file = checkpoints.read_checksums(run / trained.checkpoint), WEIGHTS_FILES[weights]
+    if file not in checksums:
+        raise ValueError(f"{run / trained.checkpoint} is no whole checkpoint: its checksums.json lacks {file}")
+    return checksums[file]
 
 
 def ready(vae: VAE, device: str | torch.device) -> VAE:
@@ -224,9 +233,11 @@ def refuse_to_overwrite(out: Path) -> None:
 def scores_of(run: Path, trained: TrainedModel) -> dict[str, Any] | None:
     """What evaluate.py measured of this checkpoint, None if it has not."""
     file = RunDirectory(run).evaluation_file
-    scores = json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    scores: dict[str, Any] = read_json(file, remedy="score the run again, or delete it", nulls=True)
     # Those of another checkpoint are not this model's.
-    return scores if scores is not None and scores["checkpoint"] == str(trained.checkpoint) else None
+    return scores if scores.get("checkpoint") == str(trained.checkpoint) else None
 
 
 def record_of(trained: TrainedModel, scores: dict[str, Any] | None) -> dict[str, Any]:
@@ -255,7 +266,7 @@ def write_records(out: Path, trained: TrainedModel, card: str, records: Mapping[
 
 def save_whole(tensors: dict[str, Tensor], file: Path) -> None:
     """Write weights aside and rename them: last of all, for the export is whole when they are there."""
-    aside = file.with_name(f".{file.name}")
+    aside = fresh_name(file)
     save_file(tensors, aside, metadata={"format": "pt"})
     aside.rename(file)
 
@@ -372,7 +383,7 @@ example, is © NAVER Corp., CC BY-NC 4.0: attribution, no commercial use).
 
 {begin + chr(10) if begin else ""}{frozen}{trained.progress["images_seen"]:,} images seen in {trained.progress["step"]:,} steps of
 {config["train"]["global_batch_size"]}, β {config["objective"]["beta"]:g}, learning rate {config["optim"]["lr"]:g}, seed
-{config["seed"]}, on {made["num_processes"]} process(es), {made["device"]}; vaetrain {made["packages"]["vaetrain"]}, git
+{config["seed"]}, on {made["num_processes"]} process(es), {made["device"]}; vaetrain {made["packages"].get("vaetrain")}, git
 revision {made["git_revision"]}{" with uncommitted changes" if made["git_dirty"] else ""}. `config.json` holds the whole
 configuration and all package versions.
 

@@ -6,6 +6,11 @@ accelerate launch --config_file launch/gpu1.yaml vaetrain/sample.py --run RUN --
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vaetrain.distributed.launcher import end_with_launcher
+
+    end_with_launcher()  # before anything that takes time
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -161,7 +166,7 @@ def fitted_prior(config: SampleConfig, trained: TrainedModel, accelerator: Accel
     """The prior that was asked for, fitted now if it has not been; None for the standard normal, which needs no fit."""
     if config.prior == "standard":
         return None
-    data = RunDirectory.open(config.run).config().data
+    data = RunDirectory.open(config.run).config().data.as_recorded()
     if config.data is not None:
         data = replace(data, train=config.data, val=None)
     with contextlib.ExitStack() as opened:

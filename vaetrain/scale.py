@@ -6,6 +6,11 @@ accelerate launch --config_file launch/gpu1.yaml vaetrain/scale.py --config conf
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vaetrain.distributed.launcher import end_with_launcher
+
+    end_with_launcher()  # before anything that takes time
+
 from vaetrain.command_line import parse, user_errors
 from vaetrain.scaling.config import ScaleConfig
 

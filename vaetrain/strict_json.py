@@ -1,10 +1,12 @@
-"""Strict JSON: frozen dataclasses read back from files with every type checked, a hash of their content, and what differs."""
+"""Strict JSON: dataclasses and typed mappings read back with every type checked, a hash of their content, and what differs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -12,8 +14,13 @@ from typing import Any, Literal
 
 
 def from_json(kind: Any, value: Any, where: str = "") -> Any:
-    """Build a dataclass, or what its fields hold, from JSON; raises ValueError naming the field that does not fit."""
+    """Build a dataclass, or what its fields hold, from JSON; raises ValueError naming the field that does not fit.
+
+    A TypedDict stays a dictionary, keys beyond its own included. A whole number will do for a float.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if typing.is_typeddict(kind):
+        return _typed_mapping(kind, value, where)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         kinds = typing.get_type_hints(kind)
         if not isinstance(value, dict):
@@ -27,14 +34,40 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
             raise ValueError(f"{where}: {error}" if where else str(error)) from error
     if origin is tuple and isinstance(value, list):
         return tuple(from_json(arguments[0], item, f"{where}[{position}]") for position, item in enumerate(value))
+    if origin is list and isinstance(value, list):
+        return [from_json(arguments[0], item, f"{where}[{position}]") for position, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {key: from_json(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin in (types.UnionType, typing.Union):
         wanted = type(None) if value is None else next(argument for argument in arguments if argument is not type(None))
         return from_json(wanted, value, where)
+    if kind is float and type(value) is int:
+        return float(value)
     if kind is Any or (origin is Literal and value in arguments) or (origin is None and type(value) is kind):
         return value
-    raise ValueError(f"{where} is {_shorten(value)}, not {getattr(kind, '__name__', kind)}")
+    raise ValueError(f"{where or 'the file'} is {_shorten(value)}, not {getattr(kind, '__name__', kind)}")
+
+
+def _typed_mapping(kind: Any, value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'the file'} is {_shorten(value)}, not a mapping")
+    found = dict(value)
+    for name, (wanted, may_lack) in _keys_of(kind).items():
+        if name in value:
+            found[name] = from_json(wanted, value[name], f"{where}.{name}".lstrip("."))
+        elif not may_lack:
+            raise ValueError(f"{where or 'the file'} lacks {name}")
+    return found
+
+
+@functools.cache
+def _keys_of(kind: Any) -> dict[str, tuple[Any, bool]]:
+    """By name the type of a TypedDict's value, and whether it may be absent."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    optional = {name: typing.get_origin(hint) is typing.NotRequired for name, hint in hints.items()}
+    return {
+        name: (typing.get_args(hint)[0] if optional[name] else hint, optional[name]) for name, hint in hints.items()
+    }
 
 
 def sha256_of_json(content: Any) -> str:
@@ -49,6 +82,11 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} was {found.get(name)}, now {asked[name]}" for name in differing)
 
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlist = _BRIEF.maxdict = _BRIEF.maxtuple = 20
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+
+
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = _BRIEF.repr(value)  # which does not write out all of something large
     return text if len(text) <= 60 else text[:60] + "…"

@@ -137,7 +137,7 @@ def findings(trials: Mapping[str, Sequence[TrialRun]]) -> dict[str, list[Conditi
 
 def _what_it_saw(run: RunDirectory) -> str:
     """How many images of which classes, and for how long."""
-    dataset, config = json.loads(run.dataset_file.read_text()), run.config()
+    dataset, config = run.dataset(), run.config()
 
     def count(split: str) -> int:
         counts: dict[str, int] = dataset[split]["splits"][split]["class_counts"]

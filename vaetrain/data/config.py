@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ ReaderName = Literal["auto", "indexed", "stream", "resident"]
 
 # Batches that each of `num_workers` has ready or in the making.
 PREFETCH_BATCHES_PER_WORKER = 4
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class DataConfig:
         """The shard set that a split is read from."""
         return self.train if split == "train" or self.val is None else self.val
 
+    def as_recorded(self) -> DataConfig:
+        """The same from a run's files, which may be somebody else's: only what is a cache already is written to."""
+        is_cache = self.cache_dir is not None and (self.cache_dir / ".lock").is_file()
+        return self if is_cache else replace(self, cache_dir=None)
+
     def __post_init__(self) -> None:
         """Refuse values that no reader can honour."""
         for name in ("train", "val"):
@@ -71,6 +77,8 @@ class DataConfig:
             raise ValueError(
                 f"--data.num-workers is {self.num_workers}; give 0 or more, or None to choose from the cores"
             )
+        if self.num_workers is not None and self.num_workers > MOST_WORKERS:
+            raise ValueError(f"--data.num-workers is {self.num_workers}; give at most {MOST_WORKERS}")
         if self.timeout_s <= 0:
             raise ValueError(f"--data.timeout-s is {self.timeout_s:g}; give a positive number of seconds")
         if self.resident_gib < 0:

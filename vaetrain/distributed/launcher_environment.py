@@ -25,6 +25,21 @@ class LauncherEnvironment:
     processes_per_node: int = 1
     """Processes on this machine."""
 
+    node_rank: int = 0
+    """This machine among all, counted from 0."""
+
+    main_host: str = ""
+    """Where the store is by which all meet."""
+
+    main_port: int = 0
+    """Its TCP port; 0 where nobody has named one."""
+
+    attempt: int = 0
+    """Times that torchrun has started all processes anew."""
+
+    launcher_keeps_store: bool = False
+    """Otherwise the process of rank 0 does."""
+
     @classmethod
     def read(cls) -> LauncherEnvironment:
         """As it is now."""
@@ -33,4 +48,9 @@ class LauncherEnvironment:
             num_processes=int(os.environ.get("WORLD_SIZE", "1")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
             processes_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            node_rank=int(os.environ.get("GROUP_RANK", "0")),
+            main_host=os.environ.get("MASTER_ADDR", ""),
+            main_port=int(os.environ.get("MASTER_PORT", "0")),
+            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            launcher_keeps_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )

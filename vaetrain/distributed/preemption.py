@@ -30,7 +30,8 @@ import torch
 from torch import distributed as dist
 
 from vaetrain.distributed.exchange import TIMEOUT_S
-from vaetrain.distributed.processes import control_group, launcher
+from vaetrain.distributed.launcher import launcher
+from vaetrain.distributed.processes import control_group
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

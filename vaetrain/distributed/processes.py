@@ -20,6 +20,7 @@ from torch import distributed as dist
 
 from vaetrain.distributed import arithmetic, exchange
 from vaetrain.distributed.exchange import TIMEOUT_S
+from vaetrain.distributed.launcher import PortHolder, holder_of_port, launch_key
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.distributed.network import set_gloo_interface
 from vaetrain.machine import num_cores
@@ -43,7 +44,7 @@ def join(timeout_s: float = TIMEOUT_S, timeout_option: str = "") -> PartialState
     exchange.PATIENCE.seconds, exchange.PATIENCE.option = timeout_s, timeout_option
     timeout = timedelta(seconds=timeout_s)
     set_gloo_interface(os.environ.get("MASTER_ADDR", ""))
-    join_another_attempt(timeout)
+    join_launch(timeout)
     # Without cpu=True a machine that has no GPU starts every process as "rank 0 of 1" (accelerate 1.15).
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
     announced = LauncherEnvironment.read().num_processes
@@ -126,31 +127,55 @@ def control_group(timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup | None:
     return group
 
 
-def launcher() -> int | None:
-    """Process id of the `accelerate launch` or torchrun that started this process, None if nothing of that kind did."""
-    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    return os.getppid() if launched else None
+def join_launch(timeout: timedelta) -> None:
+    """Join the processes of this very launch, and of this attempt, before Accelerate would join whoever is there.
 
-
-def join_another_attempt(timeout: timedelta) -> None:
-    """Join the others when torchrun has started all again (`--max-restarts`), before Accelerate would.
-
-    The launcher keeps its key-value store, and with it the addresses of the attempt before (torch 2.15): under the same keys
-    the processes would wait for those, for ever.
+    The keys of the store have the launch in them, so that nobody waits for the addresses of another's processes, nor for those of
+    an attempt before (torchrun --max-restarts keeps its store; torch 2.15). Raises ValueError, naming who holds it, where the
+    port is another's.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
-    )
     here = LauncherEnvironment.read()
+    if here.num_processes == 1 or not here.main_port or dist.is_initialized():
+        return  # without a port nobody has launched anything, which Accelerate says
+    check_port(here)
+    try:
+        store, rank, num_processes = next(iter(dist.rendezvous("env://", timeout=timeout)))  # type: ignore[attr-defined]
+    except dist.DistNetworkError as error:
+        holder = holder_of_port(here.main_port)
+        if holder is None or holder.pid == os.getpid():
+            raise
+        raise ValueError(port_is_taken(here.main_port, holder)) from error
+    attempt = f"attempt-{here.attempt}"
+    if here.num_processes == here.processes_per_node:
+        key = f"vaetrain/{launch_key()}/{attempt}"
+    else:  # of several launchers each process knows its own
+        key = f"vaetrain/several machines/{attempt}"
+        first = store.compare_set(f"{key}/launcher-{here.node_rank}", "", launch_key()).decode()
+        if first != launch_key():
+            raise ValueError(
+                f"processes of another launch have joined by port {here.main_port} of {here.main_host}, on this machine those of "
+                f"the launcher {first}; end them, or give another --main_process_port"
+            )
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.PrefixStore(f"vaetrain/attempt-{attempt}", store),  # type: ignore[attr-defined]
-        rank=here.rank,
-        world_size=here.num_processes,
-        timeout=timeout,
+        store=dist.PrefixStore(key, store),  # type: ignore[attr-defined]
+        rank=rank, world_size=num_processes, timeout=timeout,
+    )  # fmt: skip
+
+
+def check_port(here: LauncherEnvironment) -> None:
+    """Raise ValueError where the launcher, which is to hold the port of this machine's processes, does not, but somebody does."""
+    if here.launcher_keeps_store and here.num_processes == here.processes_per_node:
+        holder = holder_of_port(here.main_port)
+        if holder is not None and holder.pid != os.getppid():
+            raise ValueError(port_is_taken(here.main_port, holder))
+
+
+def port_is_taken(port: int, holder: PortHolder) -> str:
+    """For messages."""
+    return (
+        f"port {port}, by which these processes were to meet, is held by process {holder.pid} ({holder.command}); end that, or "
+        "give another --main_process_port"
     )
 
 

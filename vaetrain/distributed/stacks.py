@@ -7,6 +7,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from vaetrain.files import replace_file
+
 SECONDS_TO_WRITE = 5.0
 """After which a file server that does not answer is given up."""
 
@@ -25,7 +27,7 @@ def write_stacks(file: Path, within_s: float = SECONDS_TO_WRITE) -> str | None:
                 local.seek(0)
                 stacks = local.read()
             if file.parent.is_dir():
-                file.write_bytes(stacks)
+                replace_file(file, stacks)
         except OSError as error:
             problem[0] = str(error)
         else:

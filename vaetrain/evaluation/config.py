@@ -86,7 +86,8 @@ class EvaluateConfig:
 
     def data_of(self, trained_on: DataConfig) -> DataConfig:
         """What is scored against, of a run that was trained on `trained_on`."""
-        return trained_on if self.data is None else replace(trained_on, train=self.data, val=None)
+        recorded = trained_on.as_recorded()
+        return recorded if self.data is None else replace(recorded, train=self.data, val=None)
 
     def __post_init__(self) -> None:
         """Refuse to score nothing, to keep samples that are not drawn, and samples that cannot be."""

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vaetrain.files import write_png
 from vaetrain.picture_text import as_it_is
 
 DPI = 100
@@ -80,7 +81,7 @@ def save_labelled_grid(
         left, top = lefts[number % num_columns], tops[number // num_columns]
         y = margin_top + top + height * scale + 1.0
         write(margin_left + left + width * scale / 2, y, caption, ha="center", va="top")
-    figure.savefig(file, dpi=DPI)
+    write_png(figure, file, dpi=DPI)
     plt.close(figure)
 
 

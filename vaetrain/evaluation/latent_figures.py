@@ -18,6 +18,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from vaetrain.evaluation.image_grid import save_labelled_grid
+from vaetrain.files import write_png
 from vaetrain.model.autoencoder import VAE
 from vaetrain.picture_text import legible, name_entries
 from vaetrain.upload import upload
@@ -175,7 +176,7 @@ def save_latent_pca(
     figure.set_figwidth(max(6.4, 4.9 + legend.get_window_extent().width / figure.dpi))
     for handle in filter(None, legend.legend_handles):
         handle.set_alpha(1)
-    figure.savefig(file, dpi=120)
+    write_png(figure, file, dpi=120)
     plt.close(figure)
 
 

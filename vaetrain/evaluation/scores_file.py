@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vaetrain.documents import read_json
 from vaetrain.runs.directory import write_json
 
 
@@ -40,5 +40,5 @@ class ScoresFile:
 
     def _is_finished(self) -> bool:
         with suppress(OSError, ValueError):
-            return "unfinished" not in json.loads(self.path.read_text())
+            return "unfinished" not in read_json(self.path, remedy="", nulls=True)
         return False

@@ -5,10 +5,10 @@ A folder that `AutoencoderKL.from_pretrained` reads is config.json and diffusion
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from vaetrain.documents import read_json
 from vaetrain.model.config import NUM_GROUPS, ModelConfig
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -30,10 +30,13 @@ DEFAULTS: dict[str, Any] = AS_IT_IS | {
 """Of the library, for what a config leaves out, as old ones do."""
 
 
+REMEDY = "bring the folder back from a copy"
+
+
 def is_diffusers_folder(folder: Path) -> bool:
     """Whether there is a config.json of one of diffusers' models."""
     file = folder / "config.json"
-    return file.is_file() and "_class_name" in json.loads(file.read_text())
+    return file.is_file() and "_class_name" in read_json(file, remedy=REMEDY)
 
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def model_of(folder: Path) -> dict[str, Any]:
     Raises ValueError for another class, and for a network that an autoencoder-kl is not.
     """
     file = folder / "config.json"
-    content = DEFAULTS | json.loads(file.read_text())
+    content = DEFAULTS | read_json(file, remedy=REMEDY)
     if content.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"{file} is of diffusers' {content.get('_class_name')}; what can be read is an AutoencoderKL")
     widths = content["block_out_channels"]

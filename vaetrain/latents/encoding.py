@@ -30,6 +30,7 @@ from vaetrain.data.format.manifest import INDEX_NAME, MANIFEST_NAME, Tool
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.arithmetic import ieee_fp32
+from vaetrain.documents import read_json
 from vaetrain.files import fsync, replace_file, sha256_of_file
 from vaetrain.latents.latent_set import TENSOR_OF_PART, LatentSet
 from vaetrain.latents.manifest import (
@@ -49,7 +50,7 @@ from vaetrain.model.autoencoder import VAE
 from vaetrain.model.posterior import DiagonalGaussian
 from vaetrain.progress_bar import ProgressBar
 from vaetrain.runs.directory import write_json
-from vaetrain.strict_json import differences, from_json, sha256_of_json
+from vaetrain.strict_json import differences, sha256_of_json
 from vaetrain.upload import upload
 
 PARTIAL_NAME = ".partial"
@@ -137,11 +138,9 @@ class FinishedFile:
         """The note of `task` if its file is there and has the SHA-256 it says; raises ValueError for a damaged note."""
         path = out / PARTIAL_NAME / task.note_name
         try:
-            note: FinishedFile = from_json(cls, json.loads(path.read_text()))
+            note: FinishedFile = read_json(path, cls, remedy="delete it and start again")
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}; delete it and start again") from error
         file = out / task.name
         whole = note.request == request.digest and file.is_file() and file.stat().st_size == note.file.num_bytes
         return note if whole and sha256_of_file(file) == note.file.sha256 else None
@@ -170,7 +169,7 @@ def prepare(out: Path, request: Request) -> bool:
         return True
     begun = out / PARTIAL_NAME / REQUEST_NAME
     if begun.is_file():
-        if changes := differences(json.loads(begun.read_text()), asked):
+        if changes := differences(read_json(begun, remedy="delete it and start again"), asked):
             raise FileExistsError(
                 f"{out} holds the beginning of another latent set ({changes}); repeat that command to finish it, delete it, or "
                 "choose another --out"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from vaetrain.data.format.index import SplitIndex
 from vaetrain.data.format.manifest import INDEX_NAME, MANIFEST_NAME
 from vaetrain.data.format.shard_set import problem_of_file, read_index
 from vaetrain.data.readers.selection import open_shard
+from vaetrain.documents import parse_json
 from vaetrain.latents.manifest import STATS_NAME, LatentFile, LatentManifest, LatentStatistics
 from vaetrain.latents.record import FLIP, LatentRecord
 from vaetrain.latents.statistics import ChannelSums, statistics_of, total
@@ -215,7 +215,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         try:
-            content: dict[str, Any] = json.loads(opened.read(min(size, MAX_HEADER_BYTES)))
+            content: dict[str, Any] = parse_json(opened.read(min(size, MAX_HEADER_BYTES)))
             return {
                 name: StoredTensor(each["dtype"], tuple(each["shape"]), 8 + size + each["data_offsets"][0])
                 for name, each in content.items()

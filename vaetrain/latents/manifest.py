@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vaetrain.data.format.manifest import MANIFEST_NAME, Shard, Split, Tool, check_sha256
+from vaetrain.documents import read_json
 from vaetrain.files import NewerFormatError, replace_file
 from vaetrain.strict_json import from_json, sha256_of_json
 
@@ -31,6 +32,9 @@ KIND: Literal["latent set"] = "latent set"
 STATS_NAME = "latents_stats.pt"
 Layout = Literal["webdataset", "safetensors"]
 LatentDtype = Literal["fp32", "bf16", "fp16"]
+
+
+AGAIN = "write the set again with vaetrain/encode.py"
 
 
 @dataclass(frozen=True)
@@ -177,8 +181,8 @@ class LatentManifest:
     def read(cls, path: Path) -> LatentManifest:
         """Read a manifest.json; raises ValueError naming the file and the field that is wrong."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("kind") != KIND:
+            content = read_json(path, remedy=AGAIN)
+            if content.get("kind") != KIND:
                 raise ValueError(f"it is not of a {KIND}")
             version = content.get("format_version")
             if isinstance(version, int) and version > FORMAT_VERSION:
@@ -191,9 +195,7 @@ class LatentManifest:
         except NewerFormatError:
             raise
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is no valid manifest: {error}; write the set again with vaetrain/encode.py"
-            ) from error
+            raise ValueError(f"{path} is no valid manifest: {error}; {AGAIN}") from error
         return manifest
 
     def write(self, folder: Path) -> None:
@@ -210,7 +212,7 @@ def is_latent_set(path: str | Path) -> bool:
     """Whether a folder, or its manifest.json, is that of a latent set, be it damaged."""
     file = Path(path) if Path(path).name == MANIFEST_NAME else Path(path, MANIFEST_NAME)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file, remedy=AGAIN)
+    except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.get("kind") == KIND
+    return bool(content.get("kind") == KIND)

@@ -24,6 +24,8 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.format.manifest import Manifest
 from vaetrain.data.readers.subset import Subset
 from vaetrain.distributed import exchange, processes
+from vaetrain.documents import parse_json
+from vaetrain.files import fresh_name
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.extractor import FeatureExtractor
 from vaetrain.metrics.features import FeatureSet, extract
@@ -107,7 +109,7 @@ def save(path: Path, key: dict[str, Any], features: FeatureSet) -> None:
         "sum": features.statistics.sum,
         "outer": features.statistics.outer,
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")  # two evaluations may write the same file at once
+    aside = fresh_name(path)  # two evaluations may write the same file at once
     content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +128,10 @@ def load(path: Path, key: dict[str, Any]) -> FeatureSet | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {}).get("key", "null"))
+            found = parse_json((file.metadata() or {}).get("key", "null"))
             features, total, outer = (file.get_tensor(name) for name in ("features", "sum", "outer"))
+        if features.ndim != 2 or total.shape != features.shape[1:] or outer.shape != (*total.shape, *total.shape):
+            raise ValueError(f"features of shape {tuple(features.shape)}")
     except (OSError, SafetensorError, ValueError) as error:
         print(f"features of real images: {path} is damaged ({error}), they are extracted again")
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import struct
 from pathlib import Path
 
 import safetensors.torch
@@ -13,6 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vaetrain.metrics.lpips_config import require_file
+
+OF_DAMAGED_PICKLES = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError, struct.error,
+)  # fmt: skip
+"""What torch.load raises for them, besides."""
 
 
 def read_weights(path: Path | None, option: str, remedy: str) -> tuple[dict[str, Tensor], str]:
@@ -28,7 +34,7 @@ def read_weights(path: Path | None, option: str, remedy: str) -> tuple[dict[str,
             state = safetensors.torch.load(content)
         else:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, SafetensorError, *OF_DAMAGED_PICKLES) as error:
         raise ValueError(
             f"{option} {path} cannot be read as tensors alone and is refused: it is damaged, a TorchScript "
             f"archive, or holds Python objects, which could run code. {remedy}"

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
+
+MOST = {
+    "image_size": 8192, "patch_size": 8192, "base_channels": 2**16, "num_res_blocks": 64, "latent_channels": 2**20,
+    "num_mixtures": 1000,
+}  # fmt: skip
+"""Bounds of what a config, which may be somebody else's, can ask for."""
+
+MOST_LAYERS = 64
+"""Levels of a convolutional, hidden layers of a dense model."""
+
+MOST_WEIGHTS = 2**32
+"""16 GiB in fp32."""
 
 LikelihoodName = Literal[
     "gaussian-fixed", "gaussian-shared", "gaussian-pixel", "laplace-shared",
@@ -87,10 +100,23 @@ class ModelConfig:
         for name in ("image_size", "patch_size", "base_channels", "num_res_blocks", "latent_channels", "num_mixtures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--model.{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+            if getattr(self, name) > MOST[name]:
+                raise ValueError(
+                    f"--model.{name.replace('_', '-')} is {getattr(self, name):.6g}; it must be at most {MOST[name]:,}"
+                )
         if self.sigma <= 0:
             raise ValueError(f"--model.sigma is {self.sigma}; a standard deviation is positive")
+        if not 1e-6 <= self.sigma <= 1e6:
+            raise ValueError(f"--model.sigma is {self.sigma}; give 1e-6 to 1e6")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"--model.channel-mult is {self.channel_mult}; give one or more factors of at least 1")
+        for name in ("channel_mult", "attention_resolutions", "checkpoint_levels", "hidden_features"):
+            values: tuple[int, ...] = getattr(self, name)
+            if len(values) > MOST_LAYERS or not all(0 <= value < 2**31 for value in values):
+                raise ValueError(
+                    f"--model.{name.replace('_', '-')} has {len(values)} numbers, up to {max(values):.6g}; give at most "
+                    f"{MOST_LAYERS}, none negative or over 2^31"
+                )
         if self.kind == "autoencoder-kl":
             self._check_autoencoder_kl()
         if self.kind != "dense":
@@ -111,8 +137,28 @@ class ModelConfig:
                     f"--model.checkpoint-levels {sorted(unknown)} are no levels of this model; "
                     f"it has {list(range(len(self.channel_mult)))}"
                 )
-        elif not self.hidden_features:
-            raise ValueError("--model.hidden-features is empty; a dense model needs at least one hidden layer")
+        elif not self.hidden_features or not min(self.hidden_features):
+            raise ValueError("--model.hidden-features is empty or 0; a dense model needs at least one hidden layer")
+        if (num_weights := self._about_num_weights()) > MOST_WEIGHTS:
+            raise ValueError(
+                f"this --model.* has some {num_weights:.3g} weights, and {MOST_WEIGHTS:,} at most are built; take fewer "
+                "channels, levels or hidden features"
+            )
+
+    def _about_num_weights(self) -> int:
+        """Rather too many than too few, found without building anything."""
+        moments = 2 * self.latent_channels
+        params = 3 * self.num_mixtures if self.likelihood == "logistic-mixture" else 2  # of the likelihood, a channel
+        if self.kind == "dense":
+            encoder = (self.num_pixels, *self.hidden_features, moments)
+            decoder = (self.latent_channels, *reversed(self.hidden_features), self.num_pixels * params)
+            return sum(one * other for widths in (encoder, decoder) for one, other in pairwise(widths))
+        widths = [self.base_channels * mult for mult in self.channel_mult]
+        blocks = sum((2 * self.num_res_blocks + 1) * 22 * width**2 for width in widths)  # two convolutions, attention
+        between = 2 * 9 * sum(one * other for one, other in pairwise(widths))
+        ends = 9 * widths[0] * self.patch_size**2 * self.in_channels * (1 + params)
+        latent = 9 if len(self.latent_shape) == 3 else (self.image_size // self.downsample_factor) ** 2
+        return blocks + between + ends + 2 * latent * widths[-1] * moments
 
     def _check_autoencoder_kl(self) -> None:
         """Refuse what diffusers' network has not."""

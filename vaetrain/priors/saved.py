@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vaetrain.command_line import plain
+from vaetrain.documents import parse_json
 from vaetrain.export import TrainedModel
-from vaetrain.files import replace_file
+from vaetrain.files import inside, replace_file
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.codes import MeanCode, RandomCode
 from vaetrain.priors.config import PriorFitConfig, PriorName
@@ -27,6 +29,9 @@ from vaetrain.priors.whitening import Whitening
 from vaetrain.strict_json import from_json
 
 FORMAT_VERSION = 1
+
+MOST_AVERAGED = 1_000_000
+"""Codes that a mean-code averages."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class SavedPrior:
 
 def prior_file(run: Path, trained: TrainedModel, name: PriorName) -> Path:
     """Where the prior of a run's checkpoint is kept."""
-    return run / "priors" / trained.checkpoint.name / f"{name}.safetensors"
+    return inside(run, "priors", trained.checkpoint.name, f"{name}.safetensors")
 
 
 def save_prior(file: Path, prior: Prior, facts: PriorFacts) -> None:
@@ -92,7 +97,13 @@ def load_prior(file: Path, trained: TrainedModel, checkpoint_sha256: str, fit: P
         tensors = safetensors.torch.load(content)
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-        facts: PriorFacts = from_json(PriorFacts, json.loads(metadata.get("vaetrain_prior", "null")), str(file))
+        facts: PriorFacts = from_json(
+            PriorFacts, parse_json(metadata.get("vaetrain_prior", "null"), nulls=True), str(file)
+        )
+        if facts.latent_shape != trained.vae.config.latent_shape:
+            raise ValueError(f"it is of latents of shape {facts.latent_shape}")
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise ValueError("its numbers are not finite")
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file} is damaged or no prior ({error}); {again}") from error
     fingerprint = trained.dataset["train"]["fingerprint"]
@@ -112,19 +123,28 @@ def load_prior(file: Path, trained: TrainedModel, checkpoint_sha256: str, fit: P
             raise ValueError(f"{file} was made for {what} {saved}, now it is {wanted}; {again}")
     try:
         prior = build_prior(facts, tensors)
-    except (KeyError, RuntimeError) as error:
+        if not bool(prior.sample(0, range(1)).reshape(facts.latent_shape).isfinite().all()):
+            raise ValueError("what it draws is not finite")
+    except (LookupError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"{file} does not hold what a {facts.prior} prior is made of ({error}); {again}") from error
     return SavedPrior(prior, facts, file, hashlib.sha256(content).hexdigest())
 
 
+def _bounded(number: Tensor, most: int) -> int:
+    """A number that decides how much is built."""
+    if not 1 <= int(number) <= most:
+        raise ValueError(f"{int(number)} is not within 1 to {most}")
+    return int(number)
+
+
 def build_prior(facts: PriorFacts, tensors: Mapping[str, Tensor]) -> Prior:
-    """A prior from its tensors; raises KeyError or RuntimeError when they are another's."""
+    """A prior from its tensors; raises KeyError, ValueError or RuntimeError when they are another's."""
     shape = facts.latent_shape
     match facts.prior:
         case "standard":
             return StandardNormal(shape)
         case "mean-code":
-            return MeanCode(shape, tensors["codes"], int(tensors["num_averaged"]))
+            return MeanCode(shape, tensors["codes"], _bounded(tensors["num_averaged"], MOST_AVERAGED))
         case "random-code":
             return RandomCode(shape, tensors["low"], tensors["high"])
     whitening = Whitening(*(tensors[f"whitening.{name}"] for name in ("mean", "axes", "cholesky")))
@@ -135,7 +155,7 @@ def build_prior(facts: PriorFacts, tensors: Mapping[str, Tensor]) -> Prior:
             mixture = Mixture(*(tensors[f"mixture.{name}"] for name in ("weights", "means", "choleskys")))
             return MixturePrior(shape, whitening, mixture)
         case "flow":
-            rank = int(tensors["flow_rank"])
+            rank = _bounded(tensors["flow_rank"], math.prod(shape))
             flow = build_flow(rank)
             prefix = "flow."
             flow.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

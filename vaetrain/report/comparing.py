@@ -49,12 +49,8 @@ def _compare(runs: Sequence[RunRecord]) -> tuple[Comparison, dict[Path, str]]:
     for recorded in runs:
         try:
             results.append(Result.read(recorded.run.path))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            unreadable[recorded.run.path] = (
-                f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
-            )
-        except SystemExit:  # from the parser of configurations, which has told the terminal more
-            unreadable[recorded.run.path] = "its config.yaml has keys or values that this vaetrain does not know."
+        except (OSError, ValueError) as error:
+            unreadable[recorded.run.path] = str(error)
     return Comparison(tuple(results)), unreadable
 
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vaetrain.command_line import flatten
+from vaetrain.documents import MAX_YAML_BYTES
+from vaetrain.files import inside, read_bytes
 from vaetrain.report.page import absent, code, columns, fold, paragraph, subheading, table
 from vaetrain.report.values import exact, inner, shown_value
+from vaetrain.runs.provenance import MAX_PATCH_BYTES
 from vaetrain.runs.record import RunRecord
 
 MAX_CLASSES_SHOWN = 12
@@ -26,7 +29,7 @@ def configuration_of_run(recorded: RunRecord) -> str:
         for name, content in groups.items()
         if content
     ]
-    text = recorded.run.config_file.read_text(encoding="utf-8", errors="replace")
+    text = read_bytes(recorded.run.config_file, MAX_YAML_BYTES, "").decode(errors="replace")
     return columns(tables) + fold("config.yaml, which --config reads back", code(text))
 
 
@@ -62,7 +65,7 @@ def provenance_of_run(recorded: RunRecord) -> str:
     parts = []
     command = provenance.get("command")
     if isinstance(command, list) and command:
-        num_processes = provenance.get("num_processes") or 1
+        num_processes = provenance["num_processes"]
         layout = "gpu1.yaml" if num_processes == 1 else f"node8.yaml --num_processes {num_processes}"
         launcher = f"accelerate launch --config_file launch/{layout} "
         parts += [subheading("Command"), code(launcher + shlex.join(map(str, command)))]
@@ -78,7 +81,7 @@ def provenance_of_run(recorded: RunRecord) -> str:
         if isinstance(resume, Mapping):
             parts.append(table(("", "recorded"), _origin_rows(resume), caption=f"Resume {count}", fold=True))
     for file in sorted(recorded.run.path.glob("uncommitted*.patch")):
-        patch = file.read_text(encoding="utf-8", errors="replace")
+        patch = read_bytes(inside(recorded.run.path, file.name), MAX_PATCH_BYTES, "delete it").decode(errors="replace")
         parts.append(fold(f"Changes that were not committed ({file.name})", code(patch)))
     return "".join(parts)
 

@@ -16,8 +16,12 @@ from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
+from vaetrain.files import inside, read_bytes
+
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 """Of pictures as Pillow names them; every browser shows these."""
+
+MAX_PICTURE_BYTES = 64 << 20
 
 SMALL_PICTURE_PX = 320
 """A picture no wider has pixels that one should see."""
@@ -119,7 +123,7 @@ def picture(file: Path, caption: str, *, width_px: int | None = None) -> str:
     A click shows it in full. One that is missing or damaged is replaced by a sentence that says so.
     """
     try:
-        content = file.read_bytes()
+        content = read_bytes(inside(file.parent, file.name), MAX_PICTURE_BYTES, "draw it again")
         with Image.open(io.BytesIO(content)) as image:
             media_type, (width, height) = MEDIA_TYPES.get(image.format or ""), image.size
             image.verify()

@@ -177,7 +177,9 @@ def _priors(scores: Mapping[str, Any]) -> str:
 def _charts(scores: Mapping[str, Any]) -> str:
     drawn = []
     line = inner(inner(scores, "fid_protocol"), "fid_against_count")
-    counts, fids = (list(map(number, line.get(name) or [])) for name in ("counts", "fids"))
+    counts, fids = (
+        list(map(number, found)) if isinstance(found := line.get(name), list) else [] for name in ("counts", "fids")
+    )
     infinity = number(scores.get("eval/fid_infinity"))
     if counts and len(counts) == len(fids) and math.isfinite(sum(fids)) and math.isfinite(infinity) and min(counts) > 0:
         places = [1 / count for count in counts]

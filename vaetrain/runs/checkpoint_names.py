@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from vaetrain.files import inside
+
+NONE_YET = ".none-yet"
+"""A file among the checkpoints of a run that has had none, so that one killed before its first may begin again."""
+
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in a folder, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if (path / "checksums.json").is_file()), key=step_of)
+    """What has a checkpoint's name in a folder, oldest first; one that lacks its checksums is damaged, and among them.
+
+    Raises ValueError for a link of such a name.
+    """
+    named = [path.name for path in folder.glob("step-*") if has_checkpoint_name(path)]
+    return sorted((inside(folder, name) for name in named), key=step_of)
+
+
+def has_checkpoint_name(path: Path) -> bool:
+    """Whether a path is named after a step."""
+    return re.fullmatch(r"step-\d{8,18}", path.name) is not None
+
+
+def has_checksums(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, as one that has its name always was."""
+    return (checkpoint / "checksums.json").is_file()
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vaetrain.command_line import flatten, plain
+from vaetrain.command_line import flatten, plain, printable
+from vaetrain.documents import read_json
+from vaetrain.files import inside
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.runs.record import RunRecord
+from vaetrain.runs.provenance import is_revision
+from vaetrain.runs.record import RunRecord, number
+from vaetrain.runs.recorded import ExportRecord, SampledRecord
 
 SECTIONS = ("config", "data", "code", "packages", "machine", "results")
 """In the order of the table."""
@@ -42,17 +47,19 @@ class Result:
         """
         if (path / "config.yaml").is_file():
             return cls._of_run(RunDirectory.open(path))
-        if (path / "config.json").is_file():
-            content = _read_json(path / "config.json")
+        if (file := path / "config.json").is_file():
+            content = read_json(file, ExportRecord, remedy="export the run again", nulls=True)
             results = {"images_seen": content["progress"]["images_seen"], **_scores(content["scores"] or {})}
-            return cls._of(path, content["training"], content["dataset"], content["provenance"], results)
-        if (path / "manifest.json").is_file():
-            content = _read_json(path / "manifest.json")
+            return cls._of(file, content["training"], content["dataset"], content["provenance"], results)
+        if (file := inside(path, "manifest.json")).is_file():
+            content = read_json(file, remedy="draw the samples again")
             if content.get("kind") == "sample set":
+                content = read_json(file, SampledRecord, remedy="draw the samples again")
                 training = content["training"]
-                results = {name: content[name] for name in ("prior", "temperature", "seed", "count")}
-                results["checkpoint_sha256"] = content["checkpoint_sha256"]
-                return cls._of(path, training["config"], training["dataset"], training["provenance"], results)
+                results = {
+                    name: content[name] for name in ("prior", "temperature", "seed", "count", "checkpoint_sha256")
+                }
+                return cls._of(file, training["config"], training["dataset"], training["provenance"], results)
         raise FileNotFoundError(
             f"{path} is no run directory (config.yaml), export (config.json) or sample set (manifest.json)"
         )
@@ -62,25 +69,26 @@ class Result:
         for file in (run.provenance_file, run.dataset_file):
             if not file.is_file():
                 raise FileNotFoundError(f"{run.path} has no {file.name}, so nobody knows what made this run")
-        provenance, recorded = _read_json(run.provenance_file), RunRecord.read(run.path)
+        provenance, recorded = run.provenance(), RunRecord.read(run.path)
         metrics, validations = tuple(run.metrics()), recorded.split("val")
         results: dict[str, Any] = {}
         if metrics:
             results |= {"step": metrics[-1]["step"], "images_seen": metrics[-1]["images_seen"]}
         if validations:
             results |= {name: value for name, value in recorded.last_validation.items() if name.startswith("val/")}
-            elbos = [record["val/elbo_nats"] for record in validations if record.get("val/elbo_nats") is not None]
+            elbos = [elbo for record in validations if math.isfinite(elbo := number(record.get("val/elbo_nats")))]
             results |= {"best val/elbo_nats": max(elbos)} if elbos else {}
         if run.evaluation_file.is_file():
-            results |= {f"evaluation {name}": value for name, value in _scores(_read_json(run.evaluation_file)).items()}
+            evaluation = read_json(run.evaluation_file, remedy="run evaluate.py again", nulls=True)
+            results |= {f"evaluation {name}": value for name, value in _scores(evaluation).items()}
         if recorded.images_per_s is not None:
             results["median perf/images_per_s"] = recorded.images_per_s
-        return cls._of(run.path, plain(run.config()), _read_json(run.dataset_file), provenance, results, metrics)
+        return cls._of(run.dataset_file, plain(run.config()), run.dataset(), provenance, results, metrics)
 
     @classmethod
     def _of(
         cls,
-        path: Path,
+        file: Path,
         config: Mapping[str, Any],
         dataset: Mapping[str, Any],
         provenance: Mapping[str, Any],
@@ -90,7 +98,9 @@ class Result:
         starts = [provenance, *provenance.get("resumes", [])]
         data: dict[str, Any] = {}
         for split in ("train", "val"):
-            counts = dataset[split]["splits"][split]
+            counts = dataset[split]["splits"].get(split)
+            if counts is None:
+                raise ValueError(f"{file} is damaged: it has no counts of the {split} split; bring it back from a copy")
             data |= {
                 f"{split} fingerprint": dataset[split]["fingerprint"],
                 f"{split} images": counts["num_images"],
@@ -119,7 +129,7 @@ class Result:
             "machine": {name: provenance.get(name) for name in machine} | {"starts": len(starts)},
             "results": results,
         }
-        return cls(path, facts, metrics)
+        return cls(file.parent, facts, metrics)
 
 
 @dataclass(frozen=True)
@@ -225,9 +235,11 @@ class Comparison:
         revisions = [result.facts["code"]["git_revision"] for result in self.results[:2]]
         if None in revisions or revisions[0] == revisions[1]:
             return ""
+        if not all(map(is_revision, revisions)):  # they come from files, and git would take --output=FILE for an option
+            return "one of the two revisions is none of git's"
         span = f"{revisions[0]}..{revisions[1]}"
-        counted = _git(checkout, "rev-list", "--count", span)
-        changed = _git(checkout, "diff", "--shortstat", span, "--", "vaetrain")
+        counted = _git(checkout, "rev-list", "--count", "--end-of-options", span)
+        changed = _git(checkout, "diff", "--shortstat", "--end-of-options", span, "--", "vaetrain")
         if counted is None or changed is None:
             return "the two revisions are not both in this checkout"
         return (
@@ -254,7 +266,8 @@ class Comparison:
 
 def _scores(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of an evaluation, FIDs under the name of their protocol."""
-    protocol = evaluation.get("fid_protocol", {}).get("name")
+    described = evaluation.get("fid_protocol")
+    protocol = described.get("name") if isinstance(described, Mapping) else None
     return {
         f"{name} ({protocol})" if protocol and name.startswith("eval/fid") else name: value
         for name, value in evaluation.items()
@@ -272,17 +285,7 @@ def shown(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", value):  # a revision or a SHA-256
         return value[:12]
-    return "–" if value is None else str(value) if not isinstance(value, dict) else json.dumps(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return content
+    return "–" if value is None else printable(str(value) if not isinstance(value, dict) else json.dumps(value))
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:

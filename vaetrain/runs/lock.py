@@ -12,11 +12,14 @@ import fcntl
 import os
 import platform
 import shlex
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+
+from vaetrain.files import inside
 
 _held: set[int] = set()
 
@@ -33,9 +36,16 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 @contextmanager
 def hold(file: Path) -> Iterator[None]:
-    """Hold the lock `file`, made with its folder if need be; ValueError names the process that already does."""
+    """Hold the lock `file`, made with its folder if need be.
+
+    Raises ValueError, which names the process that already does, and for a link.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    inside(file.parent, file.name)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{file} is no plain file; delete it")
     _held.add(descriptor)
     try:
         _lock(descriptor, file)

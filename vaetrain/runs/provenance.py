@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -89,6 +90,11 @@ def git_state(source: Path) -> tuple[str | None, bool | None]:
     except (OSError, subprocess.SubprocessError):
         return None, None  # installed from a wheel, or no git here: provenance says so by null
     return revision.stdout.strip(), bool(status.stdout.strip() or new.stdout.strip())
+
+
+def is_revision(text: str) -> bool:
+    """Whether a recorded text has the form of git's revisions; whatever has not must reach neither git nor a shell."""
+    return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
 def require_tracked(source: Path) -> None:

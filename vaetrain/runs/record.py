@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from vaetrain.runs.directory import RunDirectory
+from vaetrain.documents import json_lines, read_json, read_yaml
+from vaetrain.runs.directory import REMEDY, RunDirectory, read_dataset
+from vaetrain.runs.recorded import MetricsRecord, Provenance
+from vaetrain.strict_json import from_json
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,19 @@ class RunRecord:
     def read(cls, path: Path) -> RunRecord:
         """Read a run directory.
 
-        Raises FileNotFoundError, saying what to name instead, when it is none, and ValueError when its format is a later one.
+        Raises FileNotFoundError, saying what to name instead, when it is none, and ValueError when its format is a later one, or
+        one of its files a link.
         """
         run = RunDirectory(path)
         if not run.config_file.is_file():
             raise FileNotFoundError(_no_run(path))
         faults: dict[str, str] = {}
-        config = _mapping(run.config_file, faults, yaml.safe_load)
-        provenance = _mapping(run.provenance_file, faults, json.loads)
+        config = _mapping(run.config_file, faults, partial(read_yaml, remedy=REMEDY))
+        provenance = _mapping(run.provenance_file, faults, partial(read_json, kind=Provenance, remedy=REMEDY))
         if provenance is not None:
             run.check_format()
-        dataset = _mapping(run.dataset_file, faults, json.loads)
-        evaluation = _mapping(run.evaluation_file, faults, json.loads)
+        dataset = _mapping(run.dataset_file, faults, read_dataset)
+        evaluation = _mapping(run.evaluation_file, faults, partial(read_json, remedy=REMEDY, nulls=True))
         return cls(run, config, provenance, dataset, evaluation, tuple(_metrics(run.metrics_file, faults)), faults)
 
     @property
@@ -65,8 +67,9 @@ class RunRecord:
     @property
     def images_per_s(self) -> float | None:
         """Median speed of training, over its records."""
-        speeds = [record["perf/images_per_s"] for record in self.metrics if record.get("perf/images_per_s")]
-        return statistics.median(speeds) if speeds else None
+        speeds = [number(record.get("perf/images_per_s")) for record in self.metrics]
+        finite = [speed for speed in speeds if math.isfinite(speed) and speed]
+        return statistics.median(finite) if finite else None
 
     def require_whole(self) -> RunRecord:
         """Itself; raises ValueError, naming them, where files are damaged."""
@@ -98,31 +101,27 @@ def _metrics(file: Path, faults: dict[str, str]) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
     unreadable = 0
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:  # the last was cut short by a kill
+    for _, record in json_lines(file, remedy=REMEDY):
         try:
-            record = json.loads(line)
+            yield from_json(MetricsRecord, record)
         except ValueError:
-            record = None
-        if isinstance(record, dict):
-            yield record
-        elif line.strip():
             unreadable += 1
     if unreadable:
         faults[file.name] = f"{unreadable:,} line(s) of {file.name} cannot be read and are left out."
 
 
-def _mapping(file: Path, faults: dict[str, str], parse: Any) -> dict[str, Any] | None:
+def _mapping(file: Path, faults: dict[str, str], read: Callable[[Path], Any]) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, yaml.YAMLError) as error:
+        content = read(file)
+    except (ValueError, OSError) as error:
         faults[file.name] = f"{file.name} is damaged: {error}"
         return None
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         faults[file.name] = f"{file.name} is damaged: it holds no mapping."
         return None
-    return dict(content)
+    return content
 
 
 def _no_run(path: Path) -> str:

@@ -15,12 +15,16 @@ from typing import Any
 
 from vaetrain.command_line import to_yaml
 from vaetrain.config import Config
-from vaetrain.machine import cpu_model
+from vaetrain.documents import shorten
+from vaetrain.machine import cpu_model, num_cores, visible_gpus
 from vaetrain.runs.comparison import Agreement
 from vaetrain.runs.directory import RunDirectory
-from vaetrain.runs.provenance import RECORDED_PACKAGES, git_state, package_version
+from vaetrain.runs.provenance import RECORDED_PACKAGES, git_state, is_revision, package_version
 
 ROOT = Path(__file__).parents[2]
+
+MOST_PROCESSES = 16
+"""That a file makes a rerun start, on a machine of fewer cores and GPUs."""
 
 ONE_NODE = """\
 compute_environment: LOCAL_MACHINE
@@ -39,11 +43,10 @@ def differences(run: RunDirectory) -> Iterator[str]:
     """What is not as it was when `run` was trained, of what can move numbers."""
     recorded = run.provenance()
     revision, dirty = git_state(ROOT)
-    if recorded["git_revision"] != revision:
-        yield (
-            f"code: the run's revision is {recorded['git_revision']}, this is {revision}; `git worktree add ../again "
-            f"{recorded['git_revision']}` checks it out beside this one"
-        )
+    if (was := recorded["git_revision"]) != revision:
+        found = was is not None and is_revision(was)  # it comes from a file, and this is a command to copy
+        how = f"; `git worktree add ../again {was}` checks it out beside this one" if found else ""
+        yield f"code: the run's revision is {was if found else 'unknown'}, this is {revision}{how}"
     if recorded["git_dirty"]:
         kept = f"{run.patch_file} has them, for `git apply`" if run.patch_file.is_file() else "and nobody kept them"
         yield f"code: the run's checkout had uncommitted changes; {kept}"
@@ -91,11 +94,9 @@ def caveats(run: RunDirectory) -> Iterator[str]:
 
 def check_data(run: RunDirectory) -> None:
     """Raise ValueError when the shard sets that the config names are not those the run was trained on."""
-    import json
-
     from vaetrain.data.readers.reader import open_selection
 
-    config, dataset = run.config(), json.loads(run.dataset_file.read_text())
+    config, dataset = run.config(), run.dataset()
     for split in ("train", "val"):
         selection, _ = open_selection(config.data, split)
         found, wanted = selection.shard_set.manifest.fingerprint, dataset[split]["fingerprint"]
@@ -107,14 +108,29 @@ def check_data(run: RunDirectory) -> None:
 
 
 def config_of_rerun(run: RunDirectory, out: Path) -> Config:
-    """The run's own config, into another folder, from the start, and without trackers, whose ids are the run's."""
+    """The run's own config, into another folder, from the start, and without trackers, whose ids are the run's.
+
+    What it says of other folders to write in is not taken: it may be somebody else's.
+    """
     config = run.config()
-    log = replace(config.log, wandb="disabled", tensorboard=False)
-    return replace(config, run_dir=out, log=log, resume="never" if config.resume == "auto" else config.resume)
+    log, data = replace(config.log, wandb="disabled", tensorboard=False), config.data.as_recorded()
+    resume = "never" if config.resume == "auto" else config.resume
+    return replace(config, run_dir=out, log=log, data=data, resume=resume)
 
 
 def start(config: Config, recorded: dict[str, Any]) -> int:
-    """Train in processes of their own, as many and on as many threads as were recorded; returns the exit code."""
+    """Train in processes of their own, as many and on as many threads as were recorded; returns the exit code.
+
+    Raises ValueError for numbers of these that cannot be meant, for they come from a file.
+    """
+    most = max(MOST_PROCESSES, num_cores(), len(visible_gpus()))
+    if not 1 <= recorded["num_processes"] <= most:
+        raise ValueError(
+            f"it is said to be trained on {recorded['num_processes']} processes; {most} at most are started here"
+        )
+    threads = recorded.get("omp_num_threads")
+    if threads is not None and not re.fullmatch(r"\d{1,4}(,\d{1,4}){0,7}", threads):
+        raise ValueError(f"its OMP_NUM_THREADS is said to be {shorten(threads)!r}, which is no number of threads")
     if recorded.get("processes_per_node", recorded["num_processes"]) < recorded["num_processes"]:
         raise ValueError(
             f"it was trained on {recorded['num_processes']} processes on several machines; start it there with "
@@ -123,8 +139,8 @@ def start(config: Config, recorded: dict[str, Any]) -> int:
         )
     variables = dict(os.environ)
     variables.pop("OMP_NUM_THREADS", None)
-    if recorded.get("omp_num_threads"):
-        variables["OMP_NUM_THREADS"] = recorded["omp_num_threads"]
+    if threads:
+        variables["OMP_NUM_THREADS"] = threads
     with tempfile.TemporaryDirectory() as folder:
         config_file, launch_file = Path(folder) / "config.yaml", Path(folder) / "launch.yaml"
         config_file.write_text(to_yaml(config))
@@ -140,6 +156,9 @@ def start(config: Config, recorded: dict[str, Any]) -> int:
                 "0",
             ]
         command = [sys.executable, *launcher, str(ROOT / "vaetrain" / "train.py"), "--config", str(config_file)]
+        command += ["--run-dir", str(config.run_dir)]
+        if config.data.cache_dir is not None:
+            command += ["--data.cache-dir", str(config.data.cache_dir)]
         return subprocess.run(command, env=variables, check=False).returncode
 
 

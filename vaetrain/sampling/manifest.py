@@ -4,12 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from vaetrain.command_line import plain
 from vaetrain.export import TrainedModel, weights_sha256
 from vaetrain.priors.config import PriorName
 from vaetrain.priors.saved import SavedPrior
+
+
+class SampledModel(TypedDict):
+    """Of a model's config, what its images are like."""
+
+    image_size: int
+    in_channels: int
+
+
+class SampledConfig(TypedDict):
+    """Of a run's config."""
+
+    model: SampledModel
+
+
+class SampledTraining(TypedDict):
+    """What made the model."""
+
+    config: SampledConfig
+
+
+class SampledManifest(TypedDict):
+    """What a reader of a sample set relies on."""
+
+    run: str
+    checkpoint: str
+    checkpoint_sha256: str
+    count: int
+    shards: list[dict[str, Any]]
+    training: SampledTraining
+
 
 PIXELS = "decoder mean, rounded to the nearest of 256 levels, halves to the even one"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +15,16 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vaetrain.data.format.decode import decode_into
-from vaetrain.data.format.manifest import MANIFEST_NAME
-from vaetrain.files import sha256_of_file
+from vaetrain.data.format.manifest import MANIFEST_NAME, MAX_IMAGE_SIZE, Shard
+from vaetrain.documents import read_json
+from vaetrain.files import inside, sha256_of_file
+from vaetrain.sampling.manifest import SampledManifest
+from vaetrain.strict_json import from_json
+
+MAX_PNG_BYTES = 1 << 28
+"""An image of the largest size is 192 MiB as it is decoded."""
+
+AGAIN = "draw the samples again"
 
 
 @dataclass(frozen=True)
@@ -30,15 +37,38 @@ class SampleReader:
     @classmethod
     def open(cls, folder: Path) -> SampleReader:
         """Raises FileNotFoundError or ValueError when there is no finished sample set."""
-        file = folder / MANIFEST_NAME
+        file = inside(folder, MANIFEST_NAME)
         if not file.is_file():
             raise FileNotFoundError(
                 f"{folder} holds no finished sample set: it has no {MANIFEST_NAME}, which sample.py writes last"
             )
-        manifest = json.loads(file.read_text())
+        manifest = read_json(file, remedy=AGAIN)
         if manifest.get("kind") != "sample set":
             raise ValueError(f"{file} is not the manifest of a sample set, which vaetrain/sample.py writes")
-        return cls(folder, manifest)
+        found = cls(folder, read_json(file, SampledManifest, remedy=AGAIN))
+        try:
+            shards = found.shards
+            found.image_shape()
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}; {AGAIN}") from error
+        if found.num_images != sum(shard.num_images for shard in shards):
+            raise ValueError(
+                f"{file} is damaged: its shards do not hold the {found.num_images} images it counts; {AGAIN}"
+            )
+        return found
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Its tars; ValueError where one is described otherwise than a tar of the folder can be."""
+        described = enumerate(self.manifest["shards"])
+        return [from_json(Shard, content, f"shards[{number}]") for number, content in described]
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels; ValueError where the manifest has none that can be."""
+        size, channels = (self.manifest["training"]["config"]["model"][name] for name in ("image_size", "in_channels"))
+        if not 1 <= size <= MAX_IMAGE_SIZE or channels not in (1, 3):
+            raise ValueError(f"its images have {size} pixels and {channels} channels")
+        return (size, size, channels)
 
     @property
     def num_images(self) -> int:
@@ -52,9 +82,8 @@ class SampleReader:
 
         Raises ValueError for a shard that is damaged.
         """
-        model = self.manifest["training"]["config"]["model"]
-        shape = (model["image_size"], model["image_size"], model["in_channels"])
-        for shard in self.manifest["shards"][accelerator.process_index :: accelerator.num_processes]:
+        shape = self.image_shape()
+        for shard in self.shards[accelerator.process_index :: accelerator.num_processes]:
             indices: list[int] = []
             images: list[Tensor] = []
             for index, encoded in self._pictures(shard):
@@ -70,11 +99,16 @@ class SampleReader:
             if images:
                 yield indices, torch.stack(images)
 
-    def _pictures(self, shard: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
-        path = self.folder / shard["name"]
-        if not path.is_file() or sha256_of_file(path) != shard["sha256"]:
-            raise ValueError(f"{path} is missing or not the file that {MANIFEST_NAME} lists; draw the samples again")
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".png") and (file := tar.extractfile(member)) is not None:
-                    yield int(Path(member.name).stem), file.read()
+    def _pictures(self, shard: Shard) -> Iterator[tuple[int, bytes]]:
+        path = inside(self.folder, shard.name)
+        if not path.is_file() or path.stat().st_size != shard.num_bytes or sha256_of_file(path) != shard.sha256:
+            raise ValueError(f"{path} is missing or not the file that {MANIFEST_NAME} lists; {AGAIN}")
+        try:
+            with tarfile.open(path, "r:") as tar:  # never compressed, so that it is no larger than its file
+                for member in tar:
+                    if member.name.endswith(".png") and (file := tar.extractfile(member)) is not None:
+                        if member.size > MAX_PNG_BYTES or member.issparse():
+                            raise ValueError(f"{member.name} has {member.size:,} bytes")
+                        yield int(Path(member.name).stem), file.read()
+        except (tarfile.TarError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from error

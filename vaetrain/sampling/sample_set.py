@@ -6,7 +6,6 @@ with what it had begun and nothing else.
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vaetrain.data.format.manifest import MANIFEST_NAME, Shard
-from vaetrain.files import sha256_of_file
+from vaetrain.documents import read_json
+from vaetrain.files import inside, sha256_of_file
 from vaetrain.runs.directory import write_json
 from vaetrain.strict_json import differences
 
@@ -50,7 +50,7 @@ class RankShard:
         shards: list[Shard] = []
         for start in range(0, len(indices), self.images_per_shard):
             expected = indices[start : start + self.images_per_shard]
-            file = out / f"{self.prefix}-{len(shards):06d}.tar"
+            file = inside(out, f"{self.prefix}-{len(shards):06d}.tar")
             if images_in(file) != expected:
                 break
             shards.append(Shard(file.name, len(expected), file.stat().st_size, sha256_of_file(file)))
@@ -60,9 +60,9 @@ class RankShard:
 def images_in(shard: Path) -> list[int] | None:
     """The image numbers in a shard of samples, None when it is absent or cut short."""
     try:
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, "r:") as tar:  # never compressed
             return [int(Path(member.name).stem) for member in tar if member.name.endswith(".png")]
-    except (FileNotFoundError, tarfile.TarError):
+    except (FileNotFoundError, tarfile.TarError, ValueError, EOFError):
         return None
 
 
@@ -73,7 +73,8 @@ def is_finished(out: Path, content: Mapping[str, Any]) -> bool:
     """
     if not (out / MANIFEST_NAME).is_file():
         return False
-    if changes := differences(json.loads((out / MANIFEST_NAME).read_text()), content):
+    found = read_json(inside(out, MANIFEST_NAME), remedy="choose another --out")
+    if changes := differences(found, content):
         raise FileExistsError(f"{out} already holds a sample set ({changes}); choose another --out")
     return True
 
@@ -86,7 +87,7 @@ def refuse_other_content(out: Path, request: Mapping[str, Any]) -> None:
                 f"{out} holds shards of which no request.json says what they are; choose another --out"
             )
         return
-    begun = json.loads((out / REQUEST_NAME).read_text())
+    begun = read_json(inside(out, REQUEST_NAME), remedy="choose another --out")
     if changes := differences(begun, request):
         raise FileExistsError(
             f"{out} holds the beginning of another sample set ({changes}); repeat that command to finish it, delete it, or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from vaetrain.command_line import plain
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.distributed.exchange import decided_by_main, gather_objects, meet
+from vaetrain.documents import read_json
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.sampling.encode import with_png
 from vaetrain.sampling.sample_set import write_manifest
@@ -25,7 +25,7 @@ def check_free(folder: Path, content: Mapping[str, Any]) -> bool:
     Raises FileExistsError when it holds anything else.
     """
     manifest = folder / "manifest.json"
-    if manifest.is_file() and not differences(json.loads(manifest.read_text()), content):
+    if manifest.is_file() and not differences(read_json(manifest, remedy="name another folder"), content):
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"--keep-samples {folder} holds something else; delete it or name another folder")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vaetrain.files import write_png
 from vaetrain.scaling.advice import Advice
 from vaetrain.scaling.lr_range import LrRange
 from vaetrain.scaling.lr_trials import LrTrial, LrTrials
@@ -43,7 +44,7 @@ def save_figure(
     _draw_lr(axes[0, 1], found_lr, trials)
     _draw_noise(axes[1, 0], noise, critical)
     _draw_advice(axes[1, 1], advice)
-    figure.savefig(file, dpi=120)
+    write_png(figure, file, dpi=120)
 
 
 def _draw_probes(axes: Axes, probes: Sequence[Probe]) -> None:

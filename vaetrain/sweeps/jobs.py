@@ -12,10 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
+from vaetrain.documents import read_json
 from vaetrain.exit_codes import EXIT_STOPPED
-from vaetrain.files import replace_file
+from vaetrain.files import append_to, replace_file
 from vaetrain.machine import num_cores, visible_gpus
 
 POLL_S = 0.2
@@ -40,6 +41,14 @@ LAUNCHER_LINE = re.compile(r"[EWI]\d{4} .*torch/distributed/")
 SIGNAL = re.compile(r"died with <Signals\.(\w+)|Signal \d+ \((\w+)\) received by PID")
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
+
+
+class JobRecord(TypedDict):
+    """What is relied on of a record."""
+
+    state: str
+    command: NotRequired[list[str]]
+    seconds: NotRequired[float | None]
 
 
 @dataclass(eq=False)
@@ -69,7 +78,7 @@ class Job:
     def read_record(self) -> None:
         """Take over that it finished, if its record says so of this very command."""
         if self.record_file.is_file():
-            record = json.loads(self.record_file.read_text())
+            record = read_json(self.record_file, JobRecord, remedy="delete it to run the job again")
             if record["state"] == "finished" and record.get("command", list(self.command)) == list(self.command):
                 self.state, self.seconds = "finished", record.get("seconds")
 
@@ -145,7 +154,7 @@ def _start(job: Job, processes: int, gpus: Sequence[str], root: Path) -> subproc
     job.state = "running"
     job.write()
     print(f"started   {job.name}", flush=True)
-    with job.log_file.open("ab") as log:
+    with append_to(job.log_file) as log:
         job.log_start = log.tell()
         # A session of its own: Ctrl-C reaches this command alone, which tells the jobs in order.
         return subprocess.Popen(

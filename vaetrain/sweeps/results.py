@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vaetrain.files import replace_file
+from vaetrain.files import replace_file, write_png
 from vaetrain.sweeps.runner import TrialRun
 from vaetrain.sweeps.sweep_file import Sweep
 
@@ -171,7 +171,7 @@ def draw(sweep: Sweep, rows: Sequence[TrialRow], file: Path) -> None:
             name_entries(legend, [f"{names[1]} {value}" for value in readable(groups, 24)])
         as_it_is(axes.set_xlabel(name), axes.set_ylabel(metric))
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+    write_png(figure, file, dpi=150)
 
 
 def _shown(value: Any) -> str:

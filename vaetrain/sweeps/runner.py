@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vaetrain.documents import MAX_YAML_BYTES
+from vaetrain.files import read_bytes
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.sweeps.jobs import Job, run_jobs
 from vaetrain.sweeps.sweep_file import Sweep, Trial
@@ -37,7 +39,9 @@ def trial_name(sweep: Sweep, parameters: Trial, extra: Sequence[str], root: Path
     """
     command = [*sweep.command_of(parameters, "${interpreter}"), *extra]
     files = [root / word.rpartition("=")[2] for word in command if word.endswith(".yaml")]
-    contents = [file.read_text() for file in files if file.is_file()]
+    contents = [
+        read_bytes(file, MAX_YAML_BYTES, "mend it").decode(errors="replace") for file in files if file.is_file()
+    ]
     digest = hashlib.sha256(json.dumps([command, contents]).encode()).hexdigest()[:8]
     values = "_".join(f"{name.rpartition('.')[2]}={parameters[name]}" for name in sweep.varied)
     return f"{re.sub(r'[^A-Za-z0-9=._+-]', '-', values)[:100]}_{digest}"

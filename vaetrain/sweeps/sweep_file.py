@@ -1,7 +1,7 @@
 """A sweep as W&B describes it in YAML: which command, which parameters, which metric. Without importing torch.
 
-The same file goes to `wandb sweep` and to tools/sweep.py. Of W&B's schema this reads grid and random searches; what it does
-not know it refuses by name, so that no search is quietly another one.
+The same file goes to `wandb sweep` and to tools/sweep.py. It is code: its command is run as it stands. Of W&B's schema this reads
+grid and random searches; what it does not know it refuses by name, so that no search is quietly another one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
+from vaetrain.documents import read_yaml
 from vaetrain.sweeps.parameter import drawing, is_listed, listed
 
 Trial = dict[str, Any]
@@ -58,10 +58,7 @@ class Sweep:
         """Read a file; raises ValueError that names what is wrong in it."""
         if not path.is_file():
             raise FileNotFoundError(f"sweep file {path} does not exist; configs/sweeps holds some")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
+        content = read_yaml(path, remedy="see configs/sweeps for its form")
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} holds no mapping; see configs/sweeps for its form")
         if unknown := content.keys() - KNOWN_KEYS:

@@ -20,7 +20,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,10 +36,22 @@ from torch import Tensor, nn
 
 from vaetrain.config import CheckpointConfig
 from vaetrain.distributed.exchange import meet
-from vaetrain.files import NewerFormatError, fsync, sha256_of_file
-from vaetrain.runs.checkpoint_names import is_checkpoint, list_checkpoints, no_good_checkpoint, step_of
+from vaetrain.documents import read_json, shorten
+from vaetrain.files import NewerFormatError, create, fresh_name, fsync, inside, sha256_of_file
+from vaetrain.model.autoencoder import VAE
+from vaetrain.model.config import ModelConfig
+from vaetrain.runs.checkpoint_names import (
+    has_checkpoint_name,
+    has_checksums,
+    is_checkpoint,
+    list_checkpoints,
+    no_good_checkpoint,
+    step_of,
+)
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.provenance import package_version
+from vaetrain.runs.recorded import SavedState
+from vaetrain.strict_json import from_json
 from vaetrain.training.async_writer import SnapshotWriter, Tensors
 from vaetrain.training.optimizer import restore_optimizer_state, split_optimizer_state
 from vaetrain.training.progress import Progress
@@ -47,6 +60,8 @@ from vaetrain.training.retention import Retention, put_in_place
 FORMAT_VERSION = 3
 """Weights of 1 (no meters.safetensors, no version of vaetrain in state.json) and 2 (noise of whole global batches) are read;
 training does not go on from them (`check_resumable`)."""
+
+REMEDY = "use an older checkpoint, or bring this one back from a copy"
 
 
 class CheckpointNotWritten(OSError):
@@ -170,18 +185,22 @@ class Checkpoints:
     def load(self, checkpoint: Path) -> Progress:
         """Restore everything from a checkpoint that was checked; raises ValueError when it is of another model."""
         self.finish()
-        state = json.loads((checkpoint / "state.json").read_text())
+        state, progress = read_state(checkpoint), read_progress(checkpoint)
         load_into(self.model, checkpoint / "model.safetensors")
         load_into(self.ema, checkpoint / "ema.safetensors")
-        restore_optimizer_state(self.optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        self.meters.load_state_dict(load_file(checkpoint / "meters.safetensors"))
-        self.spikes.load_state_dict(load_file(checkpoint / "judge.safetensors"))
+        moments = checkpoint / "optimizer.safetensors"
+        with naming(moments):
+            restore_optimizer_state(self.optimizer, read_tensors(moments), state["optimizer"])
+        if self.scaler is not None and state.get("scaler") is not None:
+            with naming(checkpoint / "state.json"):
+                self.scaler.load_state_dict(state["scaler"])
+        for stateful, name in ((self.meters, "meters"), (self.spikes, "judge")):
+            with naming(checkpoint / f"{name}.safetensors"):
+                stateful.load_state_dict(read_tensors(checkpoint / f"{name}.safetensors"))
         # A checkpoint without one is of a training without it, and it begins anew.
         if self.adversary is not None and (file := checkpoint / "adversary.safetensors").is_file():
-            self.adversary.load_state_dict(load_file(file))
-        progress = Progress(**state["progress"])
+            with naming(file):
+                self.adversary.load_state_dict(read_tensors(file))
         if checkpoint.parent != self.folder:  # another run's: its best checkpoint is not among ours
             progress.best_score = progress.best_step = None
             progress.validations_without_best = 0
@@ -203,7 +222,7 @@ class Checkpoints:
 
     def _write(self, state: str, progress: Progress, began: float, tensors: Tensors) -> None:
         target = self.folder / f"step-{progress.step:08d}"
-        aside = self.folder / f".{target.name}.partial"
+        aside = fresh_name(target)
         file = aside
         try:
             aside.mkdir(parents=True)
@@ -211,13 +230,13 @@ class Checkpoints:
                 file = aside / f"{name}.safetensors"
                 save_file(dict(group), file)
             file = aside / "state.json"
-            file.write_text(state + "\n")
+            write_text(file, state + "\n")
             for attachment in (self.run.config_file, self.run.provenance_file, self.run.dataset_file):
                 file = aside / attachment.name
                 shutil.copy(attachment, file)
             checksums = {path.name: sha256_of_file(path) for path in sorted(aside.iterdir())}
             file = aside / "checksums.json"
-            file.write_text(json.dumps(checksums, indent=2) + "\n")
+            write_text(file, json.dumps(checksums, indent=2) + "\n")
             for file in (*aside.iterdir(), aside, self.run.metrics_file):  # records up to this step outlive it
                 if file.exists():
                     fsync(file)
@@ -242,13 +261,18 @@ class Checkpoints:
 def newest_good(folder: Path, *, up_to_step: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose checksums hold, and what is wrong with the newer ones that were passed over.
 
-    Those later than `up_to_step` are not looked at. Raises NewerFormatError for one that another vaetrain can read: an older
-    one would throw its training away.
+    Those later than `up_to_step` are not looked at. Two kinds are not passed over, since an older one would throw their training
+    away: NewerFormatError for one that another vaetrain can read, ValueError for one whose checksums were taken away.
     """
     damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         if up_to_step is not None and step_of(checkpoint) > up_to_step:
             continue
+        if not has_checksums(checkpoint):
+            raise ValueError(
+                f"{checkpoint} is damaged: it has no checksums.json, without which nothing ever gets its name; bring that back "
+                "from a copy, or delete the whole folder to go on without it"
+            )
         try:
             check(checkpoint)
         except NewerFormatError:
@@ -264,7 +288,7 @@ def find(path: Path) -> Path:
     """The checkpoint that `path` names: itself, or the newest good one of a run directory; warns of newer, damaged ones."""
     if is_checkpoint(path):
         return path
-    checkpoint, damaged = newest_good(path / "checkpoints")
+    checkpoint, damaged = newest_good(inside(path, "checkpoints"))
     if checkpoint is None:
         raise no_good_checkpoint(path, damaged)
     warn_of_damage(damaged, checkpoint)
@@ -283,10 +307,12 @@ def best(run: Path) -> Path:
     Raises ValueError when the best is damaged: another one would pass for it.
     """
     newest = find(run)
-    best_step = json.loads((newest / "state.json").read_text())["progress"]["best_step"]
+    best_step = read_state(newest)["progress"]["best_step"]
     if best_step is None:
         return newest
-    checkpoint = run / "checkpoints" / f"step-{best_step:08d}"
+    if best_step < 0:
+        raise ValueError(f"{newest / 'state.json'} is damaged: best_step is {best_step}; {REMEDY}")
+    checkpoint = inside(run, "checkpoints", f"step-{best_step:08d}")
     try:
         check(checkpoint)
     except NewerFormatError:
@@ -304,25 +330,76 @@ def check(checkpoint: Path) -> None:
 
     Raises NewerFormatError, a ValueError too, naming the version of vaetrain that reads it.
     """
-    try:
-        checksums: dict[str, str] = json.loads((checkpoint / "checksums.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint} is not a whole checkpoint ({error}); use an older one") from error
+    checksums = read_checksums(checkpoint)
     for name in ("state.json", *checksums):
-        file = checkpoint / name
+        file = inside(checkpoint, name)
         if not file.is_file() or sha256_of_file(file) != checksums.get(name):
             raise ValueError(f"{file} is damaged (its checksum differs); use an older checkpoint")
-    state = json.loads((checkpoint / "state.json").read_text())
-    if state["format_version"] > FORMAT_VERSION:
+    state = read_json(
+        checkpoint / "state.json", remedy=REMEDY, nulls=True
+    )  # of a later format other keys may be wanted
+    version = state.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise NewerFormatError(
-            f"{checkpoint} has format {state['format_version']}, and this vaetrain ({package_version('vaetrain')}) reads up "
-            f"to {FORMAT_VERSION}; use vaetrain {state['vaetrain']}, which wrote it, or a later one"
+            f"{checkpoint} has format {version}, and this vaetrain ({package_version('vaetrain')}) reads up "
+            f"to {FORMAT_VERSION}; use vaetrain {state.get('vaetrain')}, which wrote it, or a later one"
         )
+    read_state(checkpoint)
+
+
+def read_checksums(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 by name of each file of a checkpoint; ValueError where that cannot be had."""
+    try:
+        checksums: dict[str, str] = read_json(inside(checkpoint, "checksums.json"), dict[str, str], remedy=REMEDY)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint} is not a whole checkpoint ({error})") from error
+    return checksums
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's state.json; raises FileNotFoundError, and ValueError naming it and what is wrong."""
+    state: dict[str, Any] = read_json(inside(checkpoint, "state.json"), SavedState, remedy=REMEDY, nulls=True)
+    return state
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """How far training was; raises ValueError where that cannot be."""
+    file = checkpoint / "state.json"
+    with naming(file):
+        progress: Progress = from_json(Progress, asdict(Progress()) | read_state(checkpoint)["progress"], "progress")
+        for name, value in asdict(progress).items():
+            if isinstance(value, int) and not 0 <= value < 2**62:
+                raise ValueError(f"progress.{name} is {value}")
+        if has_checkpoint_name(checkpoint) and progress.step != step_of(checkpoint):
+            raise ValueError(f"progress.step is {progress.step}")
+        if not 0 < progress.lr_factor <= 1:
+            raise ValueError(f"progress.lr_factor is {progress.lr_factor}")
+    return progress
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Inside, whatever does not fit is `file`'s fault: a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        said = str(error)
+        if isinstance(error, ValueError) and said.startswith(str(file)):
+            raise
+        raise ValueError(f"{file} is damaged: {shorten(said, 500)}; {REMEDY}") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises FileNotFoundError, and ValueError naming it and what is wrong."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; {REMEDY}")
+    with naming(file):
+        return load_file(file)
 
 
 def check_resumable(checkpoint: Path) -> None:
     """Refuse, with ValueError, to go on from a checkpoint of an older format: its training drew other noise."""
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = read_state(checkpoint)
     if state["format_version"] < FORMAT_VERSION:
         writer = state.get("vaetrain") or f"of the git revision in {checkpoint / 'provenance.json'}"
         raise ValueError(
@@ -332,14 +409,45 @@ def check_resumable(checkpoint: Path) -> None:
         )
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a new file."""
+    with create(file) as opened:
+        opened.write(text.encode())
+
+
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's state as contiguous CPU tensors: safetensors takes no channels_last."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def load_into(module: nn.Module, file: Path) -> None:
-    """Copy saved weights into a module, keeping its memory format; ValueError names what does not fit."""
-    try:
-        module.load_state_dict(load_file(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not fit this --model.*: {error}") from error
+    """Copy saved weights into a module, keeping its memory format; ValueError names what does not fit, or is not finite."""
+    tensors = read_tensors(file)
+    check_fits(tensors, module.state_dict(), file)
+    module.load_state_dict(tensors)
+
+
+def load_vae(config: ModelConfig, file: Path) -> VAE:
+    """A VAE with the weights of a file; ValueError before anything is built that the file has no weights for."""
+    tensors = read_tensors(file)
+    with torch.device("meta"):
+        check_fits(tensors, VAE(config).state_dict(), file)
+    vae = VAE(config)
+    vae.load_state_dict(tensors)
+    return vae
+
+
+def check_fits(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: Path) -> None:
+    """Raise ValueError, naming the first of them, for tensors that are not those of a model."""
+    problem = ""
+    if different := sorted(tensors.keys() ^ wanted.keys()):
+        problem = f"{'it lacks' if different[0] in wanted else 'it alone has'} {shorten(different[0])}"
+    for name in tensors.keys() & wanted.keys():
+        found, expected = tensors[name], wanted[name]
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            problem = f"{name} is {found.dtype} of shape {tuple(found.shape)}, not {expected.dtype} of {tuple(expected.shape)}"
+    if problem:
+        raise ValueError(f"{file} does not fit this --model.*: {problem}; {REMEDY}")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{file} is damaged: {name} has values that are not finite; {REMEDY}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from vaetrain.data.readers.reader import Reader
+from vaetrain.files import replace_file, write_png
 from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.curves import DISTORTION, LOSS, RATE, Curve, line_of, without_outliers
 from vaetrain.runs.directory import RunDirectory
@@ -66,7 +68,9 @@ def save_grid(images: Float[Tensor, "b c h w"], file: Path, columns: int) -> Non
     """Save images in [0, 1] side by side, row by row; those under 128 pixels are enlarged so that one can see them."""
     scale = max(1, 128 // images.shape[-1])
     enlarged = F.interpolate(images.float().cpu(), scale_factor=scale, mode="nearest")
-    save_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=1.0), file)
+    picture = io.BytesIO()
+    save_image(make_grid(enlarged, nrow=columns, padding=2, pad_value=1.0), picture, format="png")
+    replace_file(file, picture.getvalue())
 
 
 @torch.no_grad()
@@ -153,5 +157,5 @@ def finish(figure: Any, axes: Sequence[Any], file: Path) -> None:
             axis.set_ylim(top=max(later) + 0.05 * (max(later) - min(later)))
     if figure.axes[0].get_legend_handles_labels()[0]:  # none where no loss was finite
         figure.axes[0].legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    write_png(figure, file, dpi=120)
     plt.close(figure)

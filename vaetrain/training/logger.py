@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from accelerate import Accelerator
@@ -18,6 +17,8 @@ from accelerate import Accelerator
 from vaetrain.command_line import flatten, plain
 from vaetrain.config import Config
 from vaetrain.distributed.processes import in_use
+from vaetrain.documents import read_json
+from vaetrain.files import inside
 from vaetrain.metrics.validation import ValidationScores
 from vaetrain.model.autoencoder import VAE
 from vaetrain.progress_bar import ProgressBar
@@ -26,6 +27,18 @@ from vaetrain.training.meters import LogWindow
 from vaetrain.training.noise_scale import NoiseScale
 from vaetrain.training.progress import Progress
 from vaetrain.training.throughput import peak_flops, training_flops_per_image
+
+
+class WandbRun(TypedDict):
+    """Of a run at Weights & Biases."""
+
+    id: str
+
+
+class Trackers(TypedDict):
+    """trackers.json."""
+
+    wandb: WandbRun
 
 
 class RunLogger:
@@ -67,6 +80,8 @@ class RunLogger:
         self, accelerator: Accelerator, run: RunDirectory, config: Config, dataset_fingerprint: str, step: int
     ) -> None:
         if accelerator.log_with:
+            for folder in ("wandb", config.log.wandb_project):  # where the trackers write
+                inside(run.path, folder)
             accelerator.init_trackers(
                 config.log.wandb_project,
                 config=hyper_parameters(config) | {"dataset_fingerprint": dataset_fingerprint},
@@ -196,9 +211,11 @@ def _wandb_errors(mode: str) -> Iterator[None]:
 
 def wandb_id(run: RunDirectory) -> str:
     """The id of the run at W&B, kept in trackers.json: what a sweep's agent says, or made up; for the main process alone."""
-    if not run.trackers_file.is_file():
-        write_json(run.trackers_file, {"wandb": {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)}})
-    return str(json.loads(run.trackers_file.read_text())["wandb"]["id"])
+    file = run.trackers_file
+    if not file.is_file():
+        write_json(file, {"wandb": {"id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)}})
+    trackers = read_json(file, Trackers, remedy="delete it to have the run listed anew")
+    return str(trackers["wandb"]["id"])
 
 
 def hyper_parameters(config: Config) -> dict[str, Any]:

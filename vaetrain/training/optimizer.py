@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from vaetrain.config import OptimConfig
 
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW remembers of each parameter."""
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW (CPU and CUDA) of the parameters that are trained; weight decay only on matrices and kernels."""
@@ -44,9 +47,17 @@ def restore_optimizer_state(
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)
+        if not 0 <= int(index) < len(parameters):
+            raise ValueError(f"there is no parameter {index}")
         parameter = parameters[int(index)]
+        if value.shape != (() if key == "step" else parameter.shape) or not value.is_floating_point():
+            raise ValueError(
+                f"{name} is {value.dtype} of shape {tuple(value.shape)}, its parameter of {tuple(parameter.shape)}"
+            )
         like_parameter = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
         state.setdefault(int(index), {})[key] = like_parameter.detach()
+    if any(values.keys() != MOMENTS for values in state.values()):
+        raise ValueError(f"some parameter lacks one of {', '.join(sorted(MOMENTS))}, or has others")
     current = optimizer.state_dict()["param_groups"]
     merged = [{**saved, **now} for now, saved in zip(current, groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": merged})

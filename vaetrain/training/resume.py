@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
-from vaetrain.command_line import parse
+from vaetrain.command_line import read_config
 from vaetrain.config import CompileMode, Config, PrecisionName
 from vaetrain.data.readers.read_order import ReadOrder
+from vaetrain.documents import read_json, read_yaml
 from vaetrain.files import sha256_of_file
 from vaetrain.interchange.diffusers_config import WEIGHTS_FILE, check_fits, is_diffusers_folder
 from vaetrain.interchange.diffusers_weights import load_diffusers
 from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.checkpoint_names import list_checkpoints
-from vaetrain.runs.directory import RunDirectory
-from vaetrain.training.checkpoint import best, check, check_resumable, find, load_into, newest_good, warn_of_damage
+from vaetrain.runs.directory import REMEDY, RunDirectory, read_dataset
+from vaetrain.runs.recorded import Provenance
+from vaetrain.strict_json import from_json
+from vaetrain.training.checkpoint import (
+    best,
+    check,
+    check_resumable,
+    find,
+    load_into,
+    naming,
+    newest_good,
+    read_progress,
+    read_state,
+    warn_of_damage,
+)
 
 
 def resume_point(
@@ -53,7 +64,8 @@ def resume_point(
     if checkpoint is None:
         return None
     check_resumable(checkpoint)
-    saved = parse(Config, None, ["--config", str(checkpoint / "config.yaml")])
+    copied = RunDirectory(checkpoint)  # a checkpoint has files of the same names
+    saved = read_config(Config, copied.config_file)
     fixed: list[tuple[str, Any, Any]] = [
         ("--model.*", saved.model.without_checkpointing, config.model.without_checkpointing),
         ("--seed", saved.seed, config.seed),
@@ -62,7 +74,7 @@ def resume_point(
         ("--data.classes", saved.data.classes, config.data.classes),
         (
             "--data.train (fingerprint)",
-            json.loads((checkpoint / "dataset.json").read_text())["train"]["fingerprint"],
+            read_dataset(copied.dataset_file)["train"]["fingerprint"],
             dataset["train"]["fingerprint"],
         ),
     ]
@@ -72,6 +84,12 @@ def resume_point(
                 f"{checkpoint} was trained with {flag} {before}, now it is {now}; resuming would not continue that run. "
                 "Use the saved value, or another --run-dir for a new run"
             )
+    progress = read_progress(checkpoint)
+    if progress.images_seen != progress.step * saved.train.global_batch_size:
+        raise ValueError(
+            f"{checkpoint / 'state.json'} is damaged: {progress.images_seen:,} images are not those of {progress.step:,} steps of "
+            f"{saved.train.global_batch_size}; use an older checkpoint, or bring this one back from a copy"
+        )
     check_reading(checkpoint, reading, images_per_epoch)
     check_loss_terms(checkpoint, loss_terms)
     return checkpoint
@@ -91,23 +109,26 @@ def recorded_compile(config: Config) -> CompileMode | bool | None:
 
 def recorded(config: Config, name: str) -> Any:
     """What the run that `config` would go on with has for `--train.NAME`, None where there is nothing that can be read yet."""
-    own = list_checkpoints(RunDirectory(config.run_dir).checkpoints)
     # What cannot be read is found, and said, by `resume_point`.
-    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        own = list_checkpoints(RunDirectory(config.run_dir).checkpoints)
         checkpoint = own[-1] if own else None
         if checkpoint is None and config.resume not in ("auto", "never"):
             checkpoint = find(Path(config.resume))
         if checkpoint is not None:
-            return yaml.safe_load((checkpoint / "config.yaml").read_text())["train"][name]
+            return read_yaml(RunDirectory(checkpoint).config_file, remedy=REMEDY)["train"][name]
     return None
 
 
 def check_reading(checkpoint: Path, reading: ReadOrder, images_per_epoch: int) -> None:
     """Refuse, with ValueError, to go on in the middle of an epoch in another order: it would repeat images and leave others out."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    saved = state.get("reading")  # None: written before it was recorded
-    within_epoch = state["progress"]["images_seen"] % images_per_epoch
-    if saved is None or not within_epoch or reading.is_resumable_from(before := ReadOrder(**saved)):
+    saved = read_state(checkpoint).get("reading")  # None: written before it was recorded
+    within_epoch = read_progress(checkpoint).images_seen % images_per_epoch
+    if saved is None or not within_epoch:
+        return
+    with naming(checkpoint / "state.json"):
+        before: ReadOrder = from_json(ReadOrder, saved, "reading")
+    if reading.is_resumable_from(before):
         return
     raise ValueError(
         f"{checkpoint} lies {within_epoch:,} images into an epoch that was read with {before}; with {reading} the rest of it "
@@ -121,7 +142,7 @@ def check_loss_terms(checkpoint: Path, loss_terms: Mapping[str, Mapping[str, str
 
     Its weight may change, as β may, to 0 and from it.
     """
-    saved = json.loads((checkpoint / "state.json").read_text()).get("loss_terms", {})
+    saved = read_state(checkpoint).get("loss_terms", {})
     for term in saved.keys() & loss_terms.keys():
         for name, before in saved[term].items():
             if before != (now := loss_terms[term].get(name)):
@@ -151,7 +172,11 @@ def origin(run: RunDirectory, config: Config, resumed_from: Path | None) -> dict
 def made_by(source: Path) -> dict[str, Any] | None:
     """The provenance inside a checkpoint or an export; None for one that has none."""
     file = source / "provenance.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    kind = Provenance if (source / "state.json").is_file() else dict
+    made: dict[str, Any] = read_json(file, kind, remedy=REMEDY)
+    return made
 
 
 def weights_of(source: Path) -> Path:

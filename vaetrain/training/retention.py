@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vaetrain.config import CheckpointConfig
 from vaetrain.files import fsync
-from vaetrain.runs.checkpoint_names import list_checkpoints, step_of
+from vaetrain.runs.checkpoint_names import NONE_YET, has_checksums, list_checkpoints, step_of
 
 
 def remove(checkpoint: Path) -> None:
@@ -42,6 +42,7 @@ def put_in_place(aside: Path, target: Path) -> None:
         target.rename(replaced)
     aside.rename(target)
     fsync(target.parent)
+    target.with_name(NONE_YET).unlink(missing_ok=True)
     if replaced.exists():
         delete(replaced)
 
@@ -61,7 +62,7 @@ class Retention:
         Should training diverge, it goes back to the newest up to `sound_step`; None: that of `step`.
         """
         self.clear_leftovers()
-        checkpoints = list_checkpoints(self.folder)
+        checkpoints = [path for path in list_checkpoints(self.folder) if has_checksums(path)]  # others are left alone
         # Training passed over those of later steps, because they are damaged or because it went back.
         usable = [path for path in checkpoints if step_of(path) <= step]
         kept = {*usable[-self.config.keep_last :], *(path for path in usable if step_of(path) == best_step)}

@@ -47,7 +47,9 @@ class SpikeDetector:
         return {"num_taken": self.num_taken, "mean_log_norm": self.mean_log_norm}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state; ValueError where it is none."""
+        if any(state[name].shape != () or not torch.isfinite(state[name]) for name in ("num_taken", "mean_log_norm")):
+            raise ValueError("num_taken and mean_log_norm are not one finite number each")
         self.num_taken = state["num_taken"].to(self.num_taken)
         self.mean_log_norm = state["mean_log_norm"].to(self.mean_log_norm)
 

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from vaetrain.data.format.index import SplitIndex
-from vaetrain.files import NewerFormatError, replace_file
+from vaetrain.documents import parse_json
+from vaetrain.files import NewerFormatError, read_bytes, replace_file
 from vaetrain.strict_json import from_json, sha256_of_json
 
 FORMAT_VERSION = 1
@@ -33,6 +34,7 @@ MAX_IMAGE_BYTES = 2**31 - 1
 # 192 MiB a decoded image of colour. A reader makes room for whole batches before it sees one, so what a manifest claims is bounded.
 MAX_IMAGE_SIZE = 8192
 MAX_SHARD_BYTES = 2**50
+MAX_MANIFEST_BYTES = 1 << 28  # about a million shards
 # What Pillow raises for damaged JPEG, PNG and WebP files; a SyntaxError for a broken PNG chunk.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 ImageFormat = Literal["jpg", "png", "webp"]
@@ -219,7 +221,7 @@ class Manifest:
     def read(cls, path: str | Path) -> Manifest:
         """Read a manifest.json; raises ValueError naming the file and the field that is wrong."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = parse_json(read_bytes(Path(path), MAX_MANIFEST_BYTES, "name another shard set"))
             version = content.get("format_version") if isinstance(content, dict) else None
             if isinstance(version, int) and version > FORMAT_VERSION:
                 tool = content.get("tool")
@@ -232,7 +234,7 @@ class Manifest:
                 raise ValueError("fingerprint is empty")
         except NewerFormatError:
             raise
-        except (ValueError, RecursionError) as error:  # JSON's and UTF-8's are ValueErrors; JSON may be nested too deep
+        except ValueError as error:
             raise ValueError(
                 f"{path} is no valid manifest: {error}; write it again with tools/make_shards.py"
             ) from error

@@ -16,7 +16,7 @@ import numpy as np
 
 from vaetrain.data.format.index import SplitIndex
 from vaetrain.data.format.manifest import TAR_BLOCK, Shard
-from vaetrain.files import naming_file
+from vaetrain.files import create, fresh_name, naming_file
 
 # tar pads a file to whole records of 20 blocks; other readers accept less, but GNU tar warns of "a lone zero block".
 TAR_RECORD = 20 * TAR_BLOCK
@@ -127,9 +127,9 @@ class ShardWriter:
 
     def _open(self) -> None:
         self._name = f"{self._prefix}-{self._first_shard + len(self.shards):06d}.tar"
-        # The process number keeps a second writer of the same shard from writing into the first one's file.
-        self._partial = self._aside / f".{self._name}.{os.getpid()}"
-        self._file = self._partial.open("wb")
+        # A fresh name keeps a second writer of the same shard from writing into the first one's file, and both out of links.
+        self._partial = fresh_name(self._aside / self._name)
+        self._file = create(self._partial)
         self._hash = hashlib.sha256()
         self._num_images = 0
         self._num_bytes = 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +18,14 @@ from vaetrain.data.readers.reader import Reader, open_selection
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.stream import StreamReader
 from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.documents import MAX_LINE_BYTES, parse_json
+from vaetrain.strict_json import from_json
+
+
+class SampleRecord(TypedDict):
+    """What make_shards writes beside an image, as far as it is needed here."""
+
+    source: str
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,14 @@ def _source(selection: Selection, position: int) -> str:
     # A sample's JSON follows its image: one header block, then the text.
     index = selection.index
     header = int(index.offset[position]) + -(-int(index.num_bytes[position]) // TAR_BLOCK) * TAR_BLOCK
-    with selection.shard_set.path(selection.shard_of(position)).open("rb") as file:
+    path = selection.shard_set.path(selection.shard_of(position))
+    with path.open("rb") as file:
         file.seek(header)
-        member = tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "utf-8", "strict")
-        source: str = json.loads(file.read(member.size))["source"]
-    return source
+        try:
+            member = tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "utf-8", "strict")
+            record: SampleRecord = from_json(SampleRecord, parse_json(file.read(min(member.size, MAX_LINE_BYTES))))
+        except (ValueError, tarfile.TarError) as error:
+            raise ValueError(
+                f"{path} has no record of its image {position} ({error}); make the shards again"
+            ) from error
+    return record["source"]

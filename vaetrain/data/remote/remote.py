@@ -15,14 +15,13 @@ import numpy as np
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.index import INDEX_TYPES
-from vaetrain.data.format.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, Shard, Split
+from vaetrain.data.format.manifest import INDEX_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Shard, Split
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.remote.cache import ShardCache
 from vaetrain.data.remote.remote_file import DEFAULT_PERSISTENCE, Persistence, RemoteFile
 from vaetrain.data.remote.url import remote_folder
 from vaetrain.files import READ_BYTES
 
-MAX_MANIFEST_BYTES = 1 << 28  # about a million shards
 INDEX_HEADER_BYTES = 1 << 20
 
 

@@ -17,4 +17,6 @@ def remote_folder(location: str) -> str | None:
         )
     if "://" not in location:
         return None
+    if "::" in location.partition("://")[0]:
+        raise ValueError(f"{location} chains file systems, some of which write; give the plain URL of the shard set")
     return location.removesuffix(MANIFEST_NAME).rstrip("/") + "/"
