@@ -74,9 +74,8 @@ def refusal(*argv: object) -> str:
         ("run_dir: runs/../../x", ("--run_dir=here",), "give --run-dir on the command line"),
         ("run_dir: $HOME/x", ("--run-dir", "here"), "outside the working directory"),
         ("data: {cache_dir: /elsewhere}", ("--data.cache-dir", "here"), "give --data.cache-dir on the command line"),
-        ("data: {classes: [a, --run-dir=/x]}", None, "would be taken for an option"),
-        ("data: {val: -h}", None, "would be taken for an option"),
-        ("data: {classes: [[a]]}", None, "lists within a list"),
+        ("data: {classes: [[a]]}", None, "a list of lists or of mappings"),
+        ("train: {rfid: {extractor: ./evil.pt, every_epochs: 1}}", None, "a file of code"),
         ("log: {wandb_project: ../../x}", None, "it is a name"),
         ("optim: {lr: nan}", None, "--optim.lr is nan; give a finite number"),
         ("seed: 18446744073709551615", None, "--seed is 18446744073709551615"),
@@ -89,6 +88,14 @@ def test_a_config_file_neither_executes_nor_writes_elsewhere(tmp_path, monkeypat
     assert told in " ".join(refusal("--config", file, "--data.train", "x").replace("│", " ").split())
     if given is not None:  # the user's own command line may
         parse(Config, None, ["--config", str(file), "--data.train", "x", *given])
+
+
+def test_what_looks_like_an_option_is_text(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {classes: [a, --run-dir=/x, -h], val: -h}\nseed: 7")
+    config = parse(Config, None, ["--config", str(file), "--data.train", "x", "--run-dir", "here"])
+    assert config.data.classes == ("a", "--run-dir=/x", "-h")
+    assert (config.data.val, config.run_dir, config.seed) == ("-h", Path("here"), 7)
 
 
 def test_a_file_of_code_is_named_by_the_user_alone(tmp_path, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vaetrain.command_line import to_yaml
-from vaetrain.config import Config
+from vaetrain.config import Config, RfidConfig
 from vaetrain.documents import shorten
 from vaetrain.machine import cpu_model, num_cores, visible_gpus
 from vaetrain.runs.comparison import Agreement
@@ -88,6 +88,8 @@ def caveats(run: RunDirectory) -> Iterator[str]:
         yield "it ran on a GPU without --train.deterministic, where sums come in another order each time: losses agree nearly"
     if config.resume not in ("auto", "never"):
         yield f"it went on from {config.resume}, and so does this"
+    if config.train.rfid.every_epochs is not None:
+        yield "it computed val/rfid, and this does not: its extractor may be a file of code, which only a user names"
     if config.init_from is not None:
         yield f"it started from the weights of {config.init_from}, which are taken as they are now"
 
@@ -115,7 +117,9 @@ def config_of_rerun(run: RunDirectory, out: Path) -> Config:
     config = run.config()
     log, data = replace(config.log, wandb="disabled", tensorboard=False), config.data.as_recorded()
     resume = "never" if config.resume == "auto" else config.resume
-    return replace(config, run_dir=out, log=log, data=data, resume=resume)
+    best_by = "elbo" if config.train.best_by == "rfid" else config.train.best_by
+    train = replace(config.train, rfid=RfidConfig(), best_by=best_by)  # which may name a file of code
+    return replace(config, run_dir=out, log=log, data=data, resume=resume, train=train)
 
 
 def start(config: Config, recorded: dict[str, Any]) -> int:
