@@ -139,10 +139,10 @@ def test_a_step_whose_gradient_is_not_finite_moves_nothing():
 
 
 def follow(half_life_images: int, batch_size: int, start: int, num_images: int) -> float:
-    model = nn.Linear(1, 1, bias=False).requires_grad_(False)
-    model.weight.fill_(0)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
     ema = ExponentialMovingAverage(model, half_life_images)
-    model.weight.fill_(1)
+    nn.init.ones_(model.weight)
     for images_seen in range(start + batch_size, start + num_images + 1, batch_size):
         ema.update(model, batch_size, images_seen)
     return ema.module.weight.item()
