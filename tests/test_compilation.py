@@ -134,7 +134,7 @@ def test_steps_add_to_those_tensors(monkeypatch, accelerator, mode, its_own):
     numbers = torch.zeros(2, dtype=torch.int64)
     batches = itertools.repeat(Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), numbers, numbers))
     for images_seen in (0, 4):
-        step.accumulate(batches, images_seen, beta=1.0)
+        step.accumulate(batches, images_seen, 1.0)
         step.update(1e-3, images_seen + 4)
     assert all((parameter.grad is before[parameter]) == its_own for parameter in step.vae.parameters())
     assert all(parameter.grad.ne(0).any() for parameter in step.vae.parameters())

@@ -61,7 +61,7 @@ def images() -> itertools.cycle:
 
 
 def gradients(step: TrainStep) -> list[Tensor]:
-    step.accumulate(images(), 0, beta=1.0)
+    step.accumulate(images(), 0, 1.0)
     return [parameter.grad.clone() for parameter in step.vae.parameters()]
 
 

@@ -21,7 +21,6 @@ import vaetrain.training.step
 from launching import finish, start
 from vaetrain.config import Config, LogConfig
 from vaetrain.data.config import DataConfig
-from vaetrain.model.autoencoder import VAE
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.checkpoint import FORMAT_VERSION
@@ -266,12 +265,13 @@ def test_a_resumed_run_goes_on_at_its_trackers(tiny_shards, tmp_path):
             alone,
             run,
             config,
-            VAE(config.model),
             step=first - 1,
             images_seen=first - 1,
             total_images=5,
             images_per_epoch=1,
             dataset_fingerprint="f",
+            flops_per_image=lambda: 1.0,
+            unit="nats",
         )
         for step in range(first, last + 1):
             logger.write("train", Progress(step=step, images_seen=step), {"train/loss": float(step)})

@@ -10,14 +10,15 @@ from safetensors.torch import load
 
 import vaetrain
 import vaetrain.train
+import vaetrain.training.ema
 import vaetrain.training.logger
 import vaetrain.training.step
 from launching import TINY, run
 from together import script_succeeds
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.training import precision
+from vaetrain.training.gradient_step import nan_unless_finite
 from vaetrain.training.progress import Progress
-from vaetrain.training.step import nan_unless_finite
 
 
 def records(run_dir, split):
@@ -154,7 +155,7 @@ def test_one_bad_step_is_skipped_and_counted(train_tiny, monkeypatch):
         return distortion + kl.sum(1).sum() * (math.inf if next(calls) == 3 else 1.0)
 
     monkeypatch.setattr(vaetrain.training.step, "negative_elbo", once_infinite)
-    average = vaetrain.training.step.ExponentialMovingAverage
+    average = vaetrain.training.ema.ExponentialMovingAverage
     skipped_by_average = []
     update = average.update
     monkeypatch.setattr(average, "update", lambda *a: (skipped_by_average.append(float(a[4])), update(*a)))

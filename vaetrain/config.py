@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from vaetrain.data.config import DataConfig
 from vaetrain.model.config import ModelConfig
@@ -18,7 +18,7 @@ from vaetrain.objective.config import ObjectiveConfig
 from vaetrain.wandb_account import wandb_mode, wandb_project
 
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-BestBy = Literal["elbo", "psnr", "ssim", "lpips", "rfid"]
+BestBy = Literal["elbo", "psnr", "ssim", "lpips", "rfid", "flow-loss"]
 CompileMode = Literal["auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -103,12 +103,8 @@ class RfidConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How long, in which batches and in which arithmetic."""
-
-    only: Literal["all", "encoder", "decoder"] = "all"
-    """The part that is trained; the other keeps its weights, those of `--init-from`, to the bit. The likelihood's own parameters,
-    such as σ, go with the decoder."""
+class LoopConfig:
+    """How long, in which batches and in which arithmetic: what every training has."""
 
     epochs: int = 20
     """Passes over the training images."""
@@ -150,15 +146,8 @@ class TrainConfig:
     """Hours after which training has saved and stopped, to be started again (exit code 75), such as a batch system gives; None:
     no limit."""
 
-    best_by: BestBy = "elbo"
-    """What the best checkpoint, and patience, go by: the highest validation elbo, psnr or ssim, or the lowest lpips (with
-    --objective.perceptual.weight) or rfid (with --train.rfid.every-epochs). With terms beyond the ELBO it is no longer what is
-    minimised."""
-
-    rfid: RfidConfig = field(default_factory=RfidConfig)
-
     patience: int | None = None
-    """Stop after this many validations without a better `best_by`. None: never."""
+    """Stop after this many validations without a better score. None: never."""
 
     skip_above: float | None = 100.0
     """Skip a step whose gradient norm is over this many times the geometric mean of recent ones, once 50 steps were taken.
@@ -181,8 +170,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse lengths and batches that mean nothing."""
-        if self.best_by == "rfid" and self.rfid.every_epochs is None:
-            raise ValueError("--train.best-by rfid needs --train.rfid.every-epochs, and the extractor's file")
         if self.compile is True:  # as configs of older runs have it
             object.__setattr__(self, "compile", "default")
         for name in ("epochs", "global_batch_size", "val_every_epochs", "max_nonfinite_steps"):
@@ -205,6 +192,28 @@ class TrainConfig:
                 raise ValueError(f"--train.{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
         if self.ema_half_life_images < 0:
             raise ValueError(f"--train.ema-half-life-images is {self.ema_half_life_images}; give 0 for no EMA")
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """The same of a VAE, and which part of it is trained and what counts as best."""
+
+    only: Literal["all", "encoder", "decoder"] = "all"
+    """The part that is trained; the other keeps its weights, those of `--init-from`, to the bit. The likelihood's own parameters,
+    such as σ, go with the decoder."""
+
+    best_by: Literal["elbo", "psnr", "ssim", "lpips", "rfid"] = "elbo"
+    """What the best checkpoint, and patience, go by: the highest validation elbo, psnr or ssim, or the lowest lpips (with
+    --objective.perceptual.weight) or rfid (with --train.rfid.every-epochs). With terms beyond the ELBO it is no longer what is
+    minimised."""
+
+    rfid: RfidConfig = field(default_factory=RfidConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse a score that is not computed."""
+        super().__post_init__()
+        if self.best_by == "rfid" and self.rfid.every_epochs is None:
+            raise ValueError("--train.best-by rfid needs --train.rfid.every-epochs, and the extractor's file")
 
 
 @dataclass(frozen=True)
@@ -272,6 +281,60 @@ class CheckpointConfig:
                 raise ValueError(f"--checkpoint.{name.replace('_', '-')} is {value}; give at least 1, or None")
 
 
+@runtime_checkable  # for the type checks of the tests
+class TrainingConfig(Protocol):
+    """What the configs of all trainings have, of a VAE or of a prior."""
+
+    @property
+    def optim(self) -> OptimConfig:
+        """AdamW."""
+        ...
+
+    @property
+    def train(self) -> LoopConfig:
+        """The loop."""
+        ...
+
+    @property
+    def log(self) -> LogConfig:
+        """Records."""
+        ...
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """What is kept."""
+        ...
+
+    @property
+    def run_dir(self) -> Path:
+        """Where."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of all randomness."""
+        ...
+
+    @property
+    def resume(self) -> str:
+        """From where it may go on."""
+        ...
+
+    @property
+    def init_from(self) -> Path | None:
+        """Weights to start from."""
+        ...
+
+    @property
+    def best_by(self) -> BestBy:
+        """What the best checkpoint goes by."""
+        ...
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resume may not change, by option."""
+        ...
+
+
 @dataclass(frozen=True)
 class Config:
     """One training run."""
@@ -325,7 +388,27 @@ class Config:
             )
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}; it must not be negative")
-        filled = os.path.expandvars(self.run_dir)
-        if unset := re.search(r"\$\w+|\$\{\w+\}", filled):
-            raise ValueError(f"--run-dir is {self.run_dir}, and the environment has no {unset.group()}")
-        object.__setattr__(self, "run_dir", Path(filled))
+        object.__setattr__(self, "run_dir", filled_in(self.run_dir))
+
+    @property
+    def best_by(self) -> BestBy:
+        """See `TrainConfig`."""
+        return self.train.best_by
+
+    def fixed(self) -> dict[str, Any]:
+        """See `TrainingConfig.fixed`."""
+        return {
+            "--model.*": self.model.without_checkpointing,
+            "--seed": self.seed,
+            "--train.only": self.train.only,
+            "--train.global-batch-size": self.train.global_batch_size,
+            "--data.classes": self.data.classes,
+        }
+
+
+def filled_in(run_dir: Path) -> Path:
+    """A run directory with its environment variables filled in; raises ValueError for one that is not set."""
+    filled = os.path.expandvars(run_dir)
+    if unset := re.search(r"\$\w+|\$\{\w+\}", filled):
+        raise ValueError(f"--run-dir is {run_dir}, and the environment has no {unset.group()}")
+    return Path(filled)

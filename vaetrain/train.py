@@ -12,7 +12,7 @@ if __name__ == "__main__":
     end_with_launcher()  # before anything that takes time
 
 from vaetrain.command_line import parse, user_errors
-from vaetrain.config import Config
+from vaetrain.config import Config, TrainingConfig
 
 if __name__ == "__main__":
     CONFIG = parse(Config, __doc__)  # before the imports below, which take seconds: --help and typos answer at once
@@ -27,32 +27,32 @@ import contextlib
 from accelerate import Accelerator
 
 from vaetrain.data.readers.order import BatchLayout
-from vaetrain.data.readers.reader import open_split
 from vaetrain.distributed import exchange, processes
 from vaetrain.distributed.preemption import StopRequest
 from vaetrain.distributed.watchdog import FIRST_STEP_S, Heartbeat, Watchdog, longest_wait_s
 from vaetrain.exit_codes import EXIT_STOPPED
-from vaetrain.metrics.validation import validate
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training import compilation, precision
 from vaetrain.training.control import Control
 from vaetrain.training.divergence import note_steps, roll_back
-from vaetrain.training.figures import RunFigures
 from vaetrain.training.memory import suggest_on_oom
 from vaetrain.training.progress import Progress
 from vaetrain.training.resume import recorded_compile, recorded_precision
-from vaetrain.training.schedule import Schedule
+from vaetrain.training.stage import Stage
 from vaetrain.training.start import start_run
-from vaetrain.training.step import TrainStep
 from vaetrain.training.throughput import Stopwatch
 from vaetrain.training.time_limit import TimeLimit
+from vaetrain.training.vae_stage import VaeStage
 
 
-def train(config: Config, accelerator: Accelerator, control: Control | None = None) -> Progress:
+def train(
+    config: TrainingConfig, accelerator: Accelerator, control: Control | None = None, kind: type[Stage] = VaeStage
+) -> Progress:
     """Run the training that `config` describes, or go on with it; returns how far it came.
 
-    Every process calls this. `control` is told how far it is and asked whether to go on. Raises ValueError, FileNotFoundError
-    or FileExistsError for what the user can mend, and FloatingPointError when training diverged.
+    Every process calls this. `control` is told how far it is and asked whether to go on; `kind` says what is trained on what.
+    Raises ValueError, FileNotFoundError or FileExistsError for what the user can mend, and FloatingPointError when training
+    diverged.
     """
     control = control or Control.of(config)
     with contextlib.ExitStack() as opened:  # closed however it ends: readers, lock, the checkpoint being written
@@ -64,27 +64,20 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
             config.train.global_batch_size, config.train.micro_batch_size,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
-        train_reader, val_reader = (open_split(config.data, accelerator, split) for split in ("train", "val"))
-        for reader in (train_reader, val_reader):
-            opened.callback(reader.close)
-            config.model.check_images(reader.manifest.image_size, reader.manifest.channels)
-        schedule = Schedule(config, train_reader.num_images, layout)
+        stage = kind(config, layout, accelerator)
+        stage.open_data(opened)
+        train_reader, schedule = stage.train_reader, stage.schedule
 
         # Model: all randomness after the initial weights is a function of the seed and the images seen.
         control.enter("starting: building the model")
-        step = TrainStep.build(config, layout, accelerator)
+        stage.build_model()
+        step = stage.step
 
         # Run: go on from a checkpoint if there is one, and write down what starts.
         control.enter("starting: looking for a checkpoint")
         run = RunDirectory(config.run_dir)
-        readers = (train_reader, val_reader)
-        progress, checkpoints, meters, logger = start_run(run, config, step, schedule, readers, accelerator, opened)
-        figures = RunFigures(run, step.averaged, val_reader, num_pictures=config.log.num_pictures)
-        rfid = None
-        if config.train.rfid.every_epochs:
-            from vaetrain.training.reconstruction_fid import ReconstructionFid  # torch-fidelity takes seconds to import
-
-            rfid = ReconstructionFid(config.train.rfid, val_reader, accelerator, layout.micro_batch_size)
+        progress, checkpoints, meters, logger = start_run(run, stage, accelerator, opened)
+        stage.begin(run)
         stopwatch = Stopwatch(progress.images_seen)
 
         batches = stopwatch.timing(train_reader.train_batches(config.seed, progress.images_seen, layout))
@@ -97,22 +90,9 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
             if validated:
                 control.enter("validation")
                 with stopwatch.paused():
-                    scores, raw_scores = (
-                        validate(
-                            vae,
-                            val_reader,
-                            accelerator,
-                            layout.micro_batch_size,
-                            config.seed,
-                            control.each,
-                            step.comparisons,
-                        )
-                        for vae in (step.averaged, step.vae)
-                    )
-                    if rfid and schedule.rfid_is_due(progress):
-                        scores = scores.with_further(rfid=rfid(step.averaged, control.each))
-                progress.note_validation(scores.score(config.train.best_by), config.train.best_by)
-                logger.log_validation(progress, val=scores, val_raw=raw_scores)
+                    validation = stage.validate(progress, control)
+                progress.note_validation(validation.score, config.best_by)
+                logger.log_validation(progress, **validation.scores)
             control.enter("checkpoint and figures")
             at_end = schedule.is_over(progress)
             if checkpoints.are_due(progress, validated=validated, at_end=at_end):
@@ -120,14 +100,14 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
             if validated:
                 with stopwatch.paused():
                     if accelerator.is_main_process:
-                        figures.draw(logger, progress, at_end=at_end)
+                        stage.draw(logger, progress, at_end=at_end)
                     exchange.meet("the main process to draw figures")
             if at_end:
                 break
 
             # One step on one global batch, of which `layout` says which part is ours.
-            lr, beta, adversarial = schedule.lr(progress), schedule.beta(progress), schedule.adversarial(progress)
-            step.accumulate(batches, progress.images_seen, beta, adversarial, control.enter)
+            lr, weights = schedule.lr(progress), schedule.record(progress)
+            step.accumulate(batches, progress.images_seen, *schedule.weights(progress), entering=control.enter)
             control.enter("update")
             checkpoints.before_update()
             progress.advance(layout.global_batch_size)
@@ -138,7 +118,7 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
                 window = meters.fetch()  # the one wait for the device, once per logging interval
                 diverged = note_steps(progress, window, config.train.max_nonfinite_steps)
                 performance = stopwatch.lap(accelerator, progress.images_seen)
-                logger.log_training(progress, window, performance, beta=beta, lr=lr)
+                logger.log_training(progress, window, performance, lr=lr, **weights)
                 control.forecast(schedule.images_left(progress), performance["perf/images_per_s"], logger.bar.say)
                 if diverged:
                     meters.reset()
@@ -151,7 +131,7 @@ def train(config: Config, accelerator: Accelerator, control: Control | None = No
     return progress
 
 
-def main(config: Config) -> None:
+def run_training(config: TrainingConfig, kind: type[Stage] = VaeStage) -> None:
     """Join the other processes and train; exits with EXIT_STOPPED when told to stop."""
     timeout_s, heartbeat, time_limit = config.train.timeout_s, Heartbeat(), TimeLimit(config.train.max_hours)
     waits_s = longest_wait_s(
@@ -178,9 +158,14 @@ def main(config: Config) -> None:
             compilation.explaining_failure(config),
             processes.finishing(accelerator),
         ):
-            train(config, accelerator, control)
+            train(config, accelerator, control, kind)
     if control.stop.agreed:
         raise SystemExit(EXIT_STOPPED)
+
+
+def main(config: Config) -> None:
+    """Train a VAE."""
+    run_training(config)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,14 @@ class ValidationScores:
         further = scores.pop("further")
         return scores | further
 
+    @property
+    def in_words(self) -> str:
+        """For the terminal."""
+        psnr = f"PSNR {self.psnr_db:.2f} dB"
+        if self.elbo_nats is None:
+            return psnr
+        return f"ELBO {self.elbo_nats:,.1f} nats  {self.bits_per_dim:.3f} bits/dim  {psnr}"
+
     def with_further(self, **values: float) -> ValidationScores:
         """With more of them."""
         return replace(self, further={**self.further, **values})
@@ -82,7 +90,7 @@ class ValidationScores:
                 return self.psnr_db
             case "ssim":
                 return self.ssim
-            case "lpips" | "rfid":
+            case _:
                 distance = self.further.get(by)
                 return None if distance is None else -distance
 

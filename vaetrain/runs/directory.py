@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vaetrain.command_line import read_config, to_yaml
-from vaetrain.config import Config
+from vaetrain.config import Config, TrainingConfig
 from vaetrain.documents import json_lines, read_json
 from vaetrain.files import append_to, inside, naming_file, replace_file
 from vaetrain.runs.checkpoint_names import NONE_YET, list_checkpoints
@@ -156,7 +156,7 @@ class RunDirectory:
 
     def write_start(
         self,
-        config: Config,
+        config: TrainingConfig,
         provenance: Mapping[str, Any],
         dataset: Mapping[str, Any],
         *,

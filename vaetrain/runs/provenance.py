@@ -10,9 +10,8 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from vaetrain.data.format.manifest import Manifest
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.machine import cpu_model, num_cores
 
@@ -29,8 +28,22 @@ RECORDED_PACKAGES = (
 )  # fmt: skip
 
 
-def describe_dataset(train: Manifest, val: Manifest) -> dict[str, Any]:
-    """What the training and validation shard sets are, without their lists of shards."""
+@runtime_checkable  # for the type checks of the tests
+class DataSummary(Protocol):
+    """What a manifest says of itself, for the record of a run."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """Without its lists of files."""
+        ...
+
+
+def describe_dataset(train: DataSummary, val: DataSummary) -> dict[str, Any]:
+    """What the training and validation data are, without their lists of shards."""
     return {"train": train.summary(), "val": val.summary()}
 
 

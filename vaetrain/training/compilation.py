@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vaetrain.config import CompileMode, Config
+from vaetrain.config import CompileMode, TrainingConfig
 from vaetrain.distributed.exchange import gather_objects
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=TrainingConfig)
 
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes that replay a recorded step, whose tensors the next replay overwrites."""
@@ -38,7 +38,7 @@ def resolved(config: C, accelerator: Accelerator, *, kept: CompileMode | bool | 
         mode = False
     elif accelerator.is_main_process:
         print(f"compile {mode}: {reason}", flush=True)
-    return replace(config, train=replace(config.train, compile=mode))
+    return replace(config, train=replace(config.train, compile=mode))  # type: ignore[type-var]
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -70,7 +70,7 @@ def compile_in_place(model: nn.Module, mode: CompileMode | bool) -> None:
 
 
 @contextmanager
-def explaining_failure(config: Config) -> Iterator[None]:
+def explaining_failure(config: TrainingConfig) -> Iterator[None]:
     """Turn a failure to compile inside into a ValueError that says how to go without."""
     from torch._dynamo.exc import TorchDynamoException  # which takes seconds to import, and the first optimizer does
     from torch._inductor.runtime.cache_dir_utils import cache_dir

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from vaetrain.config import Config
+from vaetrain.config import TrainingConfig
 from vaetrain.distributed.preemption import StopRequest
 from vaetrain.distributed.watchdog import Heartbeat
 from vaetrain.training.time_limit import TimeLimit
@@ -23,7 +23,7 @@ class Control:
     time_limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))
 
     @classmethod
-    def of(cls, config: Config) -> Control:
+    def of(cls, config: TrainingConfig) -> Control:
         """That of a training which nobody watches. A collective."""
         return cls(time_limit=TimeLimit(config.train.max_hours))
 

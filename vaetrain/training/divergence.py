@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from vaetrain.config import TrainConfig
+from vaetrain.config import LoopConfig
 from vaetrain.distributed.exchange import decided_by_main, meet
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.checkpoint import Checkpoints, newest_good, warn_of_damage
@@ -26,7 +26,7 @@ def note_steps(progress: Progress, window: LogWindow, max_nonfinite_steps: int) 
 
 
 def roll_back(
-    config: TrainConfig,
+    config: LoopConfig,
     run: RunDirectory,
     checkpoints: Checkpoints,
     logger: RunLogger,
@@ -59,7 +59,7 @@ def roll_back(
 
 
 def checkpoint_to_go_back_to(
-    config: TrainConfig, run: RunDirectory, accelerator: Accelerator, progress: Progress, window: LogWindow
+    config: LoopConfig, run: RunDirectory, accelerator: Accelerator, progress: Progress, window: LogWindow
 ) -> Path:
     """The newest good checkpoint from before the skipped steps; FloatingPointError, on every process, where none will do."""
     reason = reason_to_go_back(config, progress, window)
@@ -77,7 +77,7 @@ def checkpoint_to_go_back_to(
     return decided_by_main(accelerator, find_checkpoint, "find and check a checkpoint to go back to")
 
 
-def reason_to_go_back(config: TrainConfig, progress: Progress, window: LogWindow) -> str:
+def reason_to_go_back(config: LoopConfig, progress: Progress, window: LogWindow) -> str:
     """What happened, for records and messages."""
     return (
         f"{window.longest_streak} steps in a row up to step {progress.step} had a loss or gradient that is not finite, or "

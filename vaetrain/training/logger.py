@@ -5,28 +5,26 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from accelerate import Accelerator
 
 from vaetrain.command_line import flatten, plain
-from vaetrain.config import Config
+from vaetrain.config import TrainingConfig
 from vaetrain.distributed.processes import in_use
 from vaetrain.documents import read_json
 from vaetrain.files import inside
-from vaetrain.metrics.validation import ValidationScores
-from vaetrain.model.autoencoder import VAE
 from vaetrain.progress_bar import ProgressBar
 from vaetrain.runs.directory import RunDirectory, write_json
 from vaetrain.training.meters import LogWindow
 from vaetrain.training.noise_scale import NoiseScale
 from vaetrain.training.progress import Progress
-from vaetrain.training.throughput import peak_flops, training_flops_per_image
+from vaetrain.training.throughput import peak_flops
 
 
 class WandbRun(TypedDict):
@@ -41,6 +39,21 @@ class Trackers(TypedDict):
     wandb: WandbRun
 
 
+@runtime_checkable  # for the type checks of the tests
+class Scores(Protocol):
+    """What a validation found."""
+
+    @property
+    def record(self) -> dict[str, float | None]:
+        """By name."""
+        ...
+
+    @property
+    def in_words(self) -> str:
+        """For the terminal."""
+        ...
+
+
 class RunLogger:
     """Where records and pictures go: metrics.jsonl and the terminal always, W&B and TensorBoard when asked for.
 
@@ -51,22 +64,26 @@ class RunLogger:
         self,
         accelerator: Accelerator,
         run: RunDirectory,
-        config: Config,
-        vae: VAE,
+        config: TrainingConfig,
         *,
         step: int,
         images_seen: int,
         total_images: int,
         images_per_epoch: int,
         dataset_fingerprint: str,
+        flops_per_image: Callable[[], float],
+        unit: str,
         small_batch_size: int | None = None,
     ) -> None:
-        """`small_batch_size`: images behind the meter small_grad_sq, for the noise scale, simple and Adam's."""
+        """`unit` is that of the loss, and `flops_per_image` asked where the device's peak is known.
+
+        `small_batch_size`: images behind the meter small_grad_sq, for the noise scale, simple and Adam's."""
         self.accelerator = accelerator
         self.run = run
         self.images_per_epoch = images_per_epoch
         peak = peak_flops(accelerator.device, in_use(accelerator))
-        self.mfu_per_image_per_s = training_flops_per_image(vae) / peak / accelerator.num_processes if peak else None
+        self.mfu_per_image_per_s = flops_per_image() / peak / accelerator.num_processes if peak else None
+        self.unit = unit
         self.bar = ProgressBar(
             "training", total_images, done=images_seen, quiet=not accelerator.is_main_process,
             write=partial(print, flush=True),
@@ -77,7 +94,7 @@ class RunLogger:
             self._start_trackers(accelerator, run, config, dataset_fingerprint, step)
 
     def _start_trackers(
-        self, accelerator: Accelerator, run: RunDirectory, config: Config, dataset_fingerprint: str, step: int
+        self, accelerator: Accelerator, run: RunDirectory, config: TrainingConfig, dataset_fingerprint: str, step: int
     ) -> None:
         if accelerator.log_with:
             for folder in ("wandb", config.log.wandb_project):  # where the trackers write
@@ -102,13 +119,13 @@ class RunLogger:
         window: LogWindow,
         performance: Mapping[str, float],
         *,
-        beta: float,
         lr: float,
+        **weights: float,
     ) -> None:
         """One record of split "train": means since the last, the schedules' values now, and speed."""
         speed = performance["perf/images_per_s"]
         record = {f"train/{name}": value for name, value in window.means.items()} | {
-            "train/beta": beta,
+            **{f"train/{name}": value for name, value in weights.items()},
             "train/lr": lr,
             "train/skipped_steps": window.skipped_steps,
             "train/exploded_steps": window.exploded_steps,
@@ -123,18 +140,21 @@ class RunLogger:
                     record[f"train/{kind}noise_scale_images"] = scale.images
         self.write("train", progress, record)
         loss = window.means["loss"]
-        loss_text = "loss not finite" if loss is None else f"loss {loss:,.1f} nats"
+        loss_text = (
+            "loss not finite"
+            if loss is None
+            else f"loss {loss:,.5g} {self.unit}"
+            if abs(loss) < 10
+            else f"loss {loss:,.1f} {self.unit}"
+        )
         self.bar.noted(f"step {progress.step:,}, {loss_text}")
 
-    def log_validation(self, progress: Progress, **scores: ValidationScores) -> None:
+    def log_validation(self, progress: Progress, **scores: Scores) -> None:
         """One record of split "val": each keyword becomes a prefix of its scores' names."""
         record = {f"{prefix}/{name}": value for prefix, group in scores.items() for name, value in group.record.items()}
         self.write("val", progress, record)
-        val = scores["val"]
-        bound = "" if val.elbo_nats is None else f"ELBO {val.elbo_nats:,.1f} nats  {val.bits_per_dim:.3f} bits/dim  "
-        self.bar.say(
-            f"epoch {progress.images_seen / self.images_per_epoch:g}  validation  {bound}PSNR {val.psnr_db:.2f} dB"
-        )
+        epoch = progress.images_seen / self.images_per_epoch
+        self.bar.say(f"epoch {epoch:g}  validation  {scores['val'].in_words}")
 
     def log_divergence(self, progress: Progress, reason: str) -> None:
         """One record of split "event": training stops here for good."""
@@ -218,6 +238,6 @@ def wandb_id(run: RunDirectory) -> str:
     return str(trackers["wandb"]["id"])
 
 
-def hyper_parameters(config: Config) -> dict[str, Any]:
+def hyper_parameters(config: TrainingConfig) -> dict[str, Any]:
     """A config as section.key → number or string: all that TensorBoard takes."""
     return {key: value if isinstance(value, int | float | str) else str(value) for key, value in flatten(plain(config))}

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vaetrain.config import Config, PrecisionName
+from vaetrain.config import Config, PrecisionName, TrainingConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.batch import Batch
@@ -222,7 +222,7 @@ def release_memory(accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def suggest_on_oom(config: Config, accelerator: Accelerator) -> Iterator[None]:
+def suggest_on_oom(config: TrainingConfig, accelerator: Accelerator) -> Iterator[None]:
     """Turn running out of memory inside into a ValueError that says which `--train.micro-batch-size` would fit."""
     try:
         yield
@@ -237,11 +237,14 @@ def suggest_on_oom(config: Config, accelerator: Accelerator) -> Iterator[None]:
     raise ValueError(f"{advice_in_time(config, accelerator)} ({problem})")
 
 
-def advice_in_time(config: Config, accelerator: Accelerator) -> str:
+def advice_in_time(config: TrainingConfig, accelerator: Accelerator) -> str:
     """`advice`, or that there is none: whatever waits for a device that runs another process's unfinished sum waits for ever.
 
     All of it does, giving memory back too, and when memory runs out it often does on several processes at once.
     """
+    if not isinstance(config, Config):  # there is nothing that tries out other models
+        failed = failed_micro_batch(config, accelerator)
+        return f"out of memory with {failed} latents at a time in each process; lower --train.micro-batch-size"
     seconds = min(ADVICE_S, config.train.timeout_s / 2)  # before the watchdog finds that nothing goes on
     own_device = accelerator.device if accelerator.device.type == "cuda" else -1
     said: Future[str] = Future()
@@ -280,6 +283,6 @@ def advice(config: Config, accelerator: Accelerator) -> str:
     return f"{said}; --train.micro-batch-size {fit.largest} fits{peak}, {fit.too_large or failed} does not"
 
 
-def failed_micro_batch(config: Config, accelerator: Accelerator) -> int:
+def failed_micro_batch(config: TrainingConfig, accelerator: Accelerator) -> int:
     """Images that a process took at a time."""
     return config.train.micro_batch_size or config.train.global_batch_size // accelerator.num_processes

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vaetrain.distributed.processes import sum_over_processes
-from vaetrain.training.step import StepResult
+from vaetrain.training.gradient_step import StepResult
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from vaetrain.config import Config, PrecisionName
+from vaetrain.config import PrecisionName, TrainingConfig
 from vaetrain.distributed import processes
 from vaetrain.distributed.arithmetic import TF32_CAPABILITY
 from vaetrain.distributed.exchange import TIMEOUT_S, gather_objects
 from vaetrain.distributed.processes import in_use
 from vaetrain.machine import cpu_model
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=TrainingConfig)
 
 BF16_CAPABILITY = (8, 0)
 """CUDA compute capability from which on tensor cores multiply bf16 (Ampere)."""
@@ -134,4 +134,4 @@ def resolved(config: C, accelerator: Accelerator) -> C:
     """The config with the arithmetic that the accelerator computes in, where it says auto."""
     if config.train.precision != "auto":
         return config
-    return replace(config, train=replace(config.train, precision=in_use(accelerator)))
+    return replace(config, train=replace(config.train, precision=in_use(accelerator)))  # type: ignore[type-var]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vaetrain.command_line import read_config
-from vaetrain.config import CompileMode, Config, PrecisionName
+from vaetrain.config import CompileMode, PrecisionName, TrainConfig, TrainingConfig
 from vaetrain.data.readers.read_order import ReadOrder
 from vaetrain.documents import read_json, read_yaml
 from vaetrain.files import sha256_of_file
@@ -35,7 +35,7 @@ from vaetrain.training.checkpoint import (
 
 def resume_point(
     run: RunDirectory,
-    config: Config,
+    config: TrainingConfig,
     dataset: Mapping[str, Any],
     reading: ReadOrder,
     images_per_epoch: int,
@@ -65,21 +65,11 @@ def resume_point(
         return None
     check_resumable(checkpoint)
     copied = RunDirectory(checkpoint)  # a checkpoint has files of the same names
-    saved = read_config(Config, copied.config_file)
-    fixed: list[tuple[str, Any, Any]] = [
-        ("--model.*", saved.model.without_checkpointing, config.model.without_checkpointing),
-        ("--seed", saved.seed, config.seed),
-        ("--train.only", saved.train.only, config.train.only),
-        ("--train.global-batch-size", saved.train.global_batch_size, config.train.global_batch_size),
-        ("--data.classes", saved.data.classes, config.data.classes),
-        (
-            "--data.train (fingerprint)",
-            read_dataset(copied.dataset_file)["train"]["fingerprint"],
-            dataset["train"]["fingerprint"],
-        ),
-    ]
-    for flag, before, now in fixed:
-        if before != now:
+    saved = read_config(type(config), copied.config_file)
+    data = "--data.train (fingerprint)"
+    then = saved.fixed() | {data: read_dataset(copied.dataset_file)["train"]["fingerprint"]}
+    for flag, now in (config.fixed() | {data: dataset["train"]["fingerprint"]}).items():
+        if (before := then[flag]) != now:
             raise ValueError(
                 f"{checkpoint} was trained with {flag} {before}, now it is {now}; resuming would not continue that run. "
                 "Use the saved value, or another --run-dir for a new run"
@@ -95,19 +85,19 @@ def resume_point(
     return checkpoint
 
 
-def recorded_precision(config: Config) -> PrecisionName | None:
+def recorded_precision(config: TrainingConfig) -> PrecisionName | None:
     """The arithmetic of the run that `config` would go on with; None where there is none, or nothing that can be read yet."""
     name = recorded(config, "precision")
     return name if name in get_args(PrecisionName) else None
 
 
-def recorded_compile(config: Config) -> CompileMode | bool | None:
+def recorded_compile(config: TrainingConfig) -> CompileMode | bool | None:
     """The same of how its model was compiled, False if it was not."""
     mode = recorded(config, "compile")
     return "default" if mode is True else mode if mode is False or mode in get_args(CompileMode) else None
 
 
-def recorded(config: Config, name: str) -> Any:
+def recorded(config: TrainingConfig, name: str) -> Any:
     """What the run that `config` would go on with has for `--train.NAME`, None where there is nothing that can be read yet."""
     # What cannot be read is found, and said, by `resume_point`.
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -154,7 +144,7 @@ def check_loss_terms(checkpoint: Path, loss_terms: Mapping[str, Mapping[str, str
                 )
 
 
-def origin(run: RunDirectory, config: Config, resumed_from: Path | None) -> dict[str, Any]:
+def origin(run: RunDirectory, config: TrainingConfig, resumed_from: Path | None) -> dict[str, Any]:
     """For provenance: the checkpoint or weights a start goes on from and, where those are another run's, who made them."""
     if resumed_from is not None:
         facts: dict[str, Any] = {"resumed_from": str(resumed_from)}
@@ -163,10 +153,15 @@ def origin(run: RunDirectory, config: Config, resumed_from: Path | None) -> dict
         source = weights_of(config.init_from)
         return {
             "init_from": str(source),
-            "init_from_sha256": sha256_of_file(weights_file(source, average=config.train.only != "all")),
+            "init_from_sha256": sha256_of_file(weights_file(source, average=starts_from_average(config))),
             "parent": made_by(source),
         }
     return {}
+
+
+def starts_from_average(config: TrainingConfig) -> bool:
+    """Whether `--init-from` takes the averages alone, so that a part that is frozen is the one that is exported."""
+    return isinstance(config.train, TrainConfig) and config.train.only != "all"
 
 
 def made_by(source: Path) -> dict[str, Any] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from vaetrain.config import Config, OptimConfig
+from vaetrain.config import Config, OptimConfig, TrainingConfig
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.objective.config import adversarial_weight_at, beta_at
 from vaetrain.training.early_stopping import out_of_patience
@@ -26,16 +27,21 @@ def learning_rate_at(config: OptimConfig, images_seen: int, total_images: int) -
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
 
 
-def unfinished_warmups(config: Config, total_images: int) -> list[str]:
-    """For each warm-up that does not end within a training of so many images, a sentence with both numbers and the remedy."""
-    found = []
+def unfinished_warmup(config: TrainingConfig, total_images: int) -> list[str]:
+    """Where the learning rate's warm-up does not end within a training of so many images, a sentence with the remedy."""
     warmup_images = config.optim.warmup_within(total_images)
-    if warmup_images >= total_images:
-        found.append(
-            f"training is over after {total_images:,} images and the learning rate warms up for {warmup_images:,} "
-            f"(--optim.warmup-images): it ends at {learning_rate_at(config.optim, total_images, total_images):.3g} of "
-            f"{config.optim.lr:g}; --optim.warmup-fraction 0.05 fits any length"
-        )
+    if warmup_images < total_images:
+        return []
+    return [
+        f"training is over after {total_images:,} images and the learning rate warms up for {warmup_images:,} "
+        f"(--optim.warmup-images): it ends at {learning_rate_at(config.optim, total_images, total_images):.3g} of "
+        f"{config.optim.lr:g}; --optim.warmup-fraction 0.05 fits any length"
+    ]
+
+
+def unfinished_warmups(config: Config, total_images: int) -> list[str]:
+    """The same for each warm-up of a VAE's training."""
+    found = unfinished_warmup(config, total_images)
     objective = config.objective
     rising = {"constant": 0, "warmup": objective.beta_warmup_images, "cyclical": objective.beta_cycle_images // 2}
     if (ramp := rising[objective.beta_schedule]) >= total_images:
@@ -58,10 +64,10 @@ def unfinished_warmups(config: Config, total_images: int) -> list[str]:
     return found
 
 
-class Schedule:
-    """What happens when, of one training: a pure function of how far it is, in images."""
+class LoopSchedule:
+    """What happens when, of any training: a pure function of how far it is, in images."""
 
-    def __init__(self, config: Config, num_images: int, layout: BatchLayout) -> None:
+    def __init__(self, config: TrainingConfig, num_images: int, layout: BatchLayout) -> None:
         """`num_images` are those of the training split; raises ValueError when that has not even one global batch."""
         self.config = config
         self.global_batch_size = layout.global_batch_size
@@ -74,13 +80,17 @@ class Schedule:
         ends_at = progress.images_seen + self.global_batch_size
         return learning_rate_at(self.config.optim, ends_at, self.total_images) * progress.lr_factor
 
-    def beta(self, progress: Progress) -> float:
-        """β of the next step."""
-        return beta_at(self.config.objective, progress.images_seen)
+    def weights(self, progress: Progress) -> tuple[Any, ...]:
+        """Of the parts of the loss in the next step, as the step takes them."""
+        return ()
 
-    def adversarial(self, progress: Progress) -> float | None:
-        """Weight of the adversarial term in the next step, see `adversarial_weight_at`."""
-        return adversarial_weight_at(self.config.objective.adversarial, progress.images_seen, self.total_images)
+    def record(self, progress: Progress) -> dict[str, float]:
+        """What training logs of them, below train/."""
+        return {}
+
+    def unfinished(self) -> list[str]:
+        """What does not end within this training, a sentence each."""
+        return unfinished_warmup(self.config, self.total_images)
 
     def is_place_to_validate(self, progress: Progress) -> bool:
         """Whether every so many epochs end here, or training."""
@@ -90,13 +100,6 @@ class Schedule:
     def validation_is_due(self, progress: Progress) -> bool:
         """Whether to validate now: at such a place, once."""
         return self.is_place_to_validate(progress) and progress.images_seen > progress.validated_at
-
-    def rfid_is_due(self, progress: Progress) -> bool:
-        """Whether the validation here has the distance of reconstructions, too."""
-        every_epochs = self.config.train.rfid.every_epochs
-        if every_epochs is None:
-            return False
-        return progress.images_seen % (every_epochs * self.images_per_epoch) == 0 or self.images_left(progress) <= 0
 
     def record_is_due(self, progress: Progress) -> bool:
         """Whether to log the steps since the last record: after the first, every few, and before a validation."""
@@ -110,3 +113,39 @@ class Schedule:
     def images_left(self, progress: Progress) -> int:
         """Until the end of training."""
         return self.total_images - progress.images_seen
+
+
+class Schedule(LoopSchedule):
+    """The same of a VAE: β, the adversarial weight, rFID."""
+
+    def __init__(self, config: Config, num_images: int, layout: BatchLayout) -> None:
+        """As `LoopSchedule`."""
+        super().__init__(config, num_images, layout)
+        self.vae_config = config
+
+    def beta(self, progress: Progress) -> float:
+        """β of the next step."""
+        return beta_at(self.vae_config.objective, progress.images_seen)
+
+    def adversarial(self, progress: Progress) -> float | None:
+        """Weight of the adversarial term in the next step, see `adversarial_weight_at`."""
+        return adversarial_weight_at(self.vae_config.objective.adversarial, progress.images_seen, self.total_images)
+
+    def weights(self, progress: Progress) -> tuple[Any, ...]:
+        """β and the adversarial weight."""
+        return self.beta(progress), self.adversarial(progress)
+
+    def record(self, progress: Progress) -> dict[str, float]:
+        """β."""
+        return {"beta": self.beta(progress)}
+
+    def unfinished(self) -> list[str]:
+        """See `unfinished_warmups`."""
+        return unfinished_warmups(self.vae_config, self.total_images)
+
+    def rfid_is_due(self, progress: Progress) -> bool:
+        """Whether the validation here has the distance of reconstructions, too."""
+        every_epochs = self.vae_config.train.rfid.every_epochs
+        if every_epochs is None:
+            return False
+        return progress.images_seen % (every_epochs * self.images_per_epoch) == 0 or self.images_left(progress) <= 0

@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from vaetrain.config import Config
 from vaetrain.data.readers.read_order import ReadOrder
-from vaetrain.data.readers.reader import Reader
 from vaetrain.distributed.exchange import decided_by_main, meet
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.lock import hold
@@ -20,9 +18,8 @@ from vaetrain.training.checkpoint import Checkpoints
 from vaetrain.training.logger import RunLogger
 from vaetrain.training.meters import Meters
 from vaetrain.training.progress import Progress
-from vaetrain.training.resume import load_weights, origin, resume_point
-from vaetrain.training.schedule import Schedule, unfinished_warmups
-from vaetrain.training.step import TrainStep
+from vaetrain.training.resume import origin, resume_point
+from vaetrain.training.stage import Stage
 
 
 class Started(NamedTuple):
@@ -36,27 +33,24 @@ class Started(NamedTuple):
 
 def start_run(
     run: RunDirectory,
-    config: Config,
-    step: TrainStep,
-    schedule: Schedule,
-    readers: tuple[Reader, Reader],
+    stage: Stage,
     accelerator: Accelerator,
     opened: ExitStack,
 ) -> Started:
     """Claim the run directory for as long as `opened` lasts, and go on from the checkpoint there is. A collective.
 
-    `readers` are those of the training and the validation split. Raises what `hold`, `resume_point` and `load_weights` do.
+    Raises what `hold`, `resume_point` and `load_weights` do.
     """
-    train_reader, val_reader = readers
+    config, step, schedule, train_reader = stage.config, stage.step, stage.schedule, stage.train_reader
     assert step.spikes is not None
     meters = Meters(step.names_of_sums, accelerator)
     reading = ReadOrder.of(train_reader, step.layout)
     made_of = step.made_of
     checkpoints = Checkpoints(
-        run, config.checkpoint, accelerator, model=step.vae, ema=step.averaged, optimizer=step.optimizer.optimizer,
-        meters=meters, spikes=step.spikes, reading=asdict(reading), loss_terms=made_of, adversary=step.adversary,
+        run, config.checkpoint, accelerator, model=step.module, ema=step.averaged, optimizer=step.optimizer.optimizer,
+        meters=meters, spikes=step.spikes, reading=asdict(reading), loss_terms=made_of, adversary=stage.adversary,
     )  # fmt: skip
-    dataset = describe_dataset(train_reader.manifest, val_reader.manifest)
+    dataset = describe_dataset(train_reader.manifest, stage.val_reader.manifest)
 
     def claim_run() -> Path | None:
         opened.enter_context(hold(run.lock_file))
@@ -67,23 +61,23 @@ def start_run(
     opened.enter_context(checkpoints)
     progress = checkpoints.load(resumed_from) if resumed_from else Progress()
     if config.init_from and not resumed_from:
-        load_weights(config.init_from, step.vae, step.averaged, average_only=config.train.only != "all")
+        stage.start_from(config.init_from)
     if accelerator.is_main_process:
         made_by = provenance(accelerator, train_reader.manifest.fingerprint)
         made_by |= origin(run, config, resumed_from) | ({"loss_terms": made_of} if made_of else {})
         run.write_start(config, made_by, dataset, step=progress.step, validated_at=progress.validated_at)
-        for line in (train_reader.description, val_reader.description):
+        for line in (train_reader.description, stage.val_reader.description):
             print(line)
         if resumed_from:
             print(f"resuming from {resumed_from} at {progress.images_seen:,} images")
         elif config.init_from:
             print(f"starting with the weights of {config.init_from}")
-        for unfinished in unfinished_warmups(config, schedule.total_images):
+        for unfinished in schedule.unfinished():
             print(f"note: {unfinished}")
     logger = RunLogger(
-        accelerator, run, config, step.vae, step=progress.step, images_seen=progress.images_seen,
+        accelerator, run, config, step=progress.step, images_seen=progress.images_seen,
         total_images=schedule.total_images, images_per_epoch=schedule.images_per_epoch,
-        dataset_fingerprint=train_reader.manifest.fingerprint,
+        dataset_fingerprint=train_reader.manifest.fingerprint, flops_per_image=stage.flops_per_image, unit=stage.unit,
         small_batch_size=step.noise_probe.batch_size if step.noise_probe else None,
     )  # fmt: skip
     opened.enter_context(logger.bar)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vaetrain.data.readers.order import BatchLayout
-from vaetrain.data.readers.reader import Reader
 from vaetrain.data.readers.stream import StreamReader
 
 
@@ -24,7 +23,7 @@ class ReadOrder:
     micro_batch_size: int
 
     @classmethod
-    def of(cls, reader: Reader, layout: BatchLayout) -> ReadOrder:
+    def of(cls, reader: object, layout: BatchLayout) -> ReadOrder:
         """That of a training which reads with `reader`."""
         if not isinstance(reader, StreamReader):
             return cls("any", layout.num_processes, 1, layout.micro_batch_size)
