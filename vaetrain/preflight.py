@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from vaetrain.command_line import user_errors
-from vaetrain.config import Config, RfidConfig
+from vaetrain.config import Config, RfidConfig, TrainingConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.order import BatchLayout
@@ -24,8 +25,10 @@ from vaetrain.data.remote.url import remote_folder
 from vaetrain.distributed.launcher_environment import LauncherEnvironment
 from vaetrain.evaluation.config import EvaluateConfig
 from vaetrain.interchange.diffusers_config import check_fits, is_diffusers_folder
+from vaetrain.latents.manifest import LatentManifest, manifest_file
 from vaetrain.metrics.lpips_config import check_perceptual
 from vaetrain.model.config import ModelConfig
+from vaetrain.priors.flow_matching.config import PriorTraining
 from vaetrain.runs.checkpoint_names import list_checkpoints, require_checkpoint
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.scaling.config import ScaleConfig
@@ -81,6 +84,29 @@ def check_training(config: Config) -> None:
             require_checkpoint(config.init_from)
 
 
+def check_prior_training(config: PriorTraining) -> None:
+    """Refuse what `train_prior` would: a first stage without a checkpoint, no latents, batches that do not divide."""
+    trained_on = check_run(config.first_stage).config()
+    layout = _layout(config)
+    if config.log.wandb == "online":
+        check_wandb(ask_server=LauncherEnvironment.read().rank == 0)
+    num_images: int | None
+    if config.data.latents is not None:
+        manifest = LatentManifest.read(manifest_file(config.data.latents))
+        config.model.check_latent(manifest.latent_shape)
+        num_images = manifest.splits["train"].num_images
+    else:
+        config.model.check_latent(trained_on.model.latent_shape)
+        data = trained_on.data.as_recorded()
+        data = data if config.data.images is None else replace(data, train=config.data.images, val=None)
+        num_images, _ = (check_split(data, split, trained_on.model) for split in ("train", "val"))
+    if num_images is not None:
+        layout.images_per_epoch(num_images)
+    run = RunDirectory(config.run_dir)
+    run.check_format()
+    run.check_resume(config.resume)
+
+
 def check_rfid(config: RfidConfig) -> None:
     """Raise FileNotFoundError where a file is missing that the distance of reconstructions needs."""
     for name, file in (("extractor", config.extractor), ("weights", config.weights)):
@@ -129,6 +155,6 @@ def check_split(config: DataConfig, split: Literal["train", "val"], model: Model
     return count_images(manifest, split, config.classes, location)
 
 
-def _layout(config: Config) -> BatchLayout:
+def _layout(config: TrainingConfig) -> BatchLayout:
     train, num_processes = config.train, LauncherEnvironment.read().num_processes
     return BatchLayout.of(train.global_batch_size, train.micro_batch_size, 0, num_processes)  # alike for every rank

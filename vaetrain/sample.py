@@ -13,10 +13,12 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from vaetrain.command_line import parse, plain, user_errors
-from vaetrain.priors.config import PriorFitConfig, PriorName
+from vaetrain.priors.config import FlowSettings, PriorFitConfig, PriorName, Solver
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,20 @@ class SampleConfig:
     prior: PriorName = "standard"
     """Where latents come from. standard: N(0, I), which the model was trained against. The others are fitted to the codes
     of the training images, once per checkpoint, and kept in RUN/priors. gaussian: full covariance. gmm: Gaussian mixture.
-    flow: RealNVP. mean-code: the mean of a few training images' codes. random-code: each latent dimension uniform between
+    flow: RealNVP. flow-matching: trained by vaetrain/train_prior.py. mean-code: the mean of a few training images' codes. random-code: each latent dimension uniform between
     its lowest and highest training code."""
+
+    class_: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """Class to draw, of a flow-matching prior. None: classes as often as among the training images."""
+
+    guidance: float = 1.0
+    """Of a flow-matching prior: above 1 more typical of the class and less varied. 1: the distribution that was learned."""
+
+    steps: int = 30
+    """Of the solver of a flow-matching prior."""
+
+    solver: Solver = "heun"
+    """Of a flow-matching prior: heun takes two velocities a step, euler one."""
 
     temperature: float = 1.0
     """Factor on the latents' noise (standard: their standard deviation); below 1 safer and more alike."""
@@ -71,10 +85,16 @@ class SampleConfig:
             raise ValueError(f"--timeout-s is {self.timeout_s}; it must be positive")
         if self.temperature < 0:
             raise ValueError(f"--temperature is {self.temperature}; it must not be negative")
+        self.flow.check(self.prior)
         if self.prior in ("mean-code", "random-code") and self.temperature != 1:
             raise ValueError(
                 f"--temperature is {self.temperature}; --prior {self.prior} has no noise to scale, leave it at 1"
             )
+
+    @property
+    def flow(self) -> FlowSettings:
+        """How a flow-matching prior is drawn from."""
+        return FlowSettings(self.class_, self.guidance, self.steps, self.solver)
 
 
 if __name__ == "__main__":
@@ -116,7 +136,7 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
     def content(saved: SavedPrior | None) -> dict[str, Any]:
         return content_of(
             config.run, trained, config.prior, saved, temperature=config.temperature, seed=config.seed,
-            count=config.num_images, batch_size=config.batch_size,
+            count=config.num_images, batch_size=config.batch_size, flow=config.flow,
         )  # fmt: skip
 
     known = content(None)
@@ -176,7 +196,8 @@ def fitted_prior(config: SampleConfig, trained: TrainedModel, accelerator: Accel
             opened.callback(reader.close)
             return reader
 
-        return fitted_priors(config.run, trained, [config.prior], accelerator, reader_of, config.fit)[config.prior]
+        saved = fitted_priors(config.run, trained, [config.prior], accelerator, reader_of, config.fit)[config.prior]
+        return saved.drawn(config.flow)
 
 
 def main(config: SampleConfig) -> None:

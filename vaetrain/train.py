@@ -127,6 +127,9 @@ def train(
                     batches = stopwatch.timing(train_reader.train_batches(config.seed, progress.images_seen, layout))
 
         checkpoints.finish()
+        if control.why_stopped is None:
+            control.enter("finishing")
+            stage.finish(run)
         logger.say_end(progress, control.why_stopped)
     return progress
 

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Int64, UInt8
 
 from vaetrain.data.format.index import SplitIndex
-from vaetrain.data.format.manifest import INDEX_NAME, MANIFEST_NAME
+from vaetrain.data.format.manifest import INDEX_NAME
 from vaetrain.data.format.shard_set import problem_of_file, read_index
 from vaetrain.data.readers.selection import open_shard
 from vaetrain.documents import parse_json
-from vaetrain.latents.manifest import STATS_NAME, LatentFile, LatentManifest, LatentStatistics
+from vaetrain.latents.manifest import STATS_NAME, LatentFile, LatentManifest, LatentStatistics, manifest_file
 from vaetrain.latents.record import FLIP, LatentRecord
 from vaetrain.latents.statistics import ChannelSums, statistics_of, total
 
@@ -83,13 +83,8 @@ class LatentSet:
     @classmethod
     def open(cls, path: str | Path) -> LatentSet:
         """Open a folder, or its manifest.json; raises FileNotFoundError when there is no manifest."""
-        folder = Path(path).parent if Path(path).name == MANIFEST_NAME else Path(path)
-        if not (folder / MANIFEST_NAME).is_file():
-            state = f"has no {MANIFEST_NAME}" if folder.is_dir() else "does not exist"
-            raise FileNotFoundError(
-                f"latent set {folder} {state}; vaetrain/encode.py --run RUN --out {folder} makes one"
-            )
-        return cls(folder, LatentManifest.read(folder / MANIFEST_NAME))
+        file = manifest_file(path)
+        return cls(file.parent, LatentManifest.read(file))
 
     def split(self, name: str) -> StoredSplit:
         """The latents of a split.

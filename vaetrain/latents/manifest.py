@@ -203,9 +203,24 @@ class LatentManifest:
         content = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
         replace_file(folder / MANIFEST_NAME, content.encode(errors="backslashreplace"))
 
+    def summary(self) -> dict[str, Any]:
+        """Without the lists of files, as the record of a run has it."""
+        content = self.to_json()
+        splits = {name: {**split, "shards": len(split["shards"])} for name, split in content["splits"].items()}
+        return content | {"splits": splits, "channels": self.latent_shape[0]}
+
     def to_json(self) -> dict[str, Any]:
         """All fields as plain mappings, lists, strings and numbers."""
         return dataclasses.asdict(self)
+
+
+def manifest_file(path: str | Path) -> Path:
+    """That of a folder of latents, or the file itself; raises FileNotFoundError when there is none."""
+    folder = Path(path).parent if Path(path).name == MANIFEST_NAME else Path(path)
+    if not (folder / MANIFEST_NAME).is_file():
+        state = f"has no {MANIFEST_NAME}" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"latent set {folder} {state}; vaetrain/encode.py --run RUN --out {folder} makes one")
+    return folder / MANIFEST_NAME
 
 
 def is_latent_set(path: str | Path) -> bool:

@@ -18,7 +18,7 @@ from vaetrain.model.blocks import Attention, Blocks, Downsample, GroupNorm, ResB
 from vaetrain.model.config import ModelConfig
 from vaetrain.model.likelihood import build_likelihood, from_uint8
 from vaetrain.model.posterior import DiagonalGaussian, PointMass, Posterior
-from vaetrain.model.prior import sample_standard_normal
+from vaetrain.model.prior import ClassPrior, Prior, StandardNormal
 from vaetrain.model.tiling import TiledLayers
 from vaetrain.upload import upload
 
@@ -197,6 +197,9 @@ class VAE(nn.Module):
     Images are float in the likelihood's pixel range ([-1, 1]; [0, 1] for Bernoulli), see `from_uint8`.
     """
 
+    prior: Prior | None = None
+    """Where `sample` draws latents, if not from N(0, I): the one trained on this model's latents, if `vaetrain.load` found it."""
+
     keeps_features = False
     """Whether `forward` returns the input of the decoder's last layer, too."""
 
@@ -266,12 +269,19 @@ class VAE(nn.Module):
         return self.decode(self.encode(x, tile_size=tile_size).mode(), tile_size=tile_size)
 
     def sample(
-        self, num_images: int, *, seed: int = 0, start: int = 0, temperature: float = 1.0
+        self, num_images: int, *, seed: int = 0, start: int = 0, temperature: float = 1.0, class_: str | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """Images number `start`, `start` + 1, … of the endless set that `seed` names, in the pixel range.
+        """Images number `start`, `start` + 1, … of the endless set that `seed` names, in the pixel range; of one class, if named.
 
-        Decoder means at latents z ~ N(0, temperature² I); image i is the same whatever `start` and `num_images` are.
+        Decoder means at latents of `prior`, or N(0, temperature² I) where there is none; image i is the same whatever `start` and
+        `num_images` are. Raises ValueError for a class without a prior that knows it.
         """
-        indices = range(start, start + num_images)
-        z = sample_standard_normal(seed, indices, self.config.latent_shape, temperature)
+        prior = StandardNormal(self.config.latent_shape) if self.prior is None else self.prior
+        if class_ is not None:
+            if not isinstance(prior, ClassPrior):
+                raise ValueError(
+                    f"class_ is {class_!r}, and no prior that knows classes was trained; vaetrain/train_prior.py trains one"
+                )
+            prior = prior.of_class(class_)
+        z = prior.sample(seed, range(start, start + num_images), temperature)
         return self.decode(upload(z, next(self.parameters()).device))

@@ -34,6 +34,15 @@ class Prior(Protocol):
         ...
 
 
+@runtime_checkable
+class ClassPrior(Prior, Protocol):
+    """A prior that knows classes."""
+
+    def of_class(self, name: str | None) -> Prior:
+        """That of one class; raises ValueError naming the classes there are."""
+        ...
+
+
 @dataclass(frozen=True)
 class StandardNormal:
     """N(0, temperature² I), which a VAE is trained against."""

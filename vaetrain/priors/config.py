@@ -2,13 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
-PriorName = Literal["standard", "gaussian", "gmm", "flow", "mean-code", "random-code"]
+PriorName = Literal["standard", "gaussian", "gmm", "flow", "flow-matching", "mean-code", "random-code"]
 
-PRIOR_NAMES: tuple[PriorName, ...] = ("standard", "gaussian", "gmm", "flow", "mean-code", "random-code")
+PRIOR_NAMES: tuple[PriorName, ...] = (
+    "standard",
+    "gaussian",
+    "gmm",
+    "flow",
+    "flow-matching",
+    "mean-code",
+    "random-code",
+)
 """In the order of tables and pictures."""
+
+
+Solver = Literal["heun", "euler"]
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How a flow-matching prior is drawn from."""
+
+    class_: str | None = None
+    """The class to draw; None: each latent's own, as often as among the training latents."""
+
+    guidance: float = 1.0
+    """1: the velocity of the class; w: v(none) + w · (v(class) − v(none)) (Ho & Salimans 2022)."""
+
+    steps: int = 30
+    """Of the solver."""
+
+    solver: Solver = "heun"
+    """heun takes two velocities a step, euler one."""
+
+    def __post_init__(self) -> None:
+        """Refuse what integrates nothing."""
+        if self.steps < 1:
+            raise ValueError(f"--steps is {self.steps}; it must be at least 1")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"--guidance is {self.guidance}; give a finite number")
+
+    def check(self, prior: PriorName) -> None:
+        """Raise ValueError where another prior is asked for what only this one can."""
+        if prior != "flow-matching" and self != FlowSettings():
+            given = [
+                f"--{field.name.rstrip('_')}" for field in fields(self) if getattr(self, field.name) != field.default
+            ]
+            raise ValueError(f"{', '.join(given)}: only --prior flow-matching has it, and --prior is {prior}")
+
+    def record(self, prior: PriorName) -> dict[str, Any]:
+        """For the manifest of a sample set: nothing for priors that do not look at it."""
+        if prior != "flow-matching":
+            return {}
+        return {"class": self.class_, "guidance": self.guidance, "steps": self.steps, "solver": self.solver}
 
 
 OWN_SETTINGS: dict[PriorName, tuple[str, ...]] = {
@@ -54,5 +104,7 @@ class PriorFitConfig:
 
     def settings_of(self, prior: PriorName) -> list[str]:
         """Names of those that decide the fit of this prior."""
+        if prior == "flow-matching":  # trained, not fitted: its own config is in its file
+            return []
         others = {name for names in OWN_SETTINGS.values() for name in names} - set(OWN_SETTINGS.get(prior, ()))
         return [setting.name for setting in fields(self) if setting.name not in others]

@@ -24,6 +24,7 @@ from vaetrain.priors.aggregate import AggregatePosterior, gather_aggregate
 from vaetrain.priors.codes import MeanCode, RandomCode
 from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
 from vaetrain.priors.flow import fit_flow
+from vaetrain.priors.flow_matching.prior import FlowMatchingPrior
 from vaetrain.priors.gaussian import GaussianPrior
 from vaetrain.priors.mixture import fit_mixture
 from vaetrain.priors.saved import FORMAT_VERSION, PriorFacts, SavedPrior, load_prior, prior_file, save_prior
@@ -72,6 +73,13 @@ def fitted_priors(
     files = {name: prior_file(run, trained, name) for name in names}
     sha256 = weights_sha256(run, trained)
     missing = [name for name, file in files.items() if not file.is_file()]
+    if "flow-matching" in missing:
+        reason = untrained(run, trained)
+        if unfitted is None:
+            raise FileNotFoundError(reason)
+        missing.remove("flow-matching")
+        del files["flow-matching"]
+        unfitted["flow-matching"] = reason
     # Loaded first, to refuse one of something else before a pass over the data and not after it.
     priors = {name: load_prior(file, trained, sha256, config) for name, file in files.items() if name not in missing}
     exchange.meet("all processes to look for fitted priors")  # nobody saves before everybody has
@@ -115,7 +123,18 @@ def fitted_priors(
                 if unfitted is None or isinstance(error, exchange.WaitedTooLong):
                     raise
                 unfitted[name] = f"{type(error).__name__}: {error}"
+    for saved in priors.values():
+        if isinstance(saved.prior, FlowMatchingPrior):
+            saved.prior.to(accelerator.device)
     return {name: priors[name] for name in names if name in priors}
+
+
+def untrained(run: Path, trained: TrainedModel) -> str:
+    """That there is no flow-matching prior of this checkpoint, and what makes one."""
+    return (
+        f"{prior_file(run, trained, 'flow-matching')} does not exist: no flow-matching prior was trained on the latents of "
+        f"{trained.checkpoint}; vaetrain/train_prior.py --first-stage {run} trains one"
+    )
 
 
 def prior_table(priors: dict[PriorName, SavedPrior]) -> list[dict[str, Any]]:
@@ -162,6 +181,8 @@ def fit_prior(
             return fit_mixture(aggregate, config, whitening())
         case "flow":
             return fit_flow(aggregate, config, whitening())
+        case "flow-matching":
+            raise ValueError("vaetrain/train_prior.py trains this one")
 
 
 def nats_per_dim(prior: Prior, codes: Float[Tensor, "n d"]) -> float | None:

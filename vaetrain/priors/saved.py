@@ -21,8 +21,9 @@ from vaetrain.export import TrainedModel
 from vaetrain.files import inside, replace_file
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.codes import MeanCode, RandomCode
-from vaetrain.priors.config import PriorFitConfig, PriorName
+from vaetrain.priors.config import FlowSettings, PriorFitConfig, PriorName
 from vaetrain.priors.flow import FlowPrior, build_flow
+from vaetrain.priors.flow_matching.prior import FlowMatchingPrior
 from vaetrain.priors.gaussian import GaussianPrior
 from vaetrain.priors.mixture import Mixture, MixturePrior
 from vaetrain.priors.whitening import Whitening
@@ -69,6 +70,12 @@ class SavedPrior:
     file: Path
     sha256: str
 
+    def drawn(self, settings: FlowSettings) -> SavedPrior:
+        """The same, drawn from as told; raises ValueError for what this prior cannot."""
+        if isinstance(self.prior, FlowMatchingPrior):
+            return dataclasses.replace(self, prior=dataclasses.replace(self.prior, settings=settings))
+        return self
+
 
 def prior_file(run: Path, trained: TrainedModel, name: PriorName) -> Path:
     """Where the prior of a run's checkpoint is kept."""
@@ -92,6 +99,8 @@ def load_prior(file: Path, trained: TrainedModel, checkpoint_sha256: str, fit: P
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: this prior has not been fitted")
     again = f"delete {file} to have it fitted again"
+    if file.stem == "flow-matching":
+        again = "train it again with vaetrain/train_prior.py"
     content = file.read_bytes()  # once, so that the hash is that of what is used
     try:
         tensors = safetensors.torch.load(content)
@@ -147,6 +156,8 @@ def build_prior(facts: PriorFacts, tensors: Mapping[str, Tensor]) -> Prior:
             return MeanCode(shape, tensors["codes"], _bounded(tensors["num_averaged"], MOST_AVERAGED))
         case "random-code":
             return RandomCode(shape, tensors["low"], tensors["high"])
+        case "flow-matching":
+            return FlowMatchingPrior.of_tensors(shape, facts.details, tensors)
     whitening = Whitening(*(tensors[f"whitening.{name}"] for name in ("mean", "axes", "cholesky")))
     match facts.prior:
         case "gaussian":

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from vaetrain.command_line import plain
 from vaetrain.export import TrainedModel, weights_sha256
-from vaetrain.priors.config import PriorName
+from vaetrain.priors.config import FlowSettings, PriorName
 from vaetrain.priors.saved import SavedPrior
 
 
@@ -55,6 +55,7 @@ def content_of(
     seed: int,
     count: int,
     batch_size: int,
+    flow: FlowSettings = FlowSettings(),
 ) -> dict[str, Any]:
     """All that decides the pixels of a sample set, for its manifest and for the score of its samples."""
     fitted = _fitted(prior, saved)
@@ -69,6 +70,7 @@ def content_of(
         "count": count,
         "pixels": PIXELS,
         "batch_size": batch_size,
+        **flow.record(prior),
     }
 
 

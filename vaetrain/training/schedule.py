@@ -32,11 +32,12 @@ def unfinished_warmup(config: TrainingConfig, total_images: int) -> list[str]:
     warmup_images = config.optim.warmup_within(total_images)
     if warmup_images < total_images:
         return []
-    return [
+    end = learning_rate_at(config.optim, total_images, total_images)
+    said = (
         f"training is over after {total_images:,} images and the learning rate warms up for {warmup_images:,} "
-        f"(--optim.warmup-images): it ends at {learning_rate_at(config.optim, total_images, total_images):.3g} of "
-        f"{config.optim.lr:g}; --optim.warmup-fraction 0.05 fits any length"
-    ]
+        f"(--optim.warmup-images): it ends at {end:.3g} of {config.optim.lr:g}; --optim.warmup-fraction 0.05 fits any length"
+    )
+    return [said]
 
 
 def unfinished_warmups(config: Config, total_images: int) -> list[str]:

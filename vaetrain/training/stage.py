@@ -92,3 +92,7 @@ class Stage(ABC):
     @abstractmethod
     def draw(self, logger: RunLogger, progress: Progress, *, at_end: bool) -> None:
         """Draw the run's figures; for the main process alone."""
+
+    def finish(self, run: RunDirectory) -> None:
+        """Training has come to its end, and its checkpoints are on disk. A collective."""
+        return  # for most there is nothing left to do

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vaetrain.config import CheckpointConfig, LogConfig, LoopConfig, OptimConfig, filled_in
-
-Solver = Literal["heun", "euler"]
 
 DEFAULT_RUN_DIR = Path("FIRST_STAGE/priors/flow-matching")
 
@@ -117,3 +115,22 @@ class PriorTraining:
         place, *further = self.run_dir.parts or ("",)
         run_dir = self.first_stage.joinpath(*further) if place == "FIRST_STAGE" else self.run_dir
         object.__setattr__(self, "run_dir", filled_in(run_dir))
+
+    @property
+    def init_from(self) -> None:
+        """A prior begins with its own weights."""
+        return None
+
+    @property
+    def best_by(self) -> Literal["flow-loss"]:
+        """The loss of held-out latents."""
+        return "flow-loss"
+
+    def fixed(self) -> dict[str, Any]:
+        """See `TrainingConfig.fixed`."""
+        return {
+            "--model.*": self.model,
+            "--objective.*": self.objective,
+            "--seed": self.seed,
+            "--train.global-batch-size": self.train.global_batch_size,
+        }

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from vaetrain.model.prior import standard_normal_log_density
-from vaetrain.priors.flow_matching.config import Solver
+from vaetrain.priors.config import Solver
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (b, …), t (b,)) → dx/dt (b, …)."""
