@@ -39,10 +39,10 @@ class SampleConfig:
     """Names the set: another seed, other images."""
 
     prior: PriorName = "standard"
-    """Where latents come from. standard: N(0, I), which the model was trained against. The others are fitted to the codes
-    of the training images, once per checkpoint, and kept in RUN/priors. gaussian: full covariance. gmm: Gaussian mixture.
-    flow: RealNVP. flow-matching: trained by vaetrain/train_prior.py. mean-code: the mean of a few training images' codes. random-code: each latent dimension uniform between
-    its lowest and highest training code."""
+    """Where latents come from. standard: N(0, I), which the model was trained against. flow-matching: trained by
+    vaetrain/train_prior.py. The others are fitted to the codes of the training images, once per checkpoint, and kept in
+    RUN/priors. gaussian: full covariance. gmm: Gaussian mixture. flow: RealNVP. mean-code: the mean of a few training images'
+    codes. random-code: each latent dimension uniform between its lowest and highest training code."""
 
     class_: Annotated[str | None, tyro.conf.arg(name="class")] = None
     """Class to draw, of a flow-matching prior. None: classes as often as among the training images."""

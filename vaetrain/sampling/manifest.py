@@ -55,7 +55,7 @@ def content_of(
     seed: int,
     count: int,
     batch_size: int,
-    flow: FlowSettings = FlowSettings(),
+    flow: FlowSettings | None = None,
 ) -> dict[str, Any]:
     """All that decides the pixels of a sample set, for its manifest and for the score of its samples."""
     fitted = _fitted(prior, saved)
@@ -70,7 +70,7 @@ def content_of(
         "count": count,
         "pixels": PIXELS,
         "batch_size": batch_size,
-        **flow.record(prior),
+        **(flow or FlowSettings()).record(prior),
     }
 
 

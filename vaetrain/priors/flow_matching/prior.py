@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class FlowMatchingPrior:
     """By label; none if all labels were dropped in training."""
     knows_no_class: bool
     """Whether some labels were dropped, without which there is nothing that guidance could lead away from."""
-    settings: FlowSettings = FlowSettings()
+    settings: FlowSettings = field(default_factory=FlowSettings)
 
     def __post_init__(self) -> None:
         """Refuse what it has not learned."""
@@ -63,13 +63,9 @@ class FlowMatchingPrior:
         """See `Prior.sample`; `temperature` scales the noise that the flow starts from."""
         noise = temperature * noise_of_images(seed, indices, self.latent_shape)
         labels = self.labels(seed, indices)
+        steps, solver = self.settings.steps, self.settings.solver
         with torch.no_grad():
-            x = integrate(
-                lambda x, t: self.velocity(x, t, labels),
-                self._on_device(noise),
-                self.settings.steps,
-                self.settings.solver,
-            )
+            x = integrate(lambda x, t: self.velocity(x, t, labels), self._on_device(noise), steps, solver)
             return (x * self.model.std + self.model.mean).cpu()
 
     def labels(self, seed: int, indices: Sequence[int]) -> Int64[Tensor, " b"]:
