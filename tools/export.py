@@ -54,12 +54,16 @@ def write(arguments: ExportArguments) -> None:
     from vaetrain import export  # imports torch, which --help and a wrong path need not wait for
     from vaetrain.distributed import processes
     from vaetrain.interchange.hub import push
+    from vaetrain.priors.saved import prior_file, prior_of_run
 
     run, out, checkpoint = arguments.run, arguments.out, arguments.checkpoint
     is_main = True
     match arguments.format:
         case "vaetrain":
-            export.export(run, out, checkpoint=checkpoint)
+            trained = export.load_run(run, checkpoint=checkpoint)
+            has_prior = prior_of_run(run, trained) is not None  # and it is whole
+            prior = prior_file(run, trained, "flow-matching") if has_prior else None
+            export.export(run, out, checkpoint=checkpoint, prior=prior)
         case "onnx":
             _, difference = export.export_onnx(run, out, checkpoint=checkpoint)
             print(f"onnxruntime and the model differ by at most {difference:.1e}")

@@ -26,7 +26,7 @@ from vaetrain.command_line import plain
 from vaetrain.data.readers.reader import open_split
 from vaetrain.distributed.exchange import meet
 from vaetrain.documents import read_json
-from vaetrain.files import fresh_name, replace_file
+from vaetrain.files import fresh_name, replace_file, sha256_of_file
 from vaetrain.interchange.diffusers_config import WEIGHTS_FILE, config_of, is_diffusers_folder
 from vaetrain.interchange.diffusers_weights import diffusers_tensors
 from vaetrain.interchange.onnx_graph import require_onnx, write_onnx
@@ -40,6 +40,9 @@ from vaetrain.strict_json import from_json
 from vaetrain.training import checkpoint as checkpoints
 
 FORMAT_VERSION = 1
+
+PRIOR_OF_EXPORT = "flow-matching.safetensors"
+"""The prior that an export carries, if one was trained on the model's latents."""
 
 CheckpointName = Literal["best", "last"]
 Normalisation = Literal["scalar", "channels"]
@@ -148,15 +151,20 @@ def ready(vae: VAE, device: str | torch.device) -> VAE:
     return on_device.eval().requires_grad_(False)
 
 
-def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best") -> Path:
-    """Write the export of a run's checkpoint (its EMA weights) to `out`; returns `out`.
+def export(run: Path, out: Path, *, checkpoint: CheckpointName = "best", prior: Path | None = None) -> Path:
+    """Write the export of a run's checkpoint (its EMA weights) to `out`, with a copy of the file of its prior; returns `out`.
 
     Raises FileExistsError when `out` already holds one, so that nothing shipped is overwritten.
     """
     refuse_to_overwrite(out)
     trained = load_run(run, checkpoint=checkpoint)
     scores = scores_of(run, trained)
-    write_records(out, trained, model_card(trained, scores, USE), {"config.json": record_of(trained, scores)})
+    card, record = model_card(trained, scores, USE if prior is None else USE_WITH_PRIOR), record_of(trained, scores)
+    if prior is not None:
+        record["prior_sha256"] = sha256_of_file(prior)
+    write_records(out, trained, card, {"config.json": record})
+    if prior is not None:
+        replace_file(out / PRIOR_OF_EXPORT, prior.read_bytes())
     save_whole(checkpoints.plain_tensors(trained.vae), out / "model.safetensors")
     return out
 
@@ -292,6 +300,10 @@ z = vae.encode(x).mode()
 recon = vae.decode(z)
 new = vae.likelihood.to_uint8(vae.sample(16, seed=0))
 ```"""
+
+USE_WITH_PRIOR = USE.replace(
+    "vae.sample(16, seed=0))", "vae.sample(16, seed=0))   # from its flow-matching prior; class_=NAME draws one class"
+)
 
 USE_IN_DIFFUSERS: dict[Normalisation, str] = {
     "scalar": """```python

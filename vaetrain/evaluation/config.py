@@ -10,7 +10,7 @@ from vaetrain.data.config import DataConfig
 from vaetrain.metrics.config import FidConfig
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.lpips_config import LpipsConfig
-from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig, PriorName
+from vaetrain.priors.config import PRIOR_NAMES, FlowSettings, PriorFitConfig, PriorName
 
 ScoreName = Literal["elbo", "fid", "rfid", "likelihood", "lpips", "nearest", "latents"]
 
@@ -50,7 +50,8 @@ class EvaluateConfig:
 
     priors: tuple[PriorName | Literal["all"], ...] = ("standard",)
     """Priors that samples are drawn from, fitted to the run's checkpoint where they have not been; `eval/fid` is of the first,
-    the others' scores stand under `priors`, and figures/priors.png shows all side by side."""
+    the others' scores stand under `priors`, and figures/priors.png shows all side by side. all: with flow-matching where
+    vaetrain/train_prior.py has trained one, whose settings are those of `--flow.*`."""
 
     temperature: float = 1.0
     """Factor on the latents' noise of the samples, as in sample.py."""
@@ -77,6 +78,7 @@ class EvaluateConfig:
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     lpips: LpipsConfig = field(default_factory=LpipsConfig)
     fit: PriorFitConfig = field(default_factory=PriorFitConfig)
+    flow: FlowSettings = field(default_factory=FlowSettings)
 
     @property
     def chosen_priors(self) -> tuple[PriorName, ...]:

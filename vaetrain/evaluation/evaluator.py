@@ -32,8 +32,9 @@ from vaetrain.metrics.reference import RealFeatures
 from vaetrain.metrics.validation import validate
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.config import PriorName
-from vaetrain.priors.fit import fitted_priors, prior_table, priors_for
-from vaetrain.priors.saved import SavedPrior
+from vaetrain.priors.fit import fitted_priors, prior_table, priors_for, untrained
+from vaetrain.priors.flow_matching.prior import FlowMatchingPrior
+from vaetrain.priors.saved import SavedPrior, prior_file
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.runs.provenance import provenance
 from vaetrain.sampling.generate import gather_images, gather_samples, generate
@@ -160,13 +161,22 @@ class Evaluator:
         names = self.config.chosen_priors
         if "all" in self.config.priors:
             names = tuple(name for name in names if name in priors_for(self.trained.vae.config.latent_shape))
+            if "flow-matching" not in self.config.priors and not self._flow_matching_is_trained():
+                names = tuple(name for name in names if name != "flow-matching")
         unfitted: dict[PriorName, str] = {}
         fitted = fitted_priors(
             self.config.run, self.trained, names, self.accelerator,
             lambda split: self.train_reader if split == "train" else self.val_reader, self.config.fit, unfitted,
         )  # fmt: skip
         self.failures |= {f"prior {name}": reason for name, reason in unfitted.items()}
-        return fitted
+        return {name: saved.drawn(self.config.flow) for name, saved in fitted.items()}
+
+    def _flow_matching_is_trained(self) -> bool:
+        """Whether there is one of this checkpoint; the main process says that it is left out."""
+        is_trained = prior_file(self.config.run, self.trained, "flow-matching").is_file()
+        if not is_trained and self.accelerator.is_main_process:
+            print(f"left out of all priors: {untrained(self.config.run, self.trained)}", flush=True)
+        return is_trained
 
     @property
     def wants_priors(self) -> bool:
@@ -235,12 +245,14 @@ class Evaluator:
         table = self._prior_rows()
         val = RealFeatures(self.data, "val", self.config.fid)
         reference = FidReference.open(real, val, protocol, self.config.fid, self.extractor, self.accelerator)
-        scores = reference.score(images[first], self.accelerator)
+        scores = reference.score(images[first], self.accelerator, of_class=self._of_class(first))
         for name, row in table.items():
             if name == first:
                 row |= {score: value for score, value in scores.items() if score.startswith("eval/")}
             else:
-                row |= reference.score(images[name], self.accelerator, what=f"samples of {name}")
+                row |= reference.score(
+                    images[name], self.accelerator, what=f"samples of {name}", of_class=self._of_class(name)
+                )
         listing = out_file(self.config).with_suffix(".reference_images.jsonl")
         if self.accelerator.is_main_process:
             reference.write_images(listing)
@@ -360,13 +372,28 @@ class Evaluator:
         config = self.config
         return content_of(
             config.run, self.trained, name, self.priors.get(name), temperature=config.temperature, seed=config.seed,
-            count=num_images, batch_size=config.batch_size,
+            count=num_images, batch_size=config.batch_size, flow=config.flow,
         )  # fmt: skip
+
+    def _of_class(self, name: PriorName) -> Callable[[str], Iterable[NumberedImages]] | None:
+        """This process's part of the samples of one class, where the prior draws a class that is asked for."""
+        prior = self.prior(name)
+        if self.given is not None or not isinstance(prior, FlowMatchingPrior) or not prior.classes:
+            return None
+        config = self.config
+
+        def of_class(class_: str) -> Iterable[NumberedImages]:
+            return generate(
+                self.trained.vae, self.accelerator, self.protocol.num_generated, seed=config.seed,
+                temperature=config.temperature, batch_size=config.batch_size, prior=prior.of_class(class_),
+            )  # fmt: skip
+
+        return of_class
 
     def _given_content(self) -> dict[str, Any]:
         """What decided the samples that were given, as their manifest has it."""
         assert self.given is not None
-        own = self._content("standard", 0)
+        own = self._content(self.first_prior, 0)
         return {"read_from": str(self.given.folder), **{name: self.given.manifest.get(name) for name in own}}
 
     def _kept_folder(self, name: PriorName) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,19 +131,32 @@ class FidReference:
         )  # fmt: skip
 
     def score(
-        self, images: Iterable[NumberedImages], accelerator: Accelerator, what: str = "samples"
+        self,
+        images: Iterable[NumberedImages],
+        accelerator: Accelerator,
+        what: str = "samples",
+        of_class: Callable[[str], Iterable[NumberedImages]] | None = None,
     ) -> dict[str, Any]:
         """FID with its floor, extrapolation and gap, KID, precision, recall and inception score of images. A collective.
 
         `images` are this process's part of images 0 … `protocol.num_generated` − 1. The names are those of a score's
-        record (`eval/fid`, …); `fid_protocol` says what they were computed from.
+        record (`eval/fid`, …); `fid_protocol` says what they were computed from. Under `per-class`, `of_class` draws as many
+        images of the class asked for; without it all images are held against each class.
         """
         protocol = self.protocol
         generated = extract(
             self.extractor, images, protocol.num_generated, accelerator, batch_size=self.batch_size, what=what
         )
+        by_class: dict[str, Float32[Tensor, "n d"]] = {}
+        if of_class is not None:
+            for name, reference in self.classes.items():
+                if reference.whole is not None:
+                    by_class[name] = extract(
+                        self.extractor, of_class(name), protocol.num_generated, accelerator, batch_size=self.batch_size,
+                        what=f"{what}, {name}",
+                    ).features  # fmt: skip
         start = time.perf_counter()
-        distances, details = self._distances(generated)
+        distances, details = self._distances(generated, by_class)
         record: dict[str, Any] = {
             "name": protocol.name,
             "num_generated": protocol.num_generated,
@@ -173,7 +186,9 @@ class FidReference:
         ]
         replace_file(path, "".join(f"{line}\n" for line in lines).encode())
 
-    def _distances(self, generated: FeatureSet) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _distances(
+        self, generated: FeatureSet, by_class: Mapping[str, Float32[Tensor, "n d"]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Every Fréchet distance of the samples, and how they were computed."""
         line = fid_against_count(generated.features, self.features if self.whole is None else self.whole)
         scores: dict[str, Any] = {"eval/fid": line.fids[-1], "eval/fid_floor": self.floor}
@@ -196,6 +211,7 @@ class FidReference:
             details |= {"num_gap": found.num_real, "gap_train_fids": list(found.train)}
         if self.classes:
             details["per_class"] = {name: reference.num_images for name, reference in self.classes.items()}
+            details["per_class_samples"] = "of the class itself" if by_class else "all samples against each class"
         for name, reference in self.classes.items():
             if reference.whole is None:
                 scores[f"eval/fid/{name}"] = None
@@ -203,7 +219,7 @@ class FidReference:
                     f"the train split has {reference.num_images} image(s) of this class; it takes at least {MIN_CLASS}"
                 )
                 continue
-            line = fid_against_count(generated.features, reference.whole)
+            line = fid_against_count(by_class.get(name, generated.features), reference.whole)
             scores[f"eval/fid/{name}"] = line.fids[-1]
             scores[f"eval/fid_floor/{name}"] = reference.floor
             scores[f"eval/fid_infinity/{name}"] = line.at_infinity

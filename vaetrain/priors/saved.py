@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vaetrain.command_line import plain
 from vaetrain.documents import parse_json
-from vaetrain.export import TrainedModel
+from vaetrain.export import PRIOR_OF_EXPORT, TrainedModel, weights_sha256
 from vaetrain.files import inside, replace_file
 from vaetrain.model.prior import Prior, StandardNormal
 from vaetrain.priors.codes import MeanCode, RandomCode
@@ -90,6 +90,28 @@ def save_prior(file: Path, prior: Prior, facts: PriorFacts) -> None:
     replace_file(file, safetensors.torch.save(tensors, metadata))
 
 
+def prior_of_run(run: Path, trained: TrainedModel) -> FlowMatchingPrior | None:
+    """The flow-matching prior of a run's checkpoint; None where none was trained. Raises as `load_prior`."""
+    file = prior_file(run, trained, "flow-matching")
+    if not file.is_file():
+        return None
+    prior = load_prior(file, trained, weights_sha256(run, trained), PriorFitConfig()).prior
+    assert isinstance(prior, FlowMatchingPrior)
+    return prior
+
+
+def prior_of_export(folder: Path, latent_shape: tuple[int, ...]) -> FlowMatchingPrior | None:
+    """The flow-matching prior that an export carries; None where it has none. Raises ValueError for a damaged file."""
+    file = inside(folder, PRIOR_OF_EXPORT)
+    if not file.is_file():
+        return None
+    facts, tensors, _ = read_prior_file(file, latent_shape, again="export the run again")
+    prior = _checked(facts, tensors, file, "export the run again")
+    if not isinstance(prior, FlowMatchingPrior):
+        raise ValueError(f"{file} holds a {facts.prior} prior; export the run again")
+    return prior
+
+
 def load_prior(file: Path, trained: TrainedModel, checkpoint_sha256: str, fit: PriorFitConfig) -> SavedPrior:
     """Read a prior back onto the CPU.
 
@@ -101,20 +123,7 @@ def load_prior(file: Path, trained: TrainedModel, checkpoint_sha256: str, fit: P
     again = f"delete {file} to have it fitted again"
     if file.stem == "flow-matching":
         again = "train it again with vaetrain/train_prior.py"
-    content = file.read_bytes()  # once, so that the hash is that of what is used
-    try:
-        tensors = safetensors.torch.load(content)
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        facts: PriorFacts = from_json(
-            PriorFacts, parse_json(metadata.get("vaetrain_prior", "null"), nulls=True), str(file)
-        )
-        if facts.latent_shape != trained.vae.config.latent_shape:
-            raise ValueError(f"it is of latents of shape {facts.latent_shape}")
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise ValueError("its numbers are not finite")
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} is damaged or no prior ({error}); {again}") from error
+    facts, tensors, sha256 = read_prior_file(file, trained.vae.config.latent_shape, again=again)
     fingerprint = trained.dataset["train"]["fingerprint"]
     asked: dict[str, tuple[Any, Any]] = {
         "format": (facts.format_version, FORMAT_VERSION),
@@ -130,13 +139,43 @@ def load_prior(file: Path, trained: TrainedModel, checkpoint_sha256: str, fit: P
     for what, (saved, wanted) in asked.items():
         if saved != wanted:
             raise ValueError(f"{file} was made for {what} {saved}, now it is {wanted}; {again}")
+    return SavedPrior(_checked(facts, tensors, file, again), facts, file, sha256)
+
+
+def read_prior_file(
+    file: Path, latent_shape: tuple[int, ...], *, again: str
+) -> tuple[PriorFacts, dict[str, Tensor], str]:
+    """Facts, tensors and SHA-256 of a prior's file, which must be of latents of this shape; `again` is the remedy."""
+    content = file.read_bytes()  # once, so that the hash is that of what is used
+    try:
+        tensors = safetensors.torch.load(content)
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        facts: PriorFacts = from_json(
+            PriorFacts, parse_json(metadata.get("vaetrain_prior", "null"), nulls=True), str(file)
+        )
+        if facts.latent_shape != latent_shape:
+            raise ValueError(f"it is of latents of shape {facts.latent_shape}")
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise ValueError("its numbers are not finite")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or no prior ({error}); {again}") from error
+    return facts, tensors, hashlib.sha256(content).hexdigest()
+
+
+def _checked(facts: PriorFacts, tensors: Mapping[str, Tensor], file: Path, again: str) -> Prior:
+    """The prior, having drawn something finite once."""
     try:
         prior = build_prior(facts, tensors)
-        if not bool(prior.sample(0, range(1)).reshape(facts.latent_shape).isfinite().all()):
+        if isinstance(prior, FlowMatchingPrior):  # one step will do
+            sampled = dataclasses.replace(prior, settings=FlowSettings(steps=1, solver="euler")).sample(0, range(1))
+        else:
+            sampled = prior.sample(0, range(1))
+        if not bool(sampled.reshape(facts.latent_shape).isfinite().all()):
             raise ValueError("what it draws is not finite")
     except (LookupError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"{file} does not hold what a {facts.prior} prior is made of ({error}); {again}") from error
-    return SavedPrior(prior, facts, file, hashlib.sha256(content).hexdigest())
+    return prior
 
 
 def _bounded(number: Tensor, most: int) -> int:

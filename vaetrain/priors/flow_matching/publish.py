@@ -23,10 +23,12 @@ DENSITY_STEPS = 25
 """Held-out latents whose log-density is told, and the steps of its integration, which takes as long as those of samples."""
 
 
-def publish(run: RunDirectory, config: PriorTraining, trained: TrainedModel, held_out: LatentReader) -> None:
+def publish(
+    run: RunDirectory, config: PriorTraining, trained: TrainedModel, held_out: LatentReader
+) -> FlowMatchingPrior:
     """Write RUN/priors/CHECKPOINT/flow-matching.safetensors from the best checkpoint of the prior's own run.
 
-    For the main process alone. What was there before is replaced.
+    For the main process alone. What was there before is replaced; returns the prior.
     """
     best = checkpoints.best(run.path)
     manifest = held_out.manifest
@@ -64,3 +66,4 @@ def publish(run: RunDirectory, config: PriorTraining, trained: TrainedModel, hel
     )
     save_prior(prior_file(config.first_stage, trained, "flow-matching"), prior, facts)
     print(f"prior flow-matching of {progress.images_seen:,} latents seen put beside {trained.checkpoint}", flush=True)
+    return prior

@@ -25,7 +25,7 @@ from vaetrain.progress_bar import ProgressBar
 from vaetrain.runs.curves import Curve
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.control import Control
-from vaetrain.training.figures import SECONDS_BETWEEN_DRAWINGS, draw, finish, save_grid
+from vaetrain.training.figures import SECONDS_BETWEEN_DRAWINGS, draw, finish, save_grid, save_samples
 from vaetrain.training.logger import RunLogger
 from vaetrain.training.progress import Progress
 from vaetrain.training.schedule import LoopSchedule
@@ -159,11 +159,14 @@ class FlowMatchingStage(Stage):
 
     def finish(self, run: RunDirectory) -> None:
         """Put the best weights where sampling, evaluation and exports find them. A collective."""
-        decided_by_main(
-            self.accelerator,
-            lambda: publish(run, self.config, self.trained, self.val_reader),
-            "put the prior beside the first stage's checkpoint",
-        )
+
+        def publish_and_draw() -> None:
+            vae = self.trained.vae
+            vae.prior = publish(run, self.config, self.trained, self.val_reader)
+            figures = RunDirectory(self.config.first_stage).figures
+            save_samples(vae, self.config.log.num_pictures, figures / "samples.png")  # from the best prior there is
+
+        decided_by_main(self.accelerator, publish_and_draw, "put the prior beside the first stage's checkpoint")
 
 
 def samples_by_class(prior: FlowMatchingPrior, num_images: int) -> torch.Tensor:
