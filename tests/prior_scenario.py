@@ -9,7 +9,7 @@ from vaetrain.data.readers.reader import open_reader
 from vaetrain.distributed import processes
 from vaetrain.evaluation.memorization import draw_images, encoder_features, nearest_images, pixels
 from vaetrain.export import load_run
-from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
+from vaetrain.priors.config import FITTED_PRIORS, PriorFitConfig
 from vaetrain.priors.fit import fitted_priors
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.sample import SampleConfig, sample
@@ -22,8 +22,8 @@ def scenario(run, run_with_priors, out, accelerator):
     """Fit all priors to `run`; with those of `run_with_priors`: draw samples, search neighbours, write a sample set."""
     trained = load_run(run, device=accelerator.device)
     open_split = partial(open_reader, RunDirectory.open(run).config().data, device=accelerator.device)
-    fitted_priors(run, trained, PRIOR_NAMES, accelerator, open_split, FIT)
-    priors = fitted_priors(run_with_priors, trained, PRIOR_NAMES, accelerator, open_split, FIT)
+    fitted_priors(run, trained, FITTED_PRIORS, accelerator, open_split, FIT)
+    priors = fitted_priors(run_with_priors, trained, FITTED_PRIORS, accelerator, open_split, FIT)
     result = {
         f"samples of {name}": gather_samples(trained.vae, accelerator, 21, seed=3, batch_size=4, prior=saved.prior)
         for name, saved in priors.items()

@@ -19,7 +19,7 @@ from vaetrain.export import load_run
 from vaetrain.model.prior import StandardNormal
 from vaetrain.priors.aggregate import AggregatePosterior, Posteriors, gather_aggregate
 from vaetrain.priors.codes import MeanCode, RandomCode
-from vaetrain.priors.config import PRIOR_NAMES, PriorFitConfig
+from vaetrain.priors.config import FITTED_PRIORS, PRIOR_NAMES, PriorFitConfig
 from vaetrain.priors.fit import fit_prior, fitted_priors, nats_per_dim, prior_table, priors_for
 from vaetrain.priors.flow import build_flow
 from vaetrain.priors.gaussian import WhitenedCodes
@@ -240,7 +240,7 @@ def test_the_same_seed_gives_the_same_fit(ring_codes):
         assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", PRIOR_NAMES)
+@pytest.mark.parametrize("name", FITTED_PRIORS)
 def test_a_latent_depends_on_seed_and_index_alone(name, ring_codes):
     prior, _ = fit_prior(name, aggregate_of(ring_codes, std=0.1), PriorFitConfig(flow_steps=20, gmm_components=(2,)))
     eight = prior.sample(0, range(8))
@@ -283,7 +283,7 @@ def fit_all(tiny_run, accelerator, tmp_path):
     trained = load_run(run)
     open_split = partial(open_reader, RunDirectory.open(run).config().data, device=accelerator.device)
 
-    def fit(names=PRIOR_NAMES, config=FIT):
+    def fit(names=FITTED_PRIORS, config=FIT):
         return fitted_priors(run, trained, names, accelerator, open_split, config)
 
     return fit, run, trained, open_split
@@ -310,10 +310,10 @@ def test_saved_priors_come_back_and_are_not_fitted_twice(fit_all, monkeypatch):
     fit, run, trained, _ = fit_all
     first = fit()
     files = {path.name for path in (run / "priors" / trained.checkpoint.name).iterdir()}
-    assert files == {f"{name}.safetensors" for name in PRIOR_NAMES}
+    assert files == {f"{name}.safetensors" for name in FITTED_PRIORS}
     monkeypatch.setattr("vaetrain.priors.fit.gather_aggregate", None)
     again = fit()
-    for name in PRIOR_NAMES:
+    for name in FITTED_PRIORS:
         assert torch.equal(again[name].prior.sample(0, range(5)), first[name].prior.sample(0, range(5)))
         assert first[name].prior.sample(0, range(5)).shape == (5, *trained.vae.config.latent_shape)
         assert again[name].sha256 == first[name].sha256
@@ -322,7 +322,7 @@ def test_saved_priors_come_back_and_are_not_fitted_twice(fit_all, monkeypatch):
     assert facts.dataset_fingerprint == trained.dataset["train"]["fingerprint"]
     assert (facts.num_codes, facts.heldout_num_codes) == (80, 11)
     table = {row["prior"]: row["heldout_nats_per_dim"] for row in prior_table(again)}
-    assert list(table) == list(PRIOR_NAMES)
+    assert list(table) == list(FITTED_PRIORS)
     assert {name for name, score in table.items() if score is None} == {"mean-code", "random-code"}
     assert all(math.isfinite(score) for score in table.values() if score is not None)
 
@@ -357,7 +357,7 @@ def test_a_prior_of_something_else_is_refused(fit_all):
 def test_large_latents_get_the_priors_that_need_no_covariance(fit_all, monkeypatch):
     fit, _, trained, _ = fit_all
     assert priors_for((64, 64)) == PRIOR_NAMES
-    assert priors_for((64, 65)) == ("standard", "mean-code", "random-code")
+    assert priors_for((64, 65)) == ("standard", "flow-matching", "mean-code", "random-code")
     monkeypatch.setattr("vaetrain.priors.fit.MAX_COVARIANCE_DIMS", 255)
     assert math.prod(trained.vae.config.latent_shape) == 256
     with pytest.raises(ValueError, match="gmm would need the covariance of 256 latent dimensions"):
@@ -372,7 +372,7 @@ def test_two_processes_fit_draw_and_search_as_one_does(tiny_run, accelerator, tm
     scenario(one, one, tmp_path / "alone", accelerator)
     succeed_together(scenario_together, two, one, tmp_path / "together")
     folder = next((one / "priors").iterdir()).relative_to(one)
-    for name in PRIOR_NAMES:
+    for name in FITTED_PRIORS:
         mine, theirs = load_file(one / folder / f"{name}.safetensors"), load_file(two / folder / f"{name}.safetensors")
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items()), name

@@ -15,8 +15,8 @@ from together import succeed_together
 from vaetrain.encode import EncodeConfig, encode
 from vaetrain.evaluate import EvaluateConfig, evaluate
 from vaetrain.export import export, load_run
-from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.preflight import check_prior_training
+from vaetrain.priors.config import PriorFitConfig
 from vaetrain.priors.flow_matching.stage import FlowMatchingStage
 from vaetrain.priors.saved import prior_file, prior_of_run
 from vaetrain.runs.checkpoint_names import list_checkpoints
@@ -24,6 +24,8 @@ from vaetrain.sample import SampleConfig, sample
 from vaetrain.train import train
 from vaetrain.train_prior import SecondStage
 from vaetrain.training.logger import RunLogger
+
+QUICK = PriorFitConfig(flow_steps=1, gmm_components=(1,))
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +162,7 @@ def test_everything_that_draws_finds_it(train_prior, first_stage, accelerator, t
         vaetrain.load(out)
 
     evaluate(
-        EvaluateConfig(
-            run, out=tmp_path / "scores.json", scores=("elbo",), priors=("all",), likelihood=LikelihoodConfig()
-        ),
+        EvaluateConfig(run, out=tmp_path / "scores.json", scores=("elbo",), priors=("all",), fit=QUICK),
         accelerator,
     )
     table = json.loads((tmp_path / "scores.json").read_text())["priors"]
@@ -177,7 +177,9 @@ def test_without_one_it_is_left_out_of_all_and_named_when_asked_for(tiny_run, ac
     with pytest.raises(ValueError, match="no prior that knows classes was trained"):
         vaetrain.load(run).sample(2, class_="cat")
     assert vaetrain.load(run).prior is None
-    evaluate(EvaluateConfig(run, out=tmp_path / "scores.json", scores=("elbo",), priors=("all",)), accelerator)
+    evaluate(
+        EvaluateConfig(run, out=tmp_path / "scores.json", scores=("elbo",), priors=("all",), fit=QUICK), accelerator
+    )
     assert "flow-matching" not in json.loads((tmp_path / "scores.json").read_text())["priors"]
     assert "left out of all priors" in capsys.readouterr().out
 

@@ -19,6 +19,9 @@ PRIOR_NAMES: tuple[PriorName, ...] = (
 )
 """In the order of tables and pictures."""
 
+FITTED_PRIORS: tuple[PriorName, ...] = tuple(name for name in PRIOR_NAMES if name != "flow-matching")
+"""Those that need no training of their own."""
+
 
 Solver = Literal["heun", "euler"]
 
