@@ -28,7 +28,7 @@ class Record(TypedDict):
         (LISTS.replace("x,x", "x," * 4000 + "x"), "more than 100,000 values"), (MERGES, "more than 100,000 values"),
         ("&a [*a]", "an alias names what it is a part of"), ("[" * 3000, "nested more than 50 deep"),
         ("a: " + "9" * 400, "a whole number of more than 20 digits"), ("a: 1" + ":1" * 20_000, "more than 20 digits"),
-        ("a: .inf", "no finite number"), ("a: !!python/object/apply:os.system [id]", "is no plain value"),
+        ("a: 1\nb: .inf", r"line 2: \.inf is no finite number"), ("a: !!python/object/apply:os.system [id]", "is no plain value"),
         ("a: !!set {x, y}", "is no plain value"), ("{[a]: 1}", "a key is a list or a mapping"), ("a: !!bool x", "x"),
         ("a: !!seq x", "a list that is none"), ("a: \0", "special characters"), ("a: 1\n---\nb: 2", "single document"),
     ],

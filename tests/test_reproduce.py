@@ -149,7 +149,8 @@ def test_verdicts_are_shown_and_what_failed_is_named(root, tmp_path):
         for seed in (0, 1):
             folder = out / "runs" / f"{lr}-{seed}"
             folder.mkdir(parents=True)
-            record = {"split": "val", "step": 1, "epoch": 1.0, "val/elbo_nats": elbo + 0.1 * seed, "val/psnr_db": None}
+            record = {"split": "val", "step": 1, "images_seen": 4, "epoch": 1.0}
+            record |= {"val/elbo_nats": elbo + 0.1 * seed, "val/psnr_db": None}
             (folder / "config.yaml").write_text("{}")
             (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
             job = Job(f"{lr} {seed}", ("train",), out / "r", out / "l", state="finished")

@@ -23,6 +23,7 @@ from vaetrain.config import Config, LogConfig
 from vaetrain.data.config import DataConfig
 from vaetrain.runs.checkpoint_names import list_checkpoints
 from vaetrain.runs.directory import RunDirectory
+from vaetrain.runs.provenance import provenance
 from vaetrain.training.checkpoint import FORMAT_VERSION
 from vaetrain.training.figures import RunFigures
 from vaetrain.training.logger import RunLogger
@@ -294,7 +295,7 @@ def test_records_after_a_checkpoint_are_dropped(tmp_path, tiny_shards):
         run.metrics_file.unlink(missing_ok=True)
         for at, split in ((1, "train"), (2, "train"), (2, "val"), (3, "train"), (4, "train"), (4, "val"), (5, "train")):
             run.append_metrics({"step": at, "images_seen": 10 * at, "split": split})
-        run.write_start(config, {}, {}, step=step, validated_at=validated_at)
+        run.write_start(config, provenance(None, None), {}, step=step, validated_at=validated_at)
         return [(record["step"], record["split"]) for record in run.metrics()]
 
     before = [(1, "train"), (2, "train"), (2, "val"), (3, "train")]

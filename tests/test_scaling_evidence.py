@@ -18,6 +18,7 @@ from reproduce.scaling_evidence import (
     runs_below,
     score_gap,
 )
+from vaetrain.runs.provenance import provenance
 
 LENGTHS = [SeedGroup(1000.0, (-200.0,)), SeedGroup(2000.0, (-150.0, -152.0)), SeedGroup(4000.0, (-120.0,))]
 
@@ -28,8 +29,8 @@ def write_run(folder, *, lr=1e-3, batch=32, images=4000, seed=0, score=-120.0):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     records = [
         {"split": "train", "step": 1, "images_seen": images},
-        {"split": "val", "images_seen": images // 2, "val/elbo_nats": score - 50},
-        {"split": "val", "images_seen": images, "val/elbo_nats": score},
+        {"split": "val", "step": 1, "images_seen": images // 2, "val/elbo_nats": score - 50},
+        {"split": "val", "step": 2, "images_seen": images, "val/elbo_nats": score},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -69,7 +70,7 @@ def write_noise_run(folder, *, adam: float, simple: float) -> None:
     """A run at batch 32 in micro-batches of 8 whose gradients shrink while both noise scales stay."""
     write_run(folder)
     (folder / "config.yaml").write_text("data: {train: somewhere}\ntrain: {global_batch_size: 32, micro_batch_size: 8}")
-    (folder / "provenance.json").write_text('{"num_processes": 1}')
+    (folder / "provenance.json").write_text(json.dumps(provenance(None, None)))
     with (folder / "metrics.jsonl").open("a") as file:
         for step, gradient_sq in enumerate((99.0, 3.0, 2.0, 1.0, 0.5), start=1):
             norms = {
@@ -79,7 +80,7 @@ def write_noise_run(folder, *, adam: float, simple: float) -> None:
                 "adam_small_grad_sq": (adam, 8),
             }
             logged = {f"train/{name}": gradient_sq * (1 + scale / batch) for name, (scale, batch) in norms.items()}
-            file.write(json.dumps({"split": "train", "step": step, **logged}) + "\n")
+            file.write(json.dumps({"split": "train", "step": step, "images_seen": 32 * step, **logged}) + "\n")
 
 
 def test_a_run_without_noise_scale_has_no_critical_batch(tmp_path):

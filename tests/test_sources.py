@@ -140,6 +140,29 @@ def test_a_zip_that_needs_a_version_that_there_is_not_is_refused(folder: Path, t
         open_source(str(tmp_path / "pets.zip")).listing()
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE])
+@pytest.mark.parametrize("magic", [b"ustar  \0", bytes(8)])
+def test_a_tar_of_impossible_sizes_is_named(tmp_path: Path, kind: bytes, magic: bytes) -> None:
+    entry = tarfile.TarInfo("cat/1.png")
+    entry.type, entry.size = kind, 1 << 70
+    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    header[257:265], header[148:156] = magic, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "pets.tar").write_bytes(bytes(header) + bytes(2048))
+    with pytest.raises(ValueError, match=r"pets\.tar is (damaged|no source)"):
+        open_source(str(tmp_path / "pets.tar")).listing()
+
+
+def test_a_file_without_a_name_in_a_tar_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    file = pack_tar(folder, tmp_path / "pets.tar")
+    before = open_source(str(file)).listing()
+    with tarfile.open(file, "a") as archive:
+        archive.addfile(tarfile.TarInfo("/"))
+    listing = open_source(str(file)).listing()
+    assert listing.items == before.items
+    assert len(listing.ignored) == len(before.ignored) + 1
+
+
 def test_links_in_a_tar_are_rejected_by_name(folder: Path, tmp_path: Path) -> None:
     file = pack_tar(folder, tmp_path / "pets.tar")
     with tarfile.open(file, "a") as archive:

@@ -127,7 +127,7 @@ RECORDS = (
     SLOW.split("if ")[0]
     + """
 with (folder / "metrics.jsonl").open("a") as file:
-    file.write('{"split": "val", "step": 1, "val/elbo_nat": -1.0}\\n')
+    file.write('{"split": "val", "step": 1, "images_seen": 4, "val/elbo_nat": -1.0}\\n')
 """
 )
 
@@ -155,7 +155,8 @@ def test_seeds_are_averaged_and_the_best_row_is_marked(sweep_file, tmp_path):
         runs.append(TrialRun(trial, tmp_path / str(number), job))
         runs[-1].folder.mkdir()
         lines = [
-            json.dumps({"step": n, "val/elbo_nats": elbo, "perf/images_per_s": 7.0}) for n, elbo in enumerate(elbos)
+            json.dumps({"step": n, "images_seen": n, "split": "val", "val/elbo_nats": elbo, "perf/images_per_s": 7.0})
+            for n, elbo in enumerate(elbos)
         ]
         (runs[-1].folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     low, high = rows_of(sweep, runs)

@@ -144,40 +144,44 @@ class _BoundedLoader(yaml.SafeLoader):
     def construct_plain(self, node: yaml.Node) -> Any:
         """A number within bounds, or its text."""
         if not isinstance(node, yaml.ScalarNode):
-            raise yaml.YAMLError("something is marked as a number that is none")
+            raise _refusal(node, "something is marked as a number that is none")
         text = str(self.construct_scalar(node))
         if node.tag.endswith(":int"):
             if len(text) > MAX_DIGITS + 1:
-                raise yaml.YAMLError(f"{shorten(text)} is a whole number of more than {MAX_DIGITS} digits")
+                raise _refusal(node, f"{shorten(text)} is a whole number of more than {MAX_DIGITS} digits")
             return self.construct_yaml_int(node)
         if node.tag.endswith(":float"):
             number = float(self.construct_yaml_float(node))
             if not math.isfinite(number):
-                raise yaml.YAMLError(f"{shorten(text)} is no finite number; write null where a limit is to be left out")
+                raise _refusal(node, f"{shorten(text)} is no finite number; write null where a limit is to be left out")
             return number
         return text  # a date
 
     def construct_text_mapping(self, node: yaml.Node) -> dict[str, Any]:
         """A mapping whose keys are text, whatever they look like."""
         if not isinstance(node, yaml.MappingNode):
-            raise yaml.YAMLError("something is marked as a mapping that is none")
+            raise _refusal(node, "something is marked as a mapping that is none")
         self.flatten_mapping(node)
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.YAMLError("a key is a list or a mapping")
+                raise _refusal(key_node, "a key is a list or a mapping")
             found[str(key_node.value)] = self.construct_object(value_node, deep=True)
         return found
 
     def construct_list(self, node: yaml.Node) -> list[Any]:
         """A list."""
         if not isinstance(node, yaml.SequenceNode):
-            raise yaml.YAMLError("something is marked as a list that is none")
+            raise _refusal(node, "something is marked as a list that is none")
         return [self.construct_object(item, deep=True) for item in node.value]
 
     def refuse(self, node: yaml.Node) -> Any:
         """A tag that names no plain value, such as !!python/object."""
-        raise yaml.YAMLError(f"{shorten(str(node.tag))} is no plain value")
+        raise _refusal(node, f"{shorten(str(node.tag))} is no plain value")
+
+
+def _refusal(node: yaml.Node, what: str) -> yaml.YAMLError:
+    return yaml.YAMLError(f"line {node.start_mark.line + 1:,}: {what}")
 
 
 class Scalar(NamedTuple):

@@ -216,7 +216,7 @@ class RunDirectory:
         records: list[dict[str, Any]] = []
         for number, record in json_lines(file, remedy=REMEDY):
             try:
-                records.append(from_json(MetricsRecord, record))
+                records.append(from_json(MetricsRecord, record, "it"))
             except ValueError as error:
                 raise ValueError(
                     f"{file} is damaged: line {number:,} is no record ({error}); delete that line, or bring the file back from a "

@@ -110,5 +110,5 @@ class SampleReader:
                         if member.size > MAX_PNG_BYTES or member.issparse():
                             raise ValueError(f"{member.name} has {member.size:,} bytes")
                         yield int(Path(member.name).stem), file.read()
-        except (tarfile.TarError, ValueError, EOFError) as error:
+        except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
             raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from error

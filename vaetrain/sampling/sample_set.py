@@ -62,7 +62,7 @@ def images_in(shard: Path) -> list[int] | None:
     try:
         with tarfile.open(shard, "r:") as tar:  # never compressed
             return [int(Path(member.name).stem) for member in tar if member.name.endswith(".png")]
-    except (FileNotFoundError, tarfile.TarError, ValueError, EOFError):
+    except (FileNotFoundError, tarfile.TarError, ValueError, OverflowError, EOFError):
         return None
 
 

@@ -75,11 +75,7 @@ class Sweep:
         if metric["goal"] not in ("minimize", "maximize") or not isinstance(metric["name"], str):
             raise ValueError(f"{path}: metric needs a name, and a goal that is minimize or maximize, not {metric!r}")
         parameters, command, run_cap = content["parameters"], content["command"], content.get("run_cap")
-        if (
-            not isinstance(parameters, Mapping)
-            or not parameters
-            or not all(isinstance(name, str) for name in parameters)
-        ):
+        if not isinstance(parameters, Mapping) or not parameters:
             raise ValueError(
                 f"{path}: parameters is {parameters!r}; write a mapping of names, such as optim.lr: {{values: […]}}"
             )

@@ -233,6 +233,15 @@ class CompressedTar(ImageSource):
             yield archive
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a file begins as a plain or compressed tar does; what follows may be damaged."""
+    if kind_of(head_of(path)) == "tar":
+        return True
+    with suppress(OverflowError):  # of a header that says that its file ends beyond 2⁶³ bytes
+        return tarfile.is_tarfile(path)
+    return False
+
+
 def is_compressed(path: Path) -> bool:
     """Whether a file's first bytes are those of something that `decompressed` opens."""
     return kind_of(head_of(path)) in DECOMPRESSORS
@@ -285,7 +294,7 @@ def _plain_tar_members(path: Path) -> Iterator[Member]:
 def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
     """All files, links that lead to one in the archive as that one. A device's content is empty."""
     files, links = [], []
-    for info in archive:
+    for info in tar_entries(archive):
         if info.islnk():
             links.append(_Link(info.name, info.linkname, info.linkname))
         elif info.issym():
@@ -293,6 +302,14 @@ def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
         elif not info.isdir():
             files.append(Member(info.name, info.offset_data, info.size if info.isreg() else 0))
     return _with_links(files, links)
+
+
+def tar_entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """What a tar lists; raises tarfile.TarError, or OverflowError, where it is damaged."""
+    try:
+        yield from archive
+    except ValueError as error:  # of a header that says that its file ends beyond 2⁶³ bytes
+        raise tarfile.ReadError(str(error)) from error
 
 
 def _with_links(files: list[Member], links: list[_Link]) -> Iterator[Member]:
@@ -324,7 +341,7 @@ def readable_archive(path: Path) -> Iterator[None]:
     """Turn what damaged archives raise into a ValueError that names the file."""
     damage = (
         tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError,
-        NotImplementedError, RuntimeError,
+        NotImplementedError, OverflowError, RuntimeError,
     )  # fmt: skip
     try:
         yield

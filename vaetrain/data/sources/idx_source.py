@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from vaetrain.data.sources.archives import decompressed, file_identity, is_compressed, readable_archive
+from vaetrain.data.sources.archives import decompressed, file_identity, is_compressed, readable_archive, tar_entries
 from vaetrain.data.sources.idx import PARTS, find_idx, idx_name, parse_idx_name, read_idx
 from vaetrain.data.sources.preprocess import PICTURE_SUFFIXES, suffix_of
 from vaetrain.data.sources.source import DirectSource, Listing, SourceItem
@@ -161,7 +161,7 @@ def _names(path: Path) -> Iterator[str]:
             decompressed(path) if is_compressed(path) else path.open("rb") as plain,
             tarfile.open(fileobj=plain, mode="r:") as tar,
         ):
-            yield from (info.name for info in tar if info.isreg())
+            yield from (info.name for info in tar_entries(tar) if info.isreg())
 
 
 @lru_cache(maxsize=4)

@@ -29,10 +29,10 @@ THUMBNAIL_FOLDERS = frozenset(["thumbs", "thumbnails", "_thumbs", "_thumbnails",
 
 def junk_reason(parts: tuple[str, ...]) -> str | None:
     """Why a path is passed over whatever it holds, or None."""
-    *folders, name = (part.lower() for part in parts)
+    *folders, name = (part.lower() for part in parts or ("",))  # an archive may hold a file without a name
     if not JUNK_FOLDERS.isdisjoint(folders) or name.startswith(JUNK_PREFIXES):
         return JUNK
-    return HIDDEN if any(part.startswith(".") for part in parts) else None
+    return HIDDEN if not name or any(part.startswith(".") for part in parts) else None
 
 
 def is_thumbnail(parts: tuple[str, ...], others: Collection[tuple[str, ...]]) -> bool:
