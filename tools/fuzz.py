@@ -26,6 +26,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -144,11 +145,11 @@ def with_other_values(content: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(content))
         if not places or rng.random() < 0.02:
-            return rng.choice(VALUES)
+            return deepcopy(rng.choice(VALUES))
         holder, key = rng.choice(places)
         match rng.randrange(6):
             case 0 | 1 | 2:
-                holder[key] = rng.choice(VALUES)
+                holder[key] = deepcopy(rng.choice(VALUES))
             case 3:
                 del holder[key]
             case 4 if isinstance(holder, dict):

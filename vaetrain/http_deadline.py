@@ -6,7 +6,6 @@ the size of a chunk, in a trailer. Here one deadline stands over all of them, ov
 
 from __future__ import annotations
 
-import http.client
 import io
 import socket
 import time

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tarfile
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from vaetrain.data.format.tar_headers import is_tar
 from vaetrain.data.sources.archives import CompressedTar, ImageFolder, ImageTar, ImageTars, ImageZip, is_compressed
 from vaetrain.data.sources.faces.faces import CLASSES, draw_face
 from vaetrain.data.sources.file_kind import head_of, kind_of
@@ -41,7 +41,7 @@ def open_source(src: str, options: SourceOptions | None = None, **others: Any) -
     if is_shard_set(path):
         _refuse_frames(src, options, "a shard set")
         return ShardSetSource.open_set(path)
-    if path.is_file() and not (is_compressed(path) or zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
+    if path.is_file() and not (is_compressed(path) or zipfile.is_zipfile(path) or is_tar(path)):
         if parse_idx_name(path.name) and (idx := IdxSource.find(path)):
             return idx
         kind = kind_of(head_of(path))
