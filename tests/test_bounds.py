@@ -103,6 +103,17 @@ def test_headers_are_bounded(content: Callable[[], bytes], told: str, suffix: st
         assert images_in(file) is None
 
 
+def test_a_size_that_no_file_has_is_a_sentence(tmp_path: Path) -> None:
+    content = bytearray(header("cat/1.png", 0))
+    content[124:136] = b"\x80" + b"\x7f" * 11  # 88 bits
+    content[148:156] = b" " * 8
+    content[148:156] = b"%06o\0 " % sum(content)
+    (tmp_path / "a.tar").write_bytes(PICTURE + bytes(content) + PICTURE + END)
+    with pytest.raises(ValueError, match="a.tar is damaged or no archive"):
+        listed(tmp_path / "a.tar")
+    assert images_in(tmp_path / "a.tar") is None
+
+
 def test_members_do_not_each_keep_all_global_headers(tmp_path: Path) -> None:
     records = [(f"k{number}", "v") for number in range(50_000)]
     content = pax(*records, kind=tarfile.XGLTYPE) + PICTURE * 200 + END

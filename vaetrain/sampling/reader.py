@@ -114,5 +114,5 @@ class SampleReader:
                         if member.size > MAX_PNG_BYTES:
                             raise ValueError(f"{member.name} has {member.size:,} bytes")
                         yield int(Path(member.name).stem), file.read()
-        except (tarfile.TarError, ValueError, EOFError) as error:
+        except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from error

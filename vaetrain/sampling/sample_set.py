@@ -63,7 +63,7 @@ def images_in(shard: Path) -> list[int] | None:
     try:
         with shard.open("rb") as plain, open_tar(plain) as tar:  # never compressed
             return [int(Path(member.name).stem) for member in members_of(tar) if member.name.endswith(".png")]
-    except (FileNotFoundError, tarfile.TarError, ValueError, EOFError):
+    except (FileNotFoundError, tarfile.TarError, ValueError, EOFError, OverflowError):
         return None
 
 

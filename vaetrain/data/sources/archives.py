@@ -370,7 +370,7 @@ def readable_archive(path: Path) -> Iterator[None]:
     """Turn what damaged archives raise into a ValueError that names the file."""
     damage = (
         tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError,
-        NotImplementedError, RuntimeError,
+        NotImplementedError, RuntimeError, OverflowError,
     )  # fmt: skip
     try:
         yield
