@@ -103,6 +103,14 @@ def test_headers_are_bounded(content: Callable[[], bytes], told: str, suffix: st
         assert images_in(file) is None
 
 
+@pytest.mark.parametrize("size", ["9" * 30, "-512"])
+def test_an_extended_size_that_no_file_has_is_a_sentence(tmp_path: Path, size: str) -> None:
+    (tmp_path / "a.tar").write_bytes(PICTURE + pax(("size", size)) + PICTURE + END)
+    with pytest.raises(ValueError, match="a.tar is damaged or no archive"):
+        listed(tmp_path / "a.tar")
+    assert images_in(tmp_path / "a.tar") is None
+
+
 def test_a_size_that_no_file_has_is_a_sentence(tmp_path: Path) -> None:
     content = bytearray(header("cat/1.png", 0))
     content[124:136] = b"\x80" + b"\x7f" * 11  # 88 bits

@@ -315,7 +315,7 @@ def images(material: Material) -> Callable[[random.Random], None]:
     from vaetrain.data.sources.preprocess import UNREADABLE, Preprocessing, decode_picture
 
     sound = [
-        *(_image(name, 0) for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")), _image("JPEG", 1, progressive=True),
+        *(_image(name, 0) for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")), _image("JPEG", 1, progressive=True),
         _image("PNG", 1, icc_profile=b"x" * 300), _image("WEBP", 1, lossless=True),
     ]  # fmt: skip
     pixels = np.empty((8, 8, 3), np.uint8)

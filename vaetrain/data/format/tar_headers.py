@@ -10,6 +10,9 @@ from typing import Any
 MAX_HEADER_BYTES = 1 << 20
 """Of one extended header (PAX), of one long name (GNU), and of all global headers of a tar together."""
 
+MAX_FILE_BYTES = 1 << 62
+"""Of any file, an offset beyond being no number that the system takes."""
+
 _EXTENDED = (
     tarfile.XHDTYPE,
     tarfile.SOLARIS_XHDTYPE,
@@ -32,6 +35,7 @@ def open_tar(file: Any) -> tarfile.TarFile:
         @classmethod
         def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
             header = super().frombuf(buf, encoding, errors)
+            _check_size(header)
             if header.type == tarfile.GNUTYPE_SPARSE:
                 raise tarfile.ReadError(SPARSE)
             if header.type == tarfile.XGLTYPE:
@@ -61,6 +65,12 @@ def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """All members in their order, none of which is kept."""
     for member in archive:
         archive.members.clear()  # each holds a copy of all global headers
+        _check_size(member)  # which an extended header may say, too
         if member.issparse():
             raise tarfile.ReadError(SPARSE)
         yield member
+
+
+def _check_size(header: tarfile.TarInfo) -> None:
+    if not 0 <= header.size <= MAX_FILE_BYTES:
+        raise tarfile.ReadError(f"{header.name[:60]!r} is said to have {str(header.size)[:30]} bytes")
