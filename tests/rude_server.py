@@ -2,6 +2,7 @@
 
 import re
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -27,6 +28,8 @@ class Behaviour:
     stall_s: float = 0.0  # between two pieces of the body
     wrong_range: bool = False
     longest_range: int | None = None
+    raw: tuple[bytes, bytes] | None = None  # sent in place of an answer: first the one, then the other for ever
+    redirect: str | None = None
     requests: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -42,6 +45,14 @@ class Server:
             def do_GET(self) -> None:
                 behaviour = paths.get(self.path.lstrip("/"), Behaviour(status=404))
                 behaviour.requests.append(dict(self.headers))
+                if behaviour.raw:
+                    self.trickle(*behaviour.raw)
+                    return
+                if behaviour.redirect:
+                    self.send_response(302)
+                    self.send_header("Location", behaviour.redirect)
+                    self.end_headers()
+                    return
                 status = behaviour.statuses.pop(0) if behaviour.statuses else behaviour.status
                 if status != 200:
                     self.send_error(status)
@@ -76,6 +87,12 @@ class Server:
                         self.wfile.write(body[:stop])
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client has given up, as it should
+
+            def trickle(self, first: bytes, again: bytes) -> None:
+                with suppress(ConnectionError):
+                    self.wfile.write(first)
+                    while not closing.wait(0.02):
+                        self.wfile.write(again)
 
             def range_of(self, behaviour: Behaviour) -> tuple[int | None, int]:
                 end = len(behaviour.content) - 1

@@ -48,7 +48,8 @@ def test_help_answers_without_importing_torch(script):
 
 
 ORDER = (
-    "machine files strict_json exit_codes picture_text progress_bar upload wandb_account", "documents", "command_line",
+    "machine files strict_json http_deadline exit_codes picture_text progress_bar upload", "documents wandb_account",
+    "command_line",
     "distributed objective", "model", "data", "config",
     "runs metrics interchange", "training report sweeps", "export", "latents", "priors scaling", "sampling", "evaluation",
     "preflight", "train sample evaluate scale encode", "train_prior",

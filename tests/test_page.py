@@ -133,6 +133,6 @@ def test_links_lead_beside_the_page_and_nowhere_else():
     )
     assert [link.attributes["href"] for link in document.all("a")[1:]] == ["runs/a%20b/report.html", "x.json"]
     assert "<a> report · x" in document.text
-    for elsewhere in ("https://example.org", "/etc/passwd", "javascript:alert(1)"):
+    for elsewhere in ("https://example.org", "/etc/passwd", "javascript:alert(1)", "runs/../../x"):
         with pytest.raises(ValueError, match="does not lie beside"):
             links([(elsewhere, "x")])

@@ -24,7 +24,7 @@ from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.read_plan import ReadPlan
 from vaetrain.data.readers.reader import Reader, open_reader
 from vaetrain.data.remote import cache as shard_cache
-from vaetrain.data.remote import connection
+from vaetrain.data.remote import connection, remote
 from vaetrain.data.remote.remote import RemoteShards
 from vaetrain.data.remote.remote_file import Persistence, RemoteFile
 from vaetrain.data.remote.url import remote_folder
@@ -115,6 +115,42 @@ def test_a_stalling_server_is_given_up_in_the_time_stated(server: Server, stall_
     server.add("a.tar", stall_s=stall_s)
     with pytest.raises(ValueError, match="given up after"):
         everything(file_on(server.url, "a.tar", persistence=Persistence(give_up_s=1.0, attempts=10**6)))
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;", b"x"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n", b"A: b\r\n"),
+    ],
+    ids=["header", "headers", "continue", "chunk size", "chunks", "trailers"],
+)
+def test_a_server_that_trickles_anything_is_given_up(server: Server, first: bytes, again: bytes) -> None:
+    """Each byte comes in time. Without a deadline over all of them this ends when http.client has counted its fill, or never."""
+    server.add("a.tar", raw=(first, again))
+    with pytest.raises(ValueError, match=r"too long|brought \d+ bytes in 0.2 s|timed out") as told:
+        everything(file_on(server.url, "a.tar", persistence=Persistence(give_up_s=5.0, timeout_s=0.2, attempts=2)))
+    assert "given up after 2 attempt(s)" in str(told.value)
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1:9/a", "file:///etc/passwd", "data:,x"])
+def test_a_redirect_leads_to_http_alone(server: Server, target: str) -> None:
+    server.add("a.tar", redirect=target)
+    with pytest.raises(ValueError, match=r"answers 302 (it leads to|Found - Redirection to) .*not"):
+        everything(file_on(server.url, "a.tar"))
+    server.add("b.tar", redirect=f"{server.url}c.tar")
+    server.add("c.tar")
+    assert everything(file_on(server.url, "b.tar")) == CONTENT
+
+
+def test_redirects_without_end_are_given_up(server: Server) -> None:
+    server.add("a.tar", redirect=f"{server.url}a.tar")
+    with pytest.raises(ValueError, match="answers 302"):
+        everything(file_on(server.url, "a.tar"))
 
 
 def test_the_default_persistence_is_well_below_thirty_seconds() -> None:
@@ -209,6 +245,10 @@ def test_a_url_is_told_from_a_path_and_a_command_is_refused() -> None:
         ValueError, match=r"pipe:cat \{\} would run a shell command, which vaetrain does not; give .* URL"
     ):
         remote_folder("pipe:cat {}")
+    assert remote_folder("http://[::1]:80/set") == "http://[::1]:80/set/"
+    for chain in ("simplecache::s3://b/x", "zip://set::file:///home/me/x.zip", "zip://x::filecache::s3://b/x.zip"):
+        with pytest.raises(ValueError, match="chains file systems, some of which write"):
+            remote_folder(chain)
 
 
 @pytest.mark.parametrize("kind", ["http", "http through a cache", "file", "memory"])
@@ -296,6 +336,13 @@ def test_a_damaged_manifest_or_index_names_the_url(tiny_shards: Path, server: Se
     server.paths[f"set/{name}"].content = b"{}"
     with pytest.raises(ValueError, match=f"^{url}/{name} is no"), opened(url):
         pass
+
+
+def test_a_manifest_that_trickles_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LISTING_S", -1.0)
+    server.add("set/manifest.json")
+    with pytest.raises(FileNotFoundError, match=r"manifest.json: .* bytes of it came in"):
+        RemoteShards(f"{server.url}set/").shard_set()
 
 
 def test_an_endless_manifest_does_not_fill_the_memory(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -197,3 +199,30 @@ def test_the_command_names_what_it_does_not_know():
     result = run("tools/reproduce.py", "lecture", "--only", "vae_dogs")
     assert result.returncode == 1
     assert "--only vae_dogs: lecture has ae_dense_mnist" in result.stderr
+
+
+def test_pages_stay_themselves_whatever_the_names_in_runs_are(tmp_path):
+    """Classes, packages, tags, reasons and folders that try to be HTML, on the lecture's page as on the takeaways'."""
+    hostile = "</script><script>window.hacked=1</script><img src=x onerror=hacked()>\"'"
+    with tarfile.open(ROOT / "tests" / "fixtures" / "ec12a9c.tar.gz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    run = tmp_path / "runs" / hostile.replace("/", "|")
+    shutil.copytree(tmp_path / "run", run)
+    dataset = json.loads((run / "dataset.json").read_text())
+    for split in ("train", "val"):
+        dataset[split]["classes"] = [hostile]
+        dataset[split]["splits"][split]["class_counts"] = {hostile: 16}
+    (run / "dataset.json").write_text(json.dumps(dataset))
+    provenance = json.loads((run / "provenance.json").read_text())
+    (run / "provenance.json").write_text(json.dumps(provenance | {"device": hostile, "packages": {hostile: hostile}}))
+    outcome = ReproductionResult(tmp_path, "small", hostile, {}, {hostile: hostile}, has_inception=False)
+    write_lecture([(EXPERIMENTS[0], run)], outcome)
+    write_takeaways([(TAKEAWAYS[0], None, hostile)], outcome)
+    for name in ("lecture.html", "takeaways.html", f"runs/{run.name}/report.html"):
+        document = Document((tmp_path / name).read_text())
+        assert hostile in document.text or run.name in document.text, name
+        assert all("onerror" not in image.attributes for image in document.all("img")), name
+        assert not [
+            script for script in document.all("script") if "hacked" in script.text and "type" not in script.attributes
+        ]
+        assert all(not link.attributes["href"].lower().startswith("javascript") for link in document.all("a")), name

@@ -25,6 +25,7 @@ from vaetrain.evaluation.config import EvaluateConfig
 from vaetrain.files import inside, replace_file, sha256_of_file
 from vaetrain.model.autoencoder import VAE
 from vaetrain.model.config import ModelConfig
+from vaetrain.report import gallery, origin
 from vaetrain.report.document import report
 from vaetrain.runs import comparison, rerun
 from vaetrain.runs.comparison import Comparison, Result
@@ -161,6 +162,32 @@ def test_a_rerun_writes_where_it_was_told(strange, monkeypatch):
 def test_a_command_to_copy_is_quoted(strange):
     edit(strange / "run" / "provenance.json", num_processes="2; id")
     assert "2; id" not in report([strange / "run"]).replace("num_processes is &#x27;2; id&#x27;", "")
+
+
+def test_a_command_to_copy_is_train_with_its_arguments(strange):
+    """Not `accelerate launch -m pip`, nor a script in the run's own folder, nor what a terminal obeys within quotes."""
+    record, launch = strange / "run" / "provenance.json", "accelerate launch --config_file launch/gpu1.yaml "
+    edit(record, command=["-m", "pip", "install", "$(id)", "a b"])
+    assert f"{launch}vaetrain/train.py pip install &#x27;$(id)&#x27; &#x27;a b&#x27;" in report([strange / "run"])
+    edit(record, command=["train.py", "--seed", "\x1b[201~\nid\n"])
+    assert launch not in report([strange / "run"])
+
+
+def test_a_report_of_endless_files_ends(strange, monkeypatch):
+    monkeypatch.setattr(gallery, "MAX_PICTURES", 3)
+    monkeypatch.setattr(origin, "MAX_PATCHES_SHOWN", 2)
+    picture = next((strange / "run" / "figures").glob("*.png"), None)
+    content = (
+        picture.read_bytes() if picture else (Path(__file__).parents[1] / "docs" / "scaling_cats.png").read_bytes()
+    )
+    (strange / "run" / "figures").mkdir(exist_ok=True)
+    for number in range(10):
+        (strange / "run" / "figures" / f"x{number}.png").write_bytes(content)
+        (strange / "run" / f"uncommitted-{number}.patch").write_text("x")
+    text = report([strange / "run"])
+    assert text.count('<figure class="picture">') == 3
+    assert "more pictures are left out." in text
+    assert text.count("Changes that were not committed") == 2
 
 
 RUN_FILES = (

@@ -26,6 +26,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -144,11 +145,11 @@ def with_other_values(content: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(content))
         if not places or rng.random() < 0.02:
-            return rng.choice(VALUES)
+            return deepcopy(rng.choice(VALUES))
         holder, key = rng.choice(places)
         match rng.randrange(6):
             case 0 | 1 | 2:
-                holder[key] = rng.choice(VALUES)
+                holder[key] = deepcopy(rng.choice(VALUES))
             case 3:
                 del holder[key]
             case 4 if isinstance(holder, dict):
@@ -314,7 +315,7 @@ def images(material: Material) -> Callable[[random.Random], None]:
     from vaetrain.data.sources.preprocess import UNREADABLE, Preprocessing, decode_picture
 
     sound = [
-        *(_image(name, 0) for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")), _image("JPEG", 1, progressive=True),
+        *(_image(name, 0) for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")), _image("JPEG", 1, progressive=True),
         _image("PNG", 1, icc_profile=b"x" * 300), _image("WEBP", 1, lossless=True),
     ]  # fmt: skip
     pixels = np.empty((8, 8, 3), np.uint8)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from vaetrain.http_deadline import Deadline, open_within
+
 SERVER = "https://api.wandb.ai"
 WAIT_S = 10.0
 """For the server's answer."""
@@ -55,8 +57,7 @@ def check_wandb(*, ask_server: bool) -> None:
         headers["Authorization"] = f"Basic {base64.b64encode(f'api:{key}'.encode()).decode()}"
     request = urllib.request.Request(f"{server.rstrip('/')}/graphql", b'{"query": "query {viewer {id}}"}', headers)
     try:
-        with urllib.request.urlopen(request, timeout=WAIT_S):
-            pass
+        open_within(request, Deadline(WAIT_S)).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):  # any other answer is one, and wandb says what it is about
             raise ValueError(

@@ -28,6 +28,9 @@ DRAWN_AS_CURVES = ("losses", "kl")
 IN_COLUMNS = ("reconstructions", "samples", "interpolations")
 """Grids without text, which need not be large."""
 
+MAX_PICTURES = 50
+"""A folder may hold any number, and each goes into the page."""
+
 SIDE_BY_SIDE = ("reconstructions", "samples")
 """What is compared between runs."""
 
@@ -39,9 +42,12 @@ def gallery_of_run(recorded: RunRecord, *, leave_out: Sequence[str] = ()) -> str
         return absent(
             f"There are no pictures in {recorded.run.figures.name}/: training draws them at its first validation."
         )
-    files = [file for file in files if file.stem not in leave_out]
+    left_out = len(files) - MAX_PICTURES
+    files = [file for file in files[:MAX_PICTURES] if file.stem not in leave_out]
     curves = "".join(_shown(file) for file in files if file.stem in DRAWN_AS_CURVES)
     said = []
+    if left_out > 0:
+        said.append(absent(f"{left_out:,} more pictures are left out."))
     if not recorded.run.evaluation_file.is_file():
         said.append(absent("Latent traversals, priors and nearest training images are drawn by vaetrain/evaluate.py."))
     small = [_shown(file) for file in files if file.stem in IN_COLUMNS]

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from vaetrain.command_line import flatten
+from vaetrain.command_line import flatten, printable
 from vaetrain.documents import MAX_YAML_BYTES
 from vaetrain.files import inside, read_bytes
 from vaetrain.report.page import absent, code, columns, fold, paragraph, subheading, table
@@ -16,6 +16,10 @@ from vaetrain.runs.record import RunRecord
 
 MAX_CLASSES_SHOWN = 12
 """Longer tables of classes are folded."""
+
+
+MAX_PATCHES_SHOWN = 20
+"""One for each start with changes; a folder may hold any number."""
 
 
 def configuration_of_run(recorded: RunRecord) -> str:
@@ -63,12 +67,8 @@ def provenance_of_run(recorded: RunRecord) -> str:
     if provenance is None:
         return absent(recorded.why_not(recorded.run.provenance_file, "nobody knows what made this run."))
     parts = []
-    command = provenance.get("command")
-    if isinstance(command, list) and command:
-        num_processes = provenance["num_processes"]
-        layout = "gpu1.yaml" if num_processes == 1 else f"node8.yaml --num_processes {num_processes}"
-        launcher = f"accelerate launch --config_file launch/{layout} "
-        parts += [subheading("Command"), code(launcher + shlex.join(map(str, command)))]
+    if command := _command(provenance):
+        parts += [subheading("Command"), code(command)]
     parts += [
         paragraph("To train it again and compare every record:"),
         code(f"python tools/rerun.py {shlex.quote(str(recorded.run.path))}"),
@@ -80,10 +80,23 @@ def provenance_of_run(recorded: RunRecord) -> str:
     for count, resume in enumerate(resumes if isinstance(resumes, list) else [], start=1):
         if isinstance(resume, Mapping):
             parts.append(table(("", "recorded"), _origin_rows(resume), caption=f"Resume {count}", fold=True))
-    for file in sorted(recorded.run.path.glob("uncommitted*.patch")):
+    for file in sorted(recorded.run.path.glob("uncommitted*.patch"))[:MAX_PATCHES_SHOWN]:
         patch = read_bytes(inside(recorded.run.path, file.name), MAX_PATCH_BYTES, "delete it").decode(errors="replace")
         parts.append(fold(f"Changes that were not committed ({file.name})", code(patch)))
     return "".join(parts)
+
+
+def _command(provenance: Mapping[str, Any]) -> str | None:
+    """What to copy into a shell: this checkout's train.py, whatever program the record names, with the arguments quoted.
+
+    None for one with control characters, which quotes do not keep from a terminal.
+    """
+    _, *arguments = [str(word) for word in provenance["command"]] or [""]
+    if any(printable(word) != word or "\n" in word or "\t" in word for word in arguments):
+        return None
+    num_processes = provenance["num_processes"]
+    layout = "gpu1.yaml" if num_processes == 1 else f"node8.yaml --num_processes {num_processes}"
+    return f"accelerate launch --config_file launch/{layout} {shlex.join(['vaetrain/train.py', *arguments])}"
 
 
 def _origin_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from vaetrain.files import inside, read_bytes
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 """Of pictures as Pillow names them; every browser shows these."""
 
-MAX_PICTURE_BYTES = 64 << 20
+MAX_PICTURE_BYTES = 16 << 20
 
 SMALL_PICTURE_PX = 320
 """A picture no wider has pixels that one should see."""
@@ -176,7 +176,7 @@ def caution(text: str) -> str:
 def links(targets: Sequence[tuple[str, str]]) -> str:
     """Texts that lead to files beside the page: (path relative to it, text) each."""
     for path, _ in targets:
-        if ":" in path or path.startswith("/"):
+        if ":" in path or path.startswith("/") or ".." in path.split("/"):
             raise ValueError(f"{path} does not lie beside the page")
     parts = [f'<a href="{escape(quote(path))}">{escape(text)}</a>' for path, text in targets]
     return f"<p>{' · '.join(parts)}</p>\n"

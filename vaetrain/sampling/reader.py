@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vaetrain.data.format.decode import decode_into
 from vaetrain.data.format.manifest import MANIFEST_NAME, MAX_IMAGE_SIZE, Shard
+from vaetrain.data.format.tar_headers import members_of, open_tar
 from vaetrain.documents import read_json
 from vaetrain.files import inside, sha256_of_file
 from vaetrain.sampling.manifest import SampledManifest
@@ -104,11 +105,14 @@ class SampleReader:
         if not path.is_file() or path.stat().st_size != shard.num_bytes or sha256_of_file(path) != shard.sha256:
             raise ValueError(f"{path} is missing or not the file that {MANIFEST_NAME} lists; {AGAIN}")
         try:
-            with tarfile.open(path, "r:") as tar:  # never compressed, so that it is no larger than its file
-                for member in tar:
+            with (
+                path.open("rb") as plain,
+                open_tar(plain) as tar,
+            ):  # never compressed, so that it is no larger than its file
+                for member in members_of(tar):
                     if member.name.endswith(".png") and (file := tar.extractfile(member)) is not None:
-                        if member.size > MAX_PNG_BYTES or member.issparse():
+                        if member.size > MAX_PNG_BYTES:
                             raise ValueError(f"{member.name} has {member.size:,} bytes")
                         yield int(Path(member.name).stem), file.read()
-        except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vaetrain.data.format.manifest import MANIFEST_NAME, Shard
+from vaetrain.data.format.tar_headers import members_of, open_tar
 from vaetrain.documents import read_json
 from vaetrain.files import inside, sha256_of_file
 from vaetrain.runs.directory import write_json
@@ -60,9 +61,9 @@ class RankShard:
 def images_in(shard: Path) -> list[int] | None:
     """The image numbers in a shard of samples, None when it is absent or cut short."""
     try:
-        with tarfile.open(shard, "r:") as tar:  # never compressed
-            return [int(Path(member.name).stem) for member in tar if member.name.endswith(".png")]
-    except (FileNotFoundError, tarfile.TarError, ValueError, OverflowError, EOFError):
+        with shard.open("rb") as plain, open_tar(plain) as tar:  # never compressed
+            return [int(Path(member.name).stem) for member in members_of(tar) if member.name.endswith(".png")]
+    except (FileNotFoundError, tarfile.TarError, ValueError, EOFError, OverflowError):
         return None
 
 

@@ -16,12 +16,11 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from vaetrain.data.format.jpeg import simplejpeg
+from vaetrain.data.format.jpeg import JPEG_SIGNATURE, refuse_many_scans, simplejpeg
 
 JPEG_DECODER = "torchvision" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
 """What decodes JPEGs here, for messages and benchmarks."""
 
-JPEG_SIGNATURE = b"\xff\xd8"
 _JPEG_FRAME = struct.Struct(">HH")
 
 
@@ -33,7 +32,9 @@ def decode_into(encoded: bytes | bytearray, out: UInt8[np.ndarray, "h w c"]) -> 
     """
     if not encoded.startswith(JPEG_SIGNATURE):
         _decode_with_pillow(encoded, out)
-    elif simplejpeg is None:
+        return
+    refuse_many_scans(encoded)
+    if simplejpeg is None:
         _decode_with_torchvision(encoded, out)
     else:
         _decode_with_simplejpeg(encoded, out)

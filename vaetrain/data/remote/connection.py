@@ -10,7 +10,6 @@ word, takes 503 for a missing file, and cannot start over where a server knows n
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from email.message import Message
@@ -19,7 +18,9 @@ from http.client import HTTPException, HTTPResponse
 from threading import Thread
 from typing import Any, Protocol, runtime_checkable
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import Request
+
+from vaetrain.http_deadline import Deadline, open_within
 
 PROGRESS_BYTES = 1 << 16  # what an HTTP server must bring within the timeout
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -79,8 +80,8 @@ def is_http(url: str) -> bool:
 class HttpConnection:
     """A GET request, for a range of bytes where the server knows ranges.
 
-    A connection is broken off that brings less than PROGRESS_BYTES in `timeout_s` seconds. With `version`, the whole file
-    is asked for in place of the range if it has another one by now.
+    A connection is broken off that brings its headers, or less than PROGRESS_BYTES, in over `timeout_s` seconds, whatever it
+    sends between them. With `version`, the whole file is asked for in place of the range if it has another one by now.
     """
 
     def __init__(self, url: str, start: int, stop: int | None, timeout_s: float, version: str = "") -> None:
@@ -93,7 +94,8 @@ class HttpConnection:
         self._broken: str | None = None
         self._end: int | None
         self.num_bytes: int | None
-        self._response = _answer(url, headers, start, timeout_s)
+        self._deadline = Deadline(timeout_s)
+        self._response = _answer(url, headers, start, self._deadline)
         headers_there = self._response.headers
         self.content_type = headers_there.get_content_type()
         self.version = _version_in(headers_there)
@@ -118,10 +120,14 @@ class HttpConnection:
     def receive(self, view: memoryview) -> int:
         """See Connection. What has come before the connection breaks is handed over first."""
         view = view[: PROGRESS_BYTES if self._end is None else min(PROGRESS_BYTES, self._end - self.at)]
-        late, received = time.monotonic() + self._timeout_s, 0
+        received = 0
+        self._deadline.restart(self._timeout_s)
         while received < len(view) and self._broken is None and self.at != self._end:
             try:
                 chunk = self._response.read1(len(view) - received)
+            except TimeoutError:
+                self._broken = f"the server brought {received:,} bytes in {self._timeout_s:.2g} s"
+                break
             except (OSError, HTTPException) as error:
                 self._broken = f"the connection broke ({error or type(error).__name__})"
                 break
@@ -132,8 +138,6 @@ class HttpConnection:
                 if self._end is not None and self.at < self._end:
                     self._broken = f"the connection ended at byte {self.at:,} of {self._end:,}"
                 break
-            if time.monotonic() > late and received < len(view):
-                self._broken = f"the server brought {received:,} bytes in {self._timeout_s:.2g} s"
         if self._broken and not received:
             raise BrokenOffError(self._broken)
         return received
@@ -143,10 +147,10 @@ class HttpConnection:
         self._response.close()
 
 
-def _answer(url: str, headers: dict[str, str], start: int, timeout_s: float) -> HTTPResponse | HTTPError:
+def _answer(url: str, headers: dict[str, str], start: int, deadline: Deadline) -> HTTPResponse | HTTPError:
     """A server's answer with the bytes, or one that says that the file ends at `start`."""
     try:
-        response: HTTPResponse = urlopen(Request(url, headers=headers), timeout=timeout_s)
+        response = open_within(Request(url, headers=headers), deadline)
     except HTTPError as error:
         error.close()
         if error.code == RANGE_NOT_SATISFIABLE and start:

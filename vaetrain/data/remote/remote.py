@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from vaetrain.data.remote.url import remote_folder
 from vaetrain.files import READ_BYTES
 
 INDEX_HEADER_BYTES = 1 << 20
+LISTING_S = 1800.0
+"""Seconds in which a manifest, or an index, must have come as a whole."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class RemoteShards:
 
 
 def _fetch(folder: str, name: str, max_bytes: int) -> bytes:
+    late = time.monotonic() + LISTING_S
     try:
         with RemoteFile(folder + name) as file:
             content = bytearray()
@@ -117,6 +121,10 @@ def _fetch(folder: str, name: str, max_bytes: int) -> bytes:
                 content += chunk
                 if len(content) > max_bytes:
                     raise ValueError(f"it is longer than {max_bytes:,} bytes")
+                if time.monotonic() > late:
+                    raise ValueError(
+                        f"{len(content):,} bytes of it came in {LISTING_S:,.0f} s; copy the shards to a folder"
+                    )
     except ValueError as error:
         raise FileNotFoundError(f"no shard set at {folder}: {name}: {error}") from error
     return bytes(content)

@@ -17,6 +17,7 @@ def remote_folder(location: str) -> str | None:
         )
     if "://" not in location:
         return None
-    if "::" in location.partition("://")[0]:
+    # Those of HTTP are not fsspec's, and [::1] is a host.
+    if "::" in location and not location.lower().startswith(("http://", "https://")):
         raise ValueError(f"{location} chains file systems, some of which write; give the plain URL of the shard set")
     return location.removesuffix(MANIFEST_NAME).rstrip("/") + "/"

@@ -26,6 +26,7 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 
 from vaetrain.data.format.manifest import TAR_BLOCK
+from vaetrain.data.format.tar_headers import members_of, open_tar
 from vaetrain.data.sources.class_folders import Member, find_classes
 from vaetrain.data.sources.file_kind import head_of, kind_of
 from vaetrain.data.sources.preprocess import (
@@ -52,6 +53,8 @@ LINK = "\0link to "
 MAX_OPEN_SHARDS = 256  # of those that a folder of tars holds, where the usual limit is 1,024 files
 MAX_LINK_BYTES = 4096
 MAX_LINKS = 40  # from one to the next, as in Linux
+MAX_UNPACKED_RATIO, ALWAYS_UNPACKED_BYTES = 100, 1 << 30
+"""How much larger a compressed tar may become, and what any may."""
 WINDOWS = (0, 10, 11, 14)  # and DOS: systems by which a zip says that it was made
 MANY_FRAMES = frozenset([".gif", ".webp", ".png", ".apng", ".tif", ".tiff", ".avif"])
 
@@ -78,10 +81,11 @@ class _ImageFiles(DirectSource):
     def peek(self, members: Sequence[Member]) -> Iterator[bytes]:
         """The contents of some files; nothing for those that cannot be read."""
         for member in members:
-            try:
-                yield self.read(SourceItem(member.name, 0, None, member.member, member.num_bytes))
-            except UNREADABLE:
-                yield b""
+            content = b""
+            with suppress(*UNREADABLE):
+                if member.num_bytes <= MAX_FILE_BYTES:
+                    content = self.read(SourceItem(member.name, 0, None, member.member, member.num_bytes))
+            yield content
 
     def open(self, item: SourceItem) -> tuple[Image.Image, dict[str, Any]]:
         if item.num_bytes > MAX_FILE_BYTES:
@@ -204,8 +208,8 @@ class CompressedTar(ImageSource):
         wanted = Counter(member.member for member in members)
         contents: dict[str | int, bytes] = {}
         with self._opened() as archive:
-            for info in archive:
-                if info.offset_data in wanted:
+            for info in members_of(archive):
+                if info.offset_data in wanted and info.isreg() and info.size <= MAX_FILE_BYTES:
                     file = archive.extractfile(info)
                     contents[info.offset_data] = file.read() if file is not None else b""
                 while left and (left[0].member in contents or isinstance(left[0].member, str)):
@@ -228,7 +232,7 @@ class CompressedTar(ImageSource):
         with (
             readable_archive(self.path),
             decompressed(self.path) as source,
-            tarfile.open(fileobj=source, mode="r:") as archive,
+            open_tar(source) as archive,
         ):
             yield archive
 
@@ -248,12 +252,54 @@ def is_compressed(path: Path) -> bool:
 
 
 def decompressed(path: Path) -> Any:
-    """What a compressed file holds, as a binary file, by its first bytes; raises ValueError where the library for it is missing."""
+    """What a compressed file holds, as a binary file, by its first bytes; raises ValueError where the library for it is missing.
+
+    Reading on raises tarfile.ReadError where it becomes larger than it may.
+    """
     kind = kind_of(head_of(path)) or ""
     for name, opener in DECOMPRESSORS[kind].items():
         with suppress(ImportError):
-            return opener(importlib.import_module(name), path)
+            most = max(ALWAYS_UNPACKED_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size)
+            return _Decompressed(opener(importlib.import_module(name), path), most)
     raise ValueError(f"{path} is compressed with {kind}, which a library reads: pip install 'vaetrain[archives]'")
+
+
+class _Decompressed(io.RawIOBase):
+    """A file that comes out of a decompressor, up to a number of bytes: how many there are nobody knows before."""
+
+    def __init__(self, file: Any, max_bytes: int) -> None:
+        self._file, self._max_bytes = file, max_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content: bytes = self._file.read(min(size, self._max_bytes + 1) if size >= 0 else self._max_bytes + 1)
+        self._check()
+        return content
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET, "its end is not known"
+        position: int = self._file.seek(min(offset, self._max_bytes + 1))
+        self._check()
+        return position
+
+    def tell(self) -> int:
+        position: int = self._file.tell()
+        return position
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _check(self) -> None:
+        if self._file.tell() > self._max_bytes:
+            raise tarfile.ReadError(
+                f"it becomes larger than {self._max_bytes:,} bytes; unpack it yourself if it is meant to"
+            )
 
 
 # Kind → modules that read it, the first that is installed.
@@ -283,7 +329,7 @@ class _Link(NamedTuple):
 
 
 def _plain_tar_members(path: Path) -> Iterator[Member]:
-    with readable_archive(path), tarfile.open(path, "r:") as archive:
+    with readable_archive(path), path.open("rb") as plain, open_tar(plain) as archive:
         yield from _tar_members(archive)
         # Where tarfile finds no header it stops as if that were the end, which is a block of zeros.
         file = _open_file(path, file_identity(path))
@@ -294,7 +340,7 @@ def _plain_tar_members(path: Path) -> Iterator[Member]:
 def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
     """All files, links that lead to one in the archive as that one. A device's content is empty."""
     files, links = [], []
-    for info in tar_entries(archive):
+    for info in members_of(archive):
         if info.islnk():
             links.append(_Link(info.name, info.linkname, info.linkname))
         elif info.issym():
@@ -302,14 +348,6 @@ def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
         elif not info.isdir():
             files.append(Member(info.name, info.offset_data, info.size if info.isreg() else 0))
     return _with_links(files, links)
-
-
-def tar_entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """What a tar lists; raises tarfile.TarError, or OverflowError, where it is damaged."""
-    try:
-        yield from archive
-    except ValueError as error:  # of a header that says that its file ends beyond 2⁶³ bytes
-        raise tarfile.ReadError(str(error)) from error
 
 
 def _with_links(files: list[Member], links: list[_Link]) -> Iterator[Member]:
@@ -341,7 +379,7 @@ def readable_archive(path: Path) -> Iterator[None]:
     """Turn what damaged archives raise into a ValueError that names the file."""
     damage = (
         tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError,
-        NotImplementedError, OverflowError, RuntimeError,
+        NotImplementedError, RuntimeError, OverflowError,
     )  # fmt: skip
     try:
         yield

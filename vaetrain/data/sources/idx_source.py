@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from vaetrain.data.sources.archives import decompressed, file_identity, is_compressed, readable_archive, tar_entries
+from vaetrain.data.format.tar_headers import members_of, open_tar
+from vaetrain.data.sources.archives import decompressed, file_identity, is_compressed, readable_archive
 from vaetrain.data.sources.idx import PARTS, find_idx, idx_name, parse_idx_name, read_idx
 from vaetrain.data.sources.preprocess import PICTURE_SUFFIXES, suffix_of
 from vaetrain.data.sources.source import DirectSource, Listing, SourceItem
@@ -137,10 +137,11 @@ def opened_in(path: Path, name: str) -> Iterator[Any]:
             return
         with (
             decompressed(path) if is_compressed(path) else path.open("rb") as plain,
-            tarfile.open(fileobj=plain, mode="r:") as tar,
+            open_tar(plain) as tar,
         ):
-            member = tar.extractfile(name)
-            if member is None:
+            found = next((info for info in members_of(tar) if info.name == name and info.isreg()), None)
+            member = found and tar.extractfile(found)
+            if not member:
                 raise ValueError(f"{path}: {name} is no file")
             yield member
 
@@ -159,9 +160,9 @@ def _names(path: Path) -> Iterator[str]:
             return
         with (
             decompressed(path) if is_compressed(path) else path.open("rb") as plain,
-            tarfile.open(fileobj=plain, mode="r:") as tar,
+            open_tar(plain) as tar,
         ):
-            yield from (info.name for info in tar_entries(tar) if info.isreg())
+            yield from (info.name for info in members_of(tar) if info.isreg())
 
 
 @lru_cache(maxsize=4)

@@ -10,15 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from vaetrain.data.sources.archives import (
-    CompressedTar,
-    ImageFolder,
-    ImageTar,
-    ImageTars,
-    ImageZip,
-    is_compressed,
-    is_tar,
-)
+from vaetrain.data.format.tar_headers import is_tar
+from vaetrain.data.sources.archives import CompressedTar, ImageFolder, ImageTar, ImageTars, ImageZip, is_compressed
 from vaetrain.data.sources.faces.faces import CLASSES, draw_face
 from vaetrain.data.sources.file_kind import head_of, kind_of
 from vaetrain.data.sources.idx import parse_idx_name

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from vaetrain.data.format.jpeg import simplejpeg
+from vaetrain.data.format.jpeg import JPEG_SIGNATURE, refuse_many_scans, simplejpeg
 from vaetrain.data.format.manifest import Encoding
 from vaetrain.data.sources.file_kind import HEAD_BYTES, kind_of
 
@@ -54,6 +54,8 @@ STUMBLES = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 assert Image.MAX_IMAGE_PIXELS is not None
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 MAX_FILE_BYTES = 1 << 30
+MAX_FRAMES = 10_000
+"""A PNG of a hundred bytes can claim two thousand million."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def decode_picture(content: bytes, frame: int = 0) -> Image.Image:
     MORE_FORMATS, or has over MAX_PIXELS."""
     if not content:
         raise ValueError("it is empty")
+    if content.startswith(JPEG_SIGNATURE):
+        refuse_many_scans(content)
     kind = kind_of(content[:HEAD_BYTES])
     formats = (_more_format(kind),) if kind in MORE_FORMATS else FORMATS
     try:
@@ -135,7 +139,7 @@ def decode_picture(content: bytes, frame: int = 0) -> Image.Image:
             picture = Image.open(io.BytesIO(content), formats=formats)
             if picture.format == "JPEG" and picture.mode in ("L", "RGB"):
                 return _decode_jpeg(content, picture)
-            frames = frames_in(content) if getattr(picture, "is_animated", False) else (0,)
+            frames = frames_in(content) if getattr(picture, "is_animated", False) and _num_frames(picture) else (0,)
             if frame:
                 picture.seek(frame)
             is_deep = not picture.mode.startswith(("I", "F")) and any(";16" in str(tile) for tile in picture.tile)
@@ -176,12 +180,19 @@ def frames_in(content: bytes) -> tuple[int, ...]:
             warnings.simplefilter("ignore")
             formats = ("AVIF",) if kind_of(content[:HEAD_BYTES]) == "AVIF" else FORMATS
             picture = Image.open(io.BytesIO(content), formats=formats)
-            frames = tuple(range(getattr(picture, "n_frames", 1))) if picture.format in ANIMATED else (0,)
+            frames = tuple(range(_num_frames(picture))) if picture.format in ANIMATED else (0,)
             if picture.format == "TIFF" and len(frames) > 1:
                 frames = tuple(frame for frame in frames if not _subfile_type(picture, frame) & SMALL_FORM_OR_MASK)
     except (*UNREADABLE, *STUMBLES, Image.DecompressionBombError):
         return (0,)
     return frames or (0,)
+
+
+def _num_frames(picture: Image.Image) -> int:
+    count: int = getattr(picture, "n_frames", 1)
+    if count > MAX_FRAMES:
+        raise ValueError(f"it says that it has {count:,} pictures, and {MAX_FRAMES:,} are read at most")
+    return count
 
 
 def _subfile_type(picture: Image.Image, frame: int) -> int:
