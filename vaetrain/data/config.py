@@ -54,12 +54,30 @@ class DataConfig:
     cache_gib: float = 20.0
     """Size of that folder at most (GiB): the shards that were not used for longest make room."""
 
+    resize: Literal["none", "shorter-side"] = "none"
+    """What becomes of images of other sizes than --model.image-size. none: they are refused. shorter-side: as they are read, the
+    shorter side is made that long (Lanczos, JPEGs decoded at reduced scale where that is large enough) and a square cut out."""
+
+    crop: Literal["center", "random"] = "center"
+    """Which square: the central one, or, in training, one that the seed and the images seen decide (indexed and stream alone);
+    validation and scores always take the central one."""
+
+    image_size: int | None = None
+    """Height and width of what `resize` makes (pixels); training sets it to --model.image-size."""
+
     horizontal_flip: bool = True
     """Mirror each training image left to right with probability 1/2, on the device."""
 
     def location(self, split: Literal["train", "val"]) -> str:
         """The shard set that a split is read from."""
         return self.train if split == "train" or self.val is None else self.val
+
+    @property
+    def resized_to(self) -> int | None:
+        """The size that images are brought to as they are read; None: they are read as they are stored."""
+        if self.resize != "none" and self.image_size is None:
+            raise ValueError("--data.resize shorter-side needs a size: give --data.image-size")
+        return self.image_size if self.resize != "none" else None
 
     def as_recorded(self) -> DataConfig:
         """The same from a run's files, which may be somebody else's: only what is a cache already is written to."""
@@ -73,6 +91,10 @@ class DataConfig:
                 raise ValueError(f"--data.{name} is empty; give a shard set's folder, or the URL of its manifest.json")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"--data.classes {' '.join(self.classes)} names a class twice")
+        if self.crop == "random" and self.resize == "none":
+            raise ValueError("--data.crop random cuts out of images that are resized; pass --data.resize shorter-side, too")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"--data.image-size is {self.image_size}; it must be at least 1 pixel")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(
                 f"--data.num-workers is {self.num_workers}; give 0 or more, or None to choose from the cores"
