@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-ReaderName = Literal["auto", "indexed", "stream", "resident"]
+ReaderName = Literal["auto", "indexed", "stream", "resident", "decoded"]
 
 # Batches that each of `num_workers` has ready or in the making.
 PREFETCH_BATCHES_PER_WORKER = 4
@@ -29,7 +29,9 @@ class DataConfig:
 
     reader: ReaderName = "auto"
     """indexed: random access to local shards. resident: decoded once and kept as uint8. stream: shards read front to
-    back, for URLs. auto: resident when the decoded split fits in `resident_gib`, otherwise indexed; stream for a URL."""
+    back, for URLs. decoded: decoded once and kept as uint8 in a file on this node's disk. auto: resident when the decoded split
+    fits in `resident_gib`; otherwise decoded where the workers of a GPU could not keep up and it fits in `decoded_gib`, or
+    indexed; stream for a URL."""
 
     num_workers: int | None = None
     """Decoding worker processes per training process (0: decode in the training process). None: chosen from the cores."""
@@ -37,6 +39,13 @@ class DataConfig:
     resident_gib: float = 4.0
     """auto picks resident when a split, decoded to uint8, is no larger than this (GiB on every node, whose processes share
     it; a copy in the memory of each GPU where that has room)."""
+
+    decoded_dir: Path | None = None
+    """Folder on this node's own disk for what the decoded reader keeps, for all its processes and later runs; None:
+    vaetrain-decoded-UID in the system's folder for temporary files ($TMPDIR)."""
+
+    decoded_gib: float = 100.0
+    """Size of that folder at most (GiB): what was not used for longest makes room."""
 
     timeout_s: float = 120.0
     """A reader that makes no progress at one image for so long (seconds) ends the run, as when storage no longer answers. A
@@ -82,7 +91,12 @@ class DataConfig:
     def as_recorded(self) -> DataConfig:
         """The same from a run's files, which may be somebody else's: only what is a cache already is written to."""
         is_cache = self.cache_dir is not None and (self.cache_dir / ".lock").is_file()
-        return self if is_cache else replace(self, cache_dir=None)
+        is_decoded = self.decoded_dir is not None and (self.decoded_dir / ".lock").is_file()
+        return replace(
+            self,
+            cache_dir=self.cache_dir if is_cache else None,
+            decoded_dir=self.decoded_dir if is_decoded else None,
+        )
 
     def __post_init__(self) -> None:
         """Refuse values that no reader can honour."""
@@ -105,5 +119,7 @@ class DataConfig:
             raise ValueError(f"--data.timeout-s is {self.timeout_s:g}; give a positive number of seconds")
         if self.resident_gib < 0:
             raise ValueError(f"--data.resident-gib is {self.resident_gib}; a size is not negative (0: never resident)")
+        if not self.decoded_gib >= 0:
+            raise ValueError(f"--data.decoded-gib is {self.decoded_gib}; a size is not negative (0: never decoded)")
         if not self.cache_gib > 0:
             raise ValueError(f"--data.cache-gib is {self.cache_gib}; give the largest size the cache may have, in GiB")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from vaetrain.data.format.manifest import TAR_BLOCK
 
@@ -36,12 +37,12 @@ class TarHeaders:
     end: `sha256`, over where each member lies, how long it is and its header's checksum, and `num_bytes`, where the last one ends.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: BufferedReader) -> None:
         self.sha256 = ""
         self.num_bytes = 0
         self._file = file
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[TarMember]:
         """See the class."""
         digest = hashlib.sha256()
         files: dict[str, TarMember] = {}

@@ -31,7 +31,7 @@ class SplitForecast:
     num_shards: int
     """Shards of the split."""
 
-    reader: Literal["indexed", "resident", "stream"]
+    reader: Literal["indexed", "resident", "stream", "decoded"]
     """The reader that would be opened."""
 
     reason: str
@@ -182,7 +182,7 @@ def _open(config: DataConfig, split: Literal["train", "val"]) -> tuple[ShardSet,
     return shard_set, remote.folder if remote else None
 
 
-def _choose(config: DataConfig, selection: Selection) -> tuple[Literal["indexed", "resident", "stream"], str]:
+def _choose(config: DataConfig, selection: Selection) -> tuple[Literal["indexed", "resident", "stream", "decoded"], str]:
     location = config.location("train" if selection.split == "train" else "val")
     return choose_reader(config, selection, remote=is_remote(location))
 
@@ -225,7 +225,7 @@ def _forecast_split(
     num_workers = config.num_workers or 0
     batch_bytes = batch_size * math.prod(selection.image_shape)
     shards_per_worker: tuple[tuple[int, ...], ...] = ()
-    if reader == "resident":
+    if reader in ("resident", "decoded"):
         memory = selection.index_bytes + batch_bytes
     else:
         # Workers share the index; one more batch is with the training process.

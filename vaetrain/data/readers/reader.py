@@ -15,6 +15,8 @@ from vaetrain.data.config import DataConfig
 from vaetrain.data.format.manifest import Manifest
 from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.choose import choose_reader
+from vaetrain.data.readers.decoded import DecodedReader
+from vaetrain.data.readers.decoded_file import decoded_folder
 from vaetrain.data.readers.indexed import IndexedReader
 from vaetrain.data.readers.loader_workers import choose_num_workers
 from vaetrain.data.readers.order import BatchLayout
@@ -105,7 +107,8 @@ def open_reader(
         remote.prepare(selection.shard_set.manifest.splits[split])
     elif config.verify == "full":
         selection.shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
-    name, reason = choose_reader(config, selection, remote=remote is not None)
+    gpu_workers = num_workers if device.type == "cuda" else None
+    name, reason = choose_reader(config, selection, remote=remote is not None, num_workers=gpu_workers)
     if name == "stream":
         if config.num_workers is None:
             num_workers = workers_for(selection.num_shards, num_processes, num_workers)
@@ -119,6 +122,11 @@ def open_reader(
         return ResidentReader(
             selection, num_threads=max(1, num_cores() // processes_per_node), device=device, reason=reason,
             timeout_s=config.timeout_s, rank=rank, gather=gather,
+        )  # fmt: skip
+    if name == "decoded":
+        return DecodedReader(
+            selection, folder=decoded_folder(config), max_bytes=int(config.decoded_gib * 2**30), num_threads=num_workers,
+            device=device, reason=reason, timeout_s=config.timeout_s, rank=rank, num_processes=num_processes,
         )  # fmt: skip
     return IndexedReader(
         selection, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s, crop=config.crop

@@ -37,10 +37,10 @@ def decode_resized(encoded: bytes | bytearray, out: UInt8[np.ndarray, "h w c"], 
         start = excess // 2 if place is None else int(place * (excess + 1))
         left, top = (start, 0) if width > height else (0, start)
         box = (left, top, left + side, top + side)
-        if side == size:
+        if excess:  # not resize's own `box`, whose filter would look beyond it
             picture = picture.crop(box)
-        else:
-            picture = picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
+        if side != size:
+            picture = picture.resize((size, size), Image.Resampling.LANCZOS)
     except (*UNREADABLE, *STUMBLES, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable image: {error}") from error
     out[...] = np.asarray(picture).reshape(out.shape)

@@ -49,7 +49,7 @@ class RemoteShards:
             if not is_remote(location):
                 return None
             folder = location
-        if config.reader in ("indexed", "resident"):
+        if config.reader in ("indexed", "resident", "decoded"):
             raise ValueError(
                 f"--data.reader {config.reader} needs local shards, and {folder} is a URL; "
                 "download them or use --data.reader stream"

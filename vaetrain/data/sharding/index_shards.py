@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -220,7 +220,7 @@ def scan_tar(place: str) -> ScannedTar:
         raise ValueError(f"{place} cannot be indexed: {error}") from error
 
 
-def _scan(place: str, file: IO[bytes]) -> ScannedTar:
+def _scan(place: str, file: io.BufferedReader) -> ScannedTar:
     headers = TarHeaders(file)
     members: list[tuple[str, int, int]] = []
     labels: dict[str, bytes] = {}
@@ -253,7 +253,7 @@ def _label_alone(name: str, content: bytes) -> bytes:
     return b"" if key is None else json.dumps({key: record[key]}).encode()
 
 
-def _opened(place: str) -> IO[bytes]:
+def _opened(place: str) -> io.BufferedReader:
     if "://" not in place:
         return Path(place).open("rb")
     return io.BufferedReader(RemoteFile(place), REMOTE_READ_BYTES)
