@@ -52,7 +52,9 @@ def write_tar(path, files, tar_format=tarfile.GNU_FORMAT):
 
 def sample(number):
     kind = "PNG" if number % 4 == 3 else "JPEG"
-    key = f"very/long/{'k' * 120}/" * (number % 5 == 4) + f"sample.{number:04d}"  # a dot in a key, PAX and GNU long names
+    key = (
+        f"very/long/{'k' * 120}/" * (number % 5 == 4) + f"sample.{number:04d}"
+    )  # a dot in a key, PAX and GNU long names
     key = key.replace(".", "-") if number % 2 else f"v{number}"
     return [
         (f"{key}.{'png' if kind == 'PNG' else 'jpg'}", encoded(number, kind)),
@@ -114,7 +116,10 @@ def test_what_is_indexed(tars, indexed):
 def test_readers_give_what_pillow_makes_of_each_image(indexed, kind):
     with opened(indexed, kind, "train") as reader:
         assert (reader.manifest.image_size, reader.num_images) == (16, 36)
-        batches = [*reader.eval_batches(7, 0, 1), *itertools.islice(reader.train_batches(0, 0, BatchLayout(12, 6, 0, 1)), 12)]
+        batches = [
+            *reader.eval_batches(7, 0, 1),
+            *itertools.islice(reader.train_batches(0, 0, BatchLayout(12, 6, 0, 1)), 12),
+        ]
     # Images of a tar come in its order, which is that of the numbers.
     for batch in batches:
         for image, label, index in zip(batch.images, batch.labels, batch.indices, strict=True):
@@ -161,7 +166,10 @@ def test_random_crops_depend_on_the_seed_and_the_images_seen_alone(indexed, kind
     if kind == "indexed":  # the order of a stream depends on the number of its processes
         ranks = [run(0, 6, rank=rank, num_processes=2) for rank in range(2)]
         for step in range(6):
-            assert torch.equal(torch.cat([ranks[0][step].images, ranks[1][step].images]), torch.cat([b.images for b in whole[2 * step : 2 * step + 2]]))
+            assert torch.equal(
+                torch.cat([ranks[0][step].images, ranks[1][step].images]),
+                torch.cat([b.images for b in whole[2 * step : 2 * step + 2]]),
+            )
     seen: dict[int, list[torch.Tensor]] = {}
     for batch in whole:
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
@@ -175,7 +183,7 @@ def test_places_of_crops_are_even_and_differ():
     layout = BatchLayout(8, 2, 1, 2)
     assert [seen_before(number, layout).tolist() for number in range(4)] == [[4, 5], [6, 7], [12, 13], [14, 15]]
     places = crop_places(0, np.arange(100_000))
-    assert 0 <= places.min() and places.max() < 1
+    assert places.min() >= 0 and places.max() < 1
     assert np.abs(np.histogram(places, 10)[0] - 10_000).max() < 500
     assert not np.array_equal(places, crop_places(1, np.arange(100_000)))
     assert crop_places(0, np.arange(3)).tolist() == [
@@ -235,7 +243,10 @@ def test_verification_finds_what_was_changed(tars, indexed, tmp_path):
     shard_set.verify()
     with pytest.raises(ValueError, match=rf"train\.0\.tar: the image at byte {offset} does not decode"):
         shard_set.verify(full=True)
-    with pytest.raises(ValueError, match=r"^train\.0\.tar in .*sample 1 .*not a readable image"), opened(tmp_path / "set", "indexed") as reader:
+    with (
+        pytest.raises(ValueError, match=r"^train\.0\.tar in .*sample 1 .*not a readable image"),
+        opened(tmp_path / "set", "indexed") as reader,
+    ):
         list(reader.eval_batches(4, 0, 1))
     write_tar(tar, [(name.replace("v0", "v9"), content) for name, content in itertools.chain(*map(sample, range(12)))])
     tar.write_bytes(tar.read_bytes().ljust(len(sound), b"\0")[: len(sound)])

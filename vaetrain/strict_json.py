@@ -12,7 +12,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-
 MAY_LACK = "may lack"
 """Marks, in a field's metadata, what files written before there was such a field lack."""
 

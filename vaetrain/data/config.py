@@ -106,7 +106,9 @@ class DataConfig:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"--data.classes {' '.join(self.classes)} names a class twice")
         if self.crop == "random" and self.resize == "none":
-            raise ValueError("--data.crop random cuts out of images that are resized; pass --data.resize shorter-side, too")
+            raise ValueError(
+                "--data.crop random cuts out of images that are resized; pass --data.resize shorter-side, too"
+            )
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--data.image-size is {self.image_size}; it must be at least 1 pixel")
         if self.num_workers is not None and self.num_workers < 0:

@@ -6,8 +6,8 @@ import hashlib
 import io
 import os
 import shlex
-from dataclasses import replace
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 

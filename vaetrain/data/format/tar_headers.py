@@ -51,7 +51,11 @@ class TarHeaders:
                 while (info := archive.next()) is not None:
                     archive.members = []  # tarfile would keep them all
                     kind = info.type.decode("latin-1")
-                    digest.update(f"{info.name}\0{kind}\0{info.offset_data}\0{info.size}\0{info.chksum}\n".encode(errors="replace"))
+                    digest.update(
+                        f"{info.name}\0{kind}\0{info.offset_data}\0{info.size}\0{info.chksum}\n".encode(
+                            errors="replace"
+                        )
+                    )
                     name = posixpath.normpath(info.name)
                     if info.islnk() and (linked := files.get(posixpath.normpath(info.linkname))):
                         yield TarMember(info.name, linked.offset, linked.num_bytes)

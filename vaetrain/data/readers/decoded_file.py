@@ -82,7 +82,9 @@ class DecodedFile:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = folder.lstat()
             if status.st_uid != os.getuid() or folder.is_symlink():
-                raise ValueError(f"{folder} is another user's, or a link; give a folder of your own with --data.decoded-dir")
+                raise ValueError(
+                    f"{folder} is another user's, or a link; give a folder of your own with --data.decoded-dir"
+                )
             with self._locked():
                 self._file = self._open()
                 fcntl.flock(self._file, fcntl.LOCK_SH)

@@ -17,7 +17,6 @@ from vaetrain.data.readers.loader_workers import BatchOrError, WorkerPool
 from vaetrain.data.readers.order import BatchLayout, crop_places, eval_indices, seen_before, train_indices
 from vaetrain.data.readers.selection import Selection
 
-
 Request = tuple[Int64[np.ndarray, " b"], Float64[np.ndarray, " b"] | None]
 """Positions, and places of crops (None: central ones)."""
 
@@ -79,9 +78,7 @@ class IndexedReader:
         return self._workers.eval_iter(
             (batch_size, rank, num_processes),
             lambda: self._images,
-            lambda: [
-                (positions, None) for positions in eval_indices(self.num_images, batch_size, rank, num_processes)
-            ],
+            lambda: [(positions, None) for positions in eval_indices(self.num_images, batch_size, rank, num_processes)],
         )
 
     def first(self, num_images: int) -> Batch:

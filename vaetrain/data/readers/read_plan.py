@@ -182,7 +182,9 @@ def _open(config: DataConfig, split: Literal["train", "val"]) -> tuple[ShardSet,
     return shard_set, remote.folder if remote else None
 
 
-def _choose(config: DataConfig, selection: Selection) -> tuple[Literal["indexed", "resident", "stream", "decoded"], str]:
+def _choose(
+    config: DataConfig, selection: Selection
+) -> tuple[Literal["indexed", "resident", "stream", "decoded"], str]:
     location = config.location("train" if selection.split == "train" else "val")
     return choose_reader(config, selection, remote=is_remote(location))
 

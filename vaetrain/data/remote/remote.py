@@ -89,7 +89,9 @@ class RemoteShards:
                 shard_set = ShardSet.open(copy)
                 shard_set.index(next(iter(shard_set.manifest.splits)))  # reads them all, while they are there
                 if any(shard.url for split in shard_set.manifest.splits.values() for shard in split.shards):
-                    raise ValueError(f"{self.folder} points at shards elsewhere; copy its two files to a folder, and name that")
+                    raise ValueError(
+                        f"{self.folder} points at shards elsewhere; copy its two files to a folder, and name that"
+                    )
             except ValueError as error:
                 raise ValueError(str(error).replace(f"{copy}/", self.folder)) from error
         return shard_set
@@ -111,7 +113,11 @@ class RemoteShards:
 
     def _file(self, shard: Shard, start: int, stop: int) -> RemoteFile:
         return RemoteFile(
-            shard.url or self.folder + shard.name, start=start, stop=stop, num_bytes=shard.num_bytes, persistence=self.persistence
+            shard.url or self.folder + shard.name,
+            start=start,
+            stop=stop,
+            num_bytes=shard.num_bytes,
+            persistence=self.persistence,
         )
 
 

@@ -234,11 +234,9 @@ def _scan(place: str, file: io.BufferedReader) -> ScannedTar:
             is_caption = member.name.endswith(".txt") and member.num_bytes > MAX_CLASS_BYTES
             file.seek(member.offset)
             labels[member.name] = b"" if is_caption else _label_alone(member.name, file.read(member.num_bytes))
-    if "://" in place:
-        num_bytes = file.raw.connect().num_bytes or headers.num_bytes  # type: ignore[attr-defined]
-    else:
-        num_bytes = Path(place).stat().st_size
-    return ScannedTar(place, num_bytes, headers.sha256, members, labels, links)
+    is_remote = isinstance(file.raw, RemoteFile)
+    num_bytes = file.raw.connect().num_bytes if is_remote else Path(place).stat().st_size  # type: ignore[attr-defined]
+    return ScannedTar(place, num_bytes or headers.num_bytes, headers.sha256, members, labels, links)
 
 
 def _label_alone(name: str, content: bytes) -> bytes:
@@ -386,7 +384,13 @@ def _pack(tars: IndexedTars, items: Sequence[SourceItem], classes: Sequence[str]
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     used, shard, counts = np.unique(table[:, 0], return_inverse=True, return_counts=True)
     shards = tuple(
-        Shard(tars.names[number], int(count), tars.tars[number].num_bytes, tars.tars[number].sha256, tars.tars[number].place)
+        Shard(
+            tars.names[number],
+            int(count),
+            tars.tars[number].num_bytes,
+            tars.tars[number].sha256,
+            tars.tars[number].place,
+        )
         for number, count in zip(used.tolist(), counts, strict=True)
     )
     class_counts = np.bincount(table[:, 3], minlength=len(classes)).tolist()
@@ -412,7 +416,10 @@ def _write(config: IndexConfig, manifest: Manifest, packed: bytes, ignored: Sequ
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not empty and holds no shard set; name a new folder, or empty this one")
     out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"source": each.source, "split": "", "reason": each.reason}, ensure_ascii=False) + "\n" for each in ignored]
+    lines = [
+        json.dumps({"source": each.source, "split": "", "reason": each.reason}, ensure_ascii=False) + "\n"
+        for each in ignored
+    ]
     replace_file(out / REJECTED_NAME, "".join(lines).encode(errors="backslashreplace"))
     replace_file(out / INDEX_NAME, packed)
     manifest.write(out)
