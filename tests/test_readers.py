@@ -2,6 +2,7 @@ import itertools
 import multiprocessing
 import shutil
 import tarfile
+import tempfile
 import threading
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -22,9 +23,23 @@ from vaetrain.data.readers.order import BatchLayout, train_indices
 from vaetrain.data.readers.reader import open_reader
 
 CPU = torch.device("cpu")
-KINDS = ("indexed", "resident", "stream")
+KINDS = ("indexed", "resident", "stream", "decoded")
 # A worker is slow to start, so tests with workers are few; stream and indexed differ in what a worker does.
-KINDS_WITH_WORKERS = [("resident", 0), ("indexed", 0), ("indexed", 2), ("stream", 0), ("stream", 2)]
+KINDS_WITH_WORKERS = [
+    ("resident", 0),
+    ("decoded", 0),
+    ("decoded", 2),
+    ("indexed", 0),
+    ("indexed", 2),
+    ("stream", 0),
+    ("stream", 2),
+]
+
+
+@pytest.fixture(autouse=True)
+def folder_of_decoded(tmp_path, monkeypatch):
+    """Where the decoded reader keeps its files, unless told."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def opened(shards, kind, split="train", **options):
@@ -76,7 +91,9 @@ def test_the_memory_of_a_batch_is_used_again_once_nobody_holds_it():
     assert torch.from_numpy(batch_buffer(shape)).data_ptr() == address
 
 
-@pytest.mark.parametrize(("kind", "num_workers"), [("resident", 0), ("indexed", 0), ("indexed", 2)])
+@pytest.mark.parametrize(
+    ("kind", "num_workers"), [("resident", 0), ("indexed", 0), ("indexed", 2), ("decoded", 0), ("decoded", 2)]
+)
 def test_training_follows_the_order_for_any_number_of_workers(tiny_shards, kind, num_workers):
     layout = BatchLayout(32, 8, 1, 2)
     with opened(tiny_shards, kind, num_workers=num_workers) as reader:

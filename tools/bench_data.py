@@ -64,6 +64,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from bench_peers import PEERS, Material, endless, installed
+from bench_peers import PEERS, RESIZING_PEERS, Material, endless, installed
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.decode import JPEG_DECODER, decode_into
 from vaetrain.data.format.index import SplitIndex, pack_index
@@ -86,11 +87,13 @@ from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import Reader, open_reader
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.sharding.config import ShardingConfig
+from vaetrain.data.sharding.index_shards import IndexConfig, index_shards
 from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sources.faces.faces import draw_face
 from vaetrain.machine import num_cores
 
-READERS: tuple[Literal["indexed", "stream", "resident"], ...] = ("indexed", "stream", "resident")
+ReaderOfOurs = Literal["indexed", "stream", "resident", "decoded"]
+READERS: tuple[ReaderOfOurs, ...] = ("indexed", "stream", "resident", "decoded")
 MAKE_SHARDS = Path(__file__).with_name("make_shards.py")
 # Of these the stream opens several shards, and its shuffle buffer fills.
 BATCHES_FOR_MEMORY = 40
@@ -134,19 +137,60 @@ def batch_by_batch(config: BenchConfig, batches: Iterator[Any]) -> Measure:
     return measure
 
 
-def open_ours(shards: Path, name: Literal["indexed", "stream", "resident"], num_workers: int) -> Reader:
-    """One of the three readers, on the CPU."""
-    data = DataConfig(str(shards), reader=name, num_workers=num_workers)
+def open_ours(
+    shards: Path, name: ReaderOfOurs, num_workers: int, decoded: Path | None = None, **options: Any
+) -> Reader:
+    """One of the readers, on the CPU; `decoded` is where that of this name keeps its file."""
+    data = DataConfig(str(shards), reader=name, num_workers=num_workers, decoded_dir=decoded, **options)
     return open_reader(data, "train", device=torch.device("cpu"))
 
 
-def ours(config: BenchConfig, shards: Path) -> dict[str, Measure]:
-    """The three readers."""
+def ours(config: BenchConfig, shards: Path, decoded: Path) -> dict[str, Measure]:
+    """The readers; the decoded one's file is filled before it is measured."""
     layout = BatchLayout(config.batch_size, config.batch_size, 0, 1)
-    return {
-        name: batch_by_batch(config, open_ours(shards, name, config.num_workers).train_batches(0, 0, layout))
-        for name in READERS
+    measures = {}
+    for name in READERS:
+        reader = open_ours(shards, name, config.num_workers, decoded)
+        if name == "decoded":
+            for _ in reader.eval_batches(config.batch_size, 0, 1):
+                pass
+        measures[name] = batch_by_batch(config, reader.train_batches(0, 0, layout))
+    return measures
+
+
+def resizing(config: BenchConfig, originals: Path, folder: Path) -> dict[str, Measure]:
+    """Tars of larger images as they lie, their shorter side made 128 as they are read, by us and by peers."""
+    files = sorted(originals.rglob("*.jpg"))[: config.num_originals]
+    tars = folder / "wds"
+    tars.mkdir(parents=True)
+    for shard in range(2):
+        with tarfile.open(tars / f"train-{shard}.tar", "w") as tar:
+            for number, file in enumerate(files[shard::2]):
+                for name, content in ((f"{number:06d}.jpg", file.read_bytes()), (f"{number:06d}.cls", b"0")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    with contextlib.redirect_stderr(io.StringIO()):
+        index_shards(IndexConfig(str(tars), folder / "indexed", workers=1))
+    size = min(config.batch_size, len(files) // 2)
+    few = replace(config, batch_size=size, num_images=len(files) // size * size)
+    layout = BatchLayout(size, size, 0, 1)
+    how: dict[str, Any] = {"resize": "shorter-side", "image_size": 128}
+    names: tuple[ReaderOfOurs, ...] = ("indexed", "stream")
+    measures = {
+        f"{name}_resizing": batch_by_batch(
+            few, open_ours(folder / "indexed", name, config.num_workers, **how).train_batches(0, 0, layout)
+        )
+        for name in names
     }
+    material = Material.extract(Selection.of(ShardSet.open(folder / "indexed"), "train"), folder / "peers")
+    for name, open_peer in RESIZING_PEERS.items():
+        if installed(name):
+            with contextlib.redirect_stdout(io.StringIO()):
+                measures[f"{name}_resizing"] = batch_by_batch(
+                    few, endless(open_peer(material, size, config.num_workers))
+                )
+    return measures
 
 
 def peers(config: BenchConfig, selection: Selection, folder: Path) -> dict[str, Measure]:
@@ -273,9 +317,13 @@ def main(config: BenchConfig) -> None:
         selection = Selection.of(ShardSet.open(shards), "train")
         if selection.num_images < config.num_images:
             raise ValueError(f"{shards} has {selection.num_images} images; give --num-images of at most that")
-        reading = bare_decoding(config, selection) | ours(config, shards) | peers(config, selection, folder / "peers")
+        reading = bare_decoding(config, selection) | ours(config, shards, folder / "decoded")
+        reading |= peers(config, selection, folder / "peers")
         medians = in_turns(reading, config.rounds)
-        medians |= in_turns(sharding(config, folder), config.sharding_rounds)
+        sharding_measures = sharding(config, folder)
+        originals = config.originals or folder / "originals"
+        medians |= in_turns(resizing(config, originals, folder / "resizing"), config.rounds)
+        medians |= in_turns(sharding_measures, config.sharding_rounds)
         memory = memory_of_reading(
             shards, repeat_shards(shards, folder / "repeated", config.repeated_gb), config.batch_size
         )
@@ -284,6 +332,12 @@ def main(config: BenchConfig) -> None:
         "indexed_vs_bare_decode": medians["indexed"] / bare,
         "stream_vs_bare_decode": medians["stream"] / bare,
         **{f"indexed_vs_{name}": medians["indexed"] / medians[name] for name in PEERS if name in medians},
+        "decoded_vs_resident": medians["decoded"] / medians["resident"],
+        **{
+            f"indexed_vs_{name}_resizing": medians["indexed_resizing"] / medians[f"{name}_resizing"]
+            for name in RESIZING_PEERS
+            if f"{name}_resizing" in medians
+        },
         "sharding_vs_by_hand": medians["sharding_1"] / medians["sharding_by_hand"],
         "sharding_2_vs_1": medians["sharding_2"] / medians["sharding_1"],
     }

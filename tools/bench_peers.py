@@ -5,19 +5,23 @@ Every peer reads the same JPEG bytes, shuffled, and gives batches of uint8 or fl
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
 import webdataset
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import ToTensor
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from vaetrain.data.readers.selection import Selection
 
@@ -50,6 +54,7 @@ class Material:
 
 
 Loader = Iterable[Any]
+_RESIZE = Compose([Resize(128), CenterCrop(128)])
 
 
 def image_folder(material: Material, batch_size: int, num_workers: int) -> Loader:
@@ -72,10 +77,13 @@ def webdataset_torchrgb(material: Material, batch_size: int, num_workers: int) -
     return _loader(dataset, batch_size, num_workers)
 
 
-def litdata_streaming(material: Material, batch_size: int, num_workers: int) -> Loader:
+def litdata_streaming(
+    material: Material, batch_size: int, num_workers: int, decode: Callable[[bytes], Tensor] | None = None
+) -> Loader:
     """litdata's StreamingDataset on local chunks of encoded bytes, decoded by torchvision."""
     import litdata
 
+    decode = decode or _decode
     chunks = material.scratch / "litdata"
     if not chunks.exists():
         litdata.optimize(
@@ -85,16 +93,20 @@ def litdata_streaming(material: Material, batch_size: int, num_workers: int) -> 
     class Decoded(litdata.StreamingDataset):
         def __getitem__(self, index: Any) -> tuple[Tensor, int]:
             content, label = super().__getitem__(index)
-            return _decode(content), label
+            return decode(content), label
 
     return litdata.StreamingDataLoader(
         Decoded(str(chunks), shuffle=True), batch_size=batch_size, num_workers=num_workers, drop_last=True
     )
 
 
-def hugging_face_datasets(material: Material, batch_size: int, num_workers: int) -> Loader:
+def hugging_face_datasets(
+    material: Material, batch_size: int, num_workers: int, decode: Callable[[bytes], Tensor] | None = None
+) -> Loader:
     """datasets' Arrow table of encoded bytes, random access by whole batches, decoded by torchvision."""
     import datasets
+
+    decode = decode or _decode
 
     table = datasets.Dataset.from_dict(
         {
@@ -104,8 +116,35 @@ def hugging_face_datasets(material: Material, batch_size: int, num_workers: int)
     )
     # Written and opened again: from memory to a memory map, as a data set of some size is used.
     table.save_to_disk(str(material.scratch / "datasets"))
-    dataset = datasets.load_from_disk(str(material.scratch / "datasets")).with_transform(_decode_columns)
+    dataset = datasets.load_from_disk(str(material.scratch / "datasets")).with_transform(
+        partial(_decode_columns, decode)
+    )
     return _loader(dataset, batch_size, num_workers, shuffle=True)
+
+
+def webdataset_resized(material: Material, batch_size: int, num_workers: int) -> Loader:
+    """webdataset's `decode("pil")` of images of any size, and torchvision's Resize and CenterCrop."""
+    selection = material.selection
+    shards = [selection.shard_set.place(shard) for shard in selection.shard_set.manifest.splits["train"].shards]
+    dataset = (
+        webdataset.WebDataset(shards, shardshuffle=False, workersplitter=webdataset.split_by_worker)
+        .shuffle(1000)
+        .to_tuple("jpg", "cls")
+        .map_tuple(_shorter_side, int)
+    )
+    return _loader(dataset, batch_size, num_workers)
+
+
+RESIZING_PEERS: dict[str, Callable[[Material, int, int], Loader]] = {
+    "webdataset": webdataset_resized,
+    "litdata": lambda material, batch_size, num_workers: litdata_streaming(
+        material, batch_size, num_workers, _shorter_side
+    ),
+    "datasets": lambda material, batch_size, num_workers: hugging_face_datasets(
+        material, batch_size, num_workers, _shorter_side
+    ),
+}
+"""The same of images of other sizes, whose shorter side is made 128 and whose middle is cut out."""
 
 
 PEERS: dict[str, Callable[[Material, int, int], Loader]] = {
@@ -144,8 +183,13 @@ def _decode(content: bytes) -> Tensor:
     return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
 
 
-def _decode_columns(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return {"image": [_decode(content) for content in columns["image"]], "label": columns["label"]}
+def _decode_columns(decode: Callable[[bytes], Tensor], columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {"image": [decode(content) for content in columns["image"]], "label": columns["label"]}
+
+
+def _shorter_side(content: bytes) -> Tensor:
+    """What torchvision's documentation has for it: Pillow, Resize, CenterCrop."""
+    return pil_to_tensor(_RESIZE(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 def _file_and_label(sample: tuple[str, int]) -> tuple[bytes, int]:

@@ -364,7 +364,9 @@ class Config:
     weights, and with `--train.only` so do the weights."""
 
     def __post_init__(self) -> None:
-        """Fill in the run directory; seeds are counted from 0."""
+        """Fill in the run directory and the size of images that are resized; seeds are counted from 0."""
+        if self.data.resize != "none":
+            object.__setattr__(self, "data", replace(self.data, image_size=self.model.image_size))
         if self.log.noise_scale and self.train.precision == "fp16":
             raise ValueError("--log.noise-scale cannot read fp16's scaled gradients; use --train.precision bf16")
         if self.log.noise_scale and self.train.gradient_compression:

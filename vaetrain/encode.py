@@ -12,7 +12,7 @@ from typing import Literal
 
 from vaetrain.command_line import parse, user_errors
 from vaetrain.data.config import DataConfig
-from vaetrain.data.remote.url import remote_folder
+from vaetrain.data.remote.remote import is_remote
 from vaetrain.latents.manifest import LatentDtype, Layout
 
 SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
@@ -87,7 +87,7 @@ class EncodeConfig:
         """What is read, given a run's data: local images by their offset, since each process needs its own alone."""
         if self.data is not None:
             data = replace(data, train=self.data, val=None)
-        is_local = all(remote_folder(data.location(split)) is None for split in SPLITS)
+        is_local = not any(is_remote(data.location(split)) for split in SPLITS)
         return replace(data, reader="indexed") if is_local else data
 
 

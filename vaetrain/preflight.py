@@ -149,7 +149,7 @@ def check_split(config: DataConfig, split: Literal["train", "val"], model: Model
     location = config.location(split)
     if remote_folder(location) is not None:
         return None
-    manifest = ShardSet.open(location).manifest
+    manifest = ShardSet.open(location).resized_to(config.resized_to).manifest
     if model is not None:
         model.check_images(manifest.image_size, manifest.channels)
     return count_images(manifest, split, config.classes, location)

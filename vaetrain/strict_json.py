@@ -12,11 +12,35 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+MAY_LACK = "may lack"
+"""Marks, in a field's metadata, what files written before there was such a field lack."""
+
+
+def may_lack(default: Any) -> Any:
+    """A dataclass's field that JSON has only where it is not `default`."""
+    return dataclasses.field(default=default, metadata={MAY_LACK: True})
+
+
+def to_json(content: Any) -> Any:
+    """Plain values of a dataclass, without fields made with `may_lack` that have their default."""
+    if dataclasses.is_dataclass(content) and not isinstance(content, type):
+        kept = [
+            field for field in dataclasses.fields(content)
+            if not (field.metadata.get(MAY_LACK) and getattr(content, field.name) == field.default)
+        ]  # fmt: skip
+        return {field.name: to_json(getattr(content, field.name)) for field in kept}
+    if isinstance(content, dict):
+        return {key: to_json(value) for key, value in content.items()}
+    if isinstance(content, tuple | list):
+        return type(content)(to_json(value) for value in content)
+    return content
+
 
 def from_json(kind: Any, value: Any, where: str = "") -> Any:
     """Build a dataclass, or what its fields hold, from JSON; raises ValueError naming the field that does not fit.
 
-    A TypedDict stays a dictionary, keys beyond its own included. A whole number will do for a float.
+    A TypedDict stays a dictionary, keys beyond its own included. A whole number will do for a float. A field made with `may_lack`
+    has its default where it is absent.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if typing.is_typeddict(kind):
@@ -25,9 +49,11 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
         kinds = typing.get_type_hints(kind)
         if not isinstance(value, dict):
             raise ValueError(f"{where or 'the file'} holds {_shorten(value)}, not a mapping")
-        if absent := kinds.keys() - value.keys():
+        optional = {field.name for field in dataclasses.fields(kind) if field.metadata.get(MAY_LACK)}
+        if absent := kinds.keys() - value.keys() - optional:
             raise ValueError(f"{where or 'the file'} lacks {', '.join(sorted(absent))}")
-        fields = {name: from_json(kinds[name], value[name], f"{where}.{name}".lstrip(".")) for name in kinds}
+        given = [name for name in kinds if name in value]
+        fields = {name: from_json(kinds[name], value[name], f"{where}.{name}".lstrip(".")) for name in given}
         try:
             return kind(**fields)
         except ValueError as error:

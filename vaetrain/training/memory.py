@@ -25,7 +25,7 @@ from vaetrain.data.readers.choose import choose_reader
 from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.resident import DEVICE_MEMORY_SHARE
 from vaetrain.data.readers.selection import Selection
-from vaetrain.data.remote.url import remote_folder
+from vaetrain.data.remote.remote import is_remote
 from vaetrain.model.autoencoder import VAE, ElboTerms
 from vaetrain.training.adversarial import Adversary
 from vaetrain.training.compilation import compile_in_place
@@ -198,8 +198,9 @@ def data_bytes_on(device: torch.device, config: DataConfig) -> int:
     num_bytes = 0
     for split in ("train", "val"):
         location = config.location(split)
-        if remote_folder(location) is None:
-            selection = Selection.of(ShardSet.open(location), split, config.classes)
+        if not is_remote(location):
+            shard_set = ShardSet.open(location).resized_to(config.resized_to)
+            selection = Selection.of(shard_set, split, config.classes)
             resident = choose_reader(config, selection, remote=False)[0] == "resident"
             if resident and selection.decoded_bytes <= DEVICE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
                 num_bytes += selection.decoded_bytes

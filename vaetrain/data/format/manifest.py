@@ -4,12 +4,12 @@
     FOLDER/index.safetensors     per split: the shard, byte offset, byte size and label of each image
     FOLDER/train-000000.tar ...  KEY.jpg (or .png, .webp) followed by KEY.json, readable by webdataset without us
 
-The manifest is written last, so a folder that has one is complete. Nothing here imports torch.
+The manifest is written last, so a folder that has one is complete. In a folder made by tools/index_shards.py (format version 2)
+there are only the first two, and the tars are somebody else's, wherever they lie. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import struct
@@ -24,9 +24,12 @@ from PIL import Image
 from vaetrain.data.format.index import SplitIndex
 from vaetrain.documents import parse_json
 from vaetrain.files import NewerFormatError, read_bytes, replace_file
-from vaetrain.strict_json import from_json, sha256_of_json
+from vaetrain.strict_json import from_json, may_lack, sha256_of_json, to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The latest: of sets that point at tars elsewhere."""
+OWN_SHARDS_VERSION = 1
+"""Of sets whose tars lie beside the manifest."""
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.safetensors"
 TAR_BLOCK = 512
@@ -55,16 +58,25 @@ class Shard:
     """Size of the file."""
 
     sha256: str
-    """SHA-256 of the file, in hexadecimal."""
+    """SHA-256 of the file, in hexadecimal; with a `url`, of its headers (tar_index.py)."""
+
+    url: str | None = may_lack(None)
+    """Where the file lies, of a set that only points at it: an absolute path or a URL. None: beside the manifest. It is no part of
+    the fingerprint."""
 
     def __post_init__(self) -> None:
-        """Refuse names that lead out of the folder, and sizes that cannot be."""
-        if not re.fullmatch(r"[A-Za-z0-9_-]+\.tar", self.name):
+        """Refuse names that lead out of the folder, places that nobody reads from, and sizes that cannot be."""
+        if self.url is None and not re.fullmatch(r"[A-Za-z0-9_-]+\.tar", self.name):
             raise ValueError(f"name {self.name!r} is not a plain file name ending in .tar")
+        if self.url is not None:
+            check_place(self.url)
+            if not self.name.isprintable() or not self.name:
+                raise ValueError(f"name {self.name!r} cannot be printed")
         if self.num_images < 1 or self.num_bytes < 1:
             raise ValueError(f"{self.name} is said to hold {self.num_images} images in {self.num_bytes} bytes")
-        # An image and its record are a block of header and at least one of content each.
-        if self.num_bytes > MAX_SHARD_BYTES or self.num_images * 2 * TAR_BLOCK > self.num_bytes:
+        # An image and its record are a block of header and at least one of content each; a hard link is a header.
+        each = 2 * TAR_BLOCK if self.url is None else TAR_BLOCK
+        if self.num_bytes > MAX_SHARD_BYTES or self.num_images * each > self.num_bytes:
             raise ValueError(
                 f"{self.name} cannot hold {self.num_images:,} images in {self.num_bytes:,} bytes, of {MAX_SHARD_BYTES:,} at most"
             )
@@ -168,7 +180,7 @@ class Manifest:
     """Version of this format."""
 
     image_size: int
-    """Height and width of every image, in pixels."""
+    """Height and width of every image, in pixels; 0: each has its own (version 2)."""
 
     channels: int
     """3 for RGB, 1 for grayscale."""
@@ -189,13 +201,18 @@ class Manifest:
     """What wrote the shard set."""
 
     fingerprint: str = ""
-    """SHA-256 over all fields above but `tool`, so that the same data has the same one; empty: computed here."""
+    """SHA-256 over all other fields but `tool` and places, so that the same data has the same one; empty: computed here."""
+
+    resized: Literal["shorter-side"] | None = may_lack(None)
+    """What readers make images of `image_size` with as they read, of stored ones of other sizes; None: they are stored so."""
 
     def __post_init__(self) -> None:
         """Refuse what no reader could read; fill in the fingerprint, or hold the given one against the fields."""
-        if self.format_version != FORMAT_VERSION:
+        if not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(f"format_version is {self.format_version}, this vaetrain reads {FORMAT_VERSION}")
-        if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+        if self.format_version == 1 and any(shard.url for split in self.splits.values() for shard in split.shards):
+            raise ValueError("it points at shards elsewhere, which is of format_version 2")
+        if not (1 if self.format_version == 1 else 0) <= self.image_size <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size is {self.image_size}; it must be 1 to {MAX_IMAGE_SIZE:,} pixels")
         if self.channels not in (1, 3):
             raise ValueError(f"channels is {self.channels}; it must be 1 (grayscale) or 3 (RGB)")
@@ -210,6 +227,9 @@ class Manifest:
                 )
         check_sha256("index_sha256", self.index_sha256)
         determining = {name: value for name, value in self.to_json().items() if name not in ("tool", "fingerprint")}
+        for split in determining["splits"].values():
+            for shard in split["shards"]:
+                shard.pop("url", None)
         fingerprint = sha256_of_json(determining)
         if self.fingerprint not in ("", fingerprint):
             raise ValueError(
@@ -248,7 +268,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain mappings, lists, strings and numbers."""
-        return dataclasses.asdict(self)
+        content: dict[str, Any] = to_json(self)
+        return content
 
     def summary(self) -> dict[str, Any]:
         """What a checkpoint carries: everything but the shards and the tool."""
@@ -258,6 +279,14 @@ class Manifest:
             for name, split in self.splits.items()
         }
         return content | {"classes": list(self.classes), "splits": splits}
+
+
+def check_place(url: str) -> None:
+    """Raise ValueError unless `url` is an absolute path or a URL that is only read from."""
+    scheme = url.partition("://")[0].lower() if "://" in url else ""
+    is_url = re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) and scheme not in ("file", "local", "pipe")
+    if not url.isprintable() or not (is_url or url.startswith("/")):
+        raise ValueError(f"{url!r} is neither an absolute path nor the URL of a file")
 
 
 def check_sha256(what: str, value: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 
 from vaetrain.data.format.index import SplitIndex, unpack_index
 from vaetrain.data.format.manifest import BROKEN_IMAGE, INDEX_NAME, MANIFEST_NAME, Manifest, Shard, Split
+from vaetrain.data.format.tar_index import sha256_of_headers
 from vaetrain.files import sha256_of_file
 
 
@@ -44,8 +47,34 @@ class ShardSet:
         return cls(folder, Manifest.read(folder / MANIFEST_NAME))
 
     def path(self, shard: Shard) -> Path:
-        """Where a shard lies."""
-        return self.folder / shard.name
+        """Where a shard lies that is not behind a URL."""
+        return Path(self.place(shard))
+
+    def place(self, shard: Shard) -> str:
+        """Where a shard lies: a path or a URL."""
+        return shard.url if shard.url and "://" in shard.url else os.path.join(self.folder, shard.url or shard.name)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it points at shards behind URLs."""
+        return any("://" in (shard.url or "") for split in self.manifest.splits.values() for shard in split.shards)
+
+    def resized_to(self, image_size: int | None) -> ShardSet:
+        """The set as it is read with `--data.resize shorter-side`: its images of this size. None: as they are stored.
+
+        Raises ValueError for images of many sizes that are to be read as they are.
+        """
+        if image_size == self.manifest.image_size:
+            return self
+        if image_size is not None:
+            return ShardSet(
+                self.folder, replace(self.manifest, image_size=image_size, resized="shorter-side", fingerprint="")
+            )
+        if not self.manifest.image_size:
+            raise ValueError(
+                f"{self.folder} points at shards whose images have sizes of their own; pass --data.resize shorter-side"
+            )
+        return self
 
     def index(self, split: str) -> SplitIndex:
         """The index of a split; raises ValueError naming the splits there are, or when the index is not the manifest's."""
@@ -64,6 +93,8 @@ class ShardSet:
         `full` also takes each shard's SHA-256 and decodes each image. No shard is skipped because another one is bad.
         `split` leaves out the other splits' shards, and `num_parts` processes share the rest: every num_parts-th each.
         """
+        if self.is_remote:
+            raise ValueError(f"{self.folder} points at shards behind URLs, which are checked as they are read")
         problems: list[str] = []
         try:
             indices: dict[str, SplitIndex] = self._indices
@@ -86,6 +117,8 @@ class ShardSet:
             )
 
     def _undecodable(self, shard: Shard, position: int, index: SplitIndex) -> list[str]:
+        if shard.url:
+            return self._undecodable_elsewhere(shard, position, index)
         expected = (self.manifest.image_size, self.manifest.image_size), "L" if self.manifest.channels == 1 else "RGB"
         from vaetrain.data.format.decode import decode_into  # here, since it brings torch, which sharding does without
 
@@ -107,6 +140,18 @@ class ShardSet:
                         problems.append(
                             f"{shard.name}: the image at byte {index.offset[image]} is {found}, not {expected}"
                         )
+        return problems
+
+    def _undecodable_elsewhere(self, shard: Shard, position: int, index: SplitIndex) -> list[str]:
+        problems = []
+        with self.path(shard).open("rb") as file:
+            for image in np.flatnonzero(index.shard == position):
+                file.seek(index.offset[image])
+                try:
+                    with Image.open(io.BytesIO(file.read(index.num_bytes[image]))) as picture:
+                        picture.load()
+                except BROKEN_IMAGE as error:
+                    problems.append(f"{shard.name}: the image at byte {index.offset[image]} does not decode: {error}")
         return problems
 
 
@@ -132,6 +177,13 @@ def problem_of_file(path: Path, shard: Shard, full: bool) -> str | None:
         return f"{shard.name} is missing"
     if (num_bytes := path.stat().st_size) != shard.num_bytes:
         return f"{shard.name} has {num_bytes:,} bytes, not {shard.num_bytes:,}"
-    if full and sha256_of_file(path) != shard.sha256:
+    if full and shard.url:
+        try:
+            found = sha256_of_headers(path)
+        except ValueError as error:
+            return f"{shard.name} is damaged: {error}"
+        if found != shard.sha256:
+            return f"{shard.name} holds other files than when it was indexed; run tools/index_shards.py again"
+    elif full and sha256_of_file(path) != shard.sha256:
         return f"{shard.name} has another SHA-256 than in the manifest: its content was changed"
     return None

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
 from vaetrain.data.format.decode import decode_into
+from vaetrain.data.readers.resize import decode_resized
 from vaetrain.data.readers.selection import Selection
 
 # Of each shape; a training loop holds one batch while it asks for the next.
@@ -34,20 +35,35 @@ class Batch(NamedTuple):
 
 
 def decode_image(
-    selection: Selection, encoded: bytes | bytearray, position: int, out: UInt8[np.ndarray, "h w c"]
+    selection: Selection,
+    encoded: bytes | bytearray,
+    position: int,
+    out: UInt8[np.ndarray, "h w c"],
+    place: float | None = None,
 ) -> None:
-    """Decode an image's bytes (JPEG, PNG or WebP) into `out`; raises ValueError naming the sample when they are damaged."""
+    """Decode an image's bytes into `out`, resized and cut at `place` (see decode_resized) where its set is read so.
+
+    Raises ValueError naming the sample when they are damaged.
+    """
     try:
-        decode_into(encoded, out)
+        if selection.shard_set.manifest.resized:
+            decode_resized(encoded, out, place)
+        else:
+            decode_into(encoded, out)
     except ValueError as error:
         raise ValueError(f"{selection.where(position)}: {error}; run tools/verify_shards.py") from error
 
 
-def load_batch(selection: Selection, positions: Int64[np.ndarray, " b"]) -> Batch:
-    """Read and decode images from local shards."""
+def load_batch(
+    selection: Selection, positions: Int64[np.ndarray, " b"], places: Float64[np.ndarray, " b"] | None = None
+) -> Batch:
+    """Read and decode images from local shards, cut out at `places` (None: in the middle) where they are resized."""
     pixels = batch_buffer((len(positions), *selection.image_shape))
-    for position, image in zip(positions.tolist(), pixels, strict=True):
-        decode_image(selection, selection.read(position), position, out=image)
+    middle = [None] * len(positions)
+    for position, image, place in zip(
+        positions.tolist(), pixels, middle if places is None else places.tolist(), strict=True
+    ):
+        decode_image(selection, selection.read(position), position, out=image, place=place)
     return make_batch(selection, pixels, positions)
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import count, repeat
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch.utils.data import Dataset
 
 from vaetrain.data.format.decode import JPEG_DECODER
 from vaetrain.data.readers.batch import Batch, load_batch
 from vaetrain.data.readers.loader_workers import BatchOrError, WorkerPool
-from vaetrain.data.readers.order import BatchLayout, eval_indices, train_indices
+from vaetrain.data.readers.order import BatchLayout, crop_places, eval_indices, seen_before, train_indices
 from vaetrain.data.readers.selection import Selection
+
+Request = tuple[Int64[np.ndarray, " b"], Float64[np.ndarray, " b"] | None]
+"""Positions, and places of crops (None: central ones)."""
 
 
 class _Images(Dataset[BatchOrError]):
@@ -23,9 +27,9 @@ class _Images(Dataset[BatchOrError]):
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
 
-    def __getitems__(self, positions: Int64[np.ndarray, " b"]) -> BatchOrError:
+    def __getitems__(self, request: Request) -> BatchOrError:
         try:
-            return load_batch(self.selection, positions)
+            return load_batch(self.selection, *request)
         except ValueError as error:
             return error
 
@@ -34,9 +38,22 @@ class IndexedReader:
     """Reads and decodes each batch when it is due; memory is the index (24 bytes an image) and the batches in flight."""
 
     def __init__(
-        self, selection: Selection, *, num_workers: int, device: torch.device, reason: str, timeout_s: float
+        self,
+        selection: Selection,
+        *,
+        num_workers: int,
+        device: torch.device,
+        reason: str,
+        timeout_s: float,
+        crop: Literal["center", "random"] = "center",
     ) -> None:
-        self._options: dict[str, Any] = {"num_workers": num_workers, "device": device, "timeout_s": timeout_s}
+        self._options: dict[str, Any] = {
+            "num_workers": num_workers,
+            "device": device,
+            "timeout_s": timeout_s,
+            "crop": crop,
+        }
+        self._crop = crop
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
         self.description = (
@@ -49,14 +66,19 @@ class IndexedReader:
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
         """Endless micro-batches of this process from the global position `images_seen` on."""
-        return self._workers.train_iter(self._images, train_indices(self.num_images, seed, images_seen, layout))
+        indices = train_indices(self.num_images, seed, images_seen, layout)
+        places: Iterator[Float64[np.ndarray, " b"] | None] = repeat(None)
+        if self._crop == "random":
+            first = images_seen // layout.global_batch_size * layout.grad_accum_steps
+            places = (crop_places(seed, seen_before(number, layout)) for number in count(first))
+        return self._workers.train_iter(self._images, zip(indices, places, strict=False))
 
     def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
         """This process's share of one pass over the split, every image exactly once over all processes."""
         return self._workers.eval_iter(
             (batch_size, rank, num_processes),
             lambda: self._images,
-            lambda: list(eval_indices(self.num_images, batch_size, rank, num_processes)),
+            lambda: [(positions, None) for positions in eval_indices(self.num_images, batch_size, rank, num_processes)],
         )
 
     def first(self, num_images: int) -> Batch:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64, UInt64
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
@@ -137,6 +137,32 @@ def _endless_micro_batches(
             for micro_batch in layout.positions(global_batch_start):
                 yield order[micro_batch]
         epoch, start = epoch + 1, 0
+
+
+def seen_before(micro_batch: int, layout: BatchLayout) -> Int64[np.ndarray, " micro"]:
+    """How many images a run has seen, over all processes, before each image of this process's micro-batch number `micro_batch`."""
+    step, part = divmod(micro_batch, layout.grad_accum_steps)
+    place = layout.positions(step * layout.global_batch_size)[part]
+    return np.arange(place.start, place.stop, dtype=np.int64)
+
+
+def crop_places(seed: int, seen: Int64[np.ndarray, " b"]) -> Float64[np.ndarray, " b"]:
+    """Where a training image is cut out of its longer side, in [0, 1), by the seed and the images seen before it.
+
+    SplitMix64 (Steele, Lea and Flood 2014) of a counter, started from the seed: the same with any NumPy.
+    """
+    with np.errstate(over="ignore"):
+        state = _mixed(np.full(1, seed % 2**64, np.uint64)) + (seen.astype(np.uint64) + np.uint64(1)) * GOLDEN
+    return (_mixed(state) >> np.uint64(11)) / 2.0**53
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(state: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 def eval_indices(

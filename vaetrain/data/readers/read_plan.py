@@ -18,8 +18,7 @@ from vaetrain.data.readers.choose import choose_reader
 from vaetrain.data.readers.order import BatchLayout, epoch_order, eval_starts
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.stream_order import SHUFFLE_BUFFER, eval_piece, too_few_shards, train_piece
-from vaetrain.data.remote.remote import RemoteShards
-from vaetrain.data.remote.url import remote_folder
+from vaetrain.data.remote.remote import is_remote, open_shard_set
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class SplitForecast:
     num_shards: int
     """Shards of the split."""
 
-    reader: Literal["indexed", "resident", "stream"]
+    reader: Literal["indexed", "resident", "stream", "decoded"]
     """The reader that would be opened."""
 
     reason: str
@@ -179,13 +178,15 @@ class ReadPlan:
 
 def _open(config: DataConfig, split: Literal["train", "val"]) -> tuple[ShardSet, str | None]:
     """The shard set of a split, and its URL if it has one."""
-    remote = RemoteShards.of(config, config.location(split))
-    return (remote.shard_set(), remote.folder) if remote else (ShardSet.open(config.location(split)), None)
+    shard_set, remote = open_shard_set(config, config.location(split))
+    return shard_set, remote.folder if remote else None
 
 
-def _choose(config: DataConfig, selection: Selection) -> tuple[Literal["indexed", "resident", "stream"], str]:
-    folder = remote_folder(config.location("train" if selection.split == "train" else "val"))
-    return choose_reader(config, selection, remote=folder is not None)
+def _choose(
+    config: DataConfig, selection: Selection
+) -> tuple[Literal["indexed", "resident", "stream", "decoded"], str]:
+    location = config.location("train" if selection.split == "train" else "val")
+    return choose_reader(config, selection, remote=is_remote(location))
 
 
 def _forecast_train(config: DataConfig, selection: Selection, layouts: list[BatchLayout], seed: int) -> SplitForecast:
@@ -226,7 +227,7 @@ def _forecast_split(
     num_workers = config.num_workers or 0
     batch_bytes = batch_size * math.prod(selection.image_shape)
     shards_per_worker: tuple[tuple[int, ...], ...] = ()
-    if reader == "resident":
+    if reader in ("resident", "decoded"):
         memory = selection.index_bytes + batch_bytes
     else:
         # Workers share the index; one more batch is with the training process.

@@ -13,9 +13,10 @@ from jaxtyping import Int64
 
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.manifest import Manifest
-from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.choose import choose_reader
+from vaetrain.data.readers.decoded import DecodedReader
+from vaetrain.data.readers.decoded_file import decoded_folder
 from vaetrain.data.readers.indexed import IndexedReader
 from vaetrain.data.readers.loader_workers import choose_num_workers
 from vaetrain.data.readers.order import BatchLayout
@@ -24,7 +25,7 @@ from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.shared_array import Gather
 from vaetrain.data.readers.stream import StreamReader
 from vaetrain.data.readers.stream_order import too_few_shards, workers_for
-from vaetrain.data.remote.remote import RemoteShards
+from vaetrain.data.remote.remote import RemoteShards, open_shard_set
 from vaetrain.distributed import processes
 from vaetrain.machine import num_cores
 
@@ -106,21 +107,30 @@ def open_reader(
         remote.prepare(selection.shard_set.manifest.splits[split])
     elif config.verify == "full":
         selection.shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
-    name, reason = choose_reader(config, selection, remote=remote is not None)
+    gpu_workers = num_workers if device.type == "cuda" else None
+    name, reason = choose_reader(config, selection, remote=remote is not None, num_workers=gpu_workers)
     if name == "stream":
         if config.num_workers is None:
             num_workers = workers_for(selection.num_shards, num_processes, num_workers)
         if split == "train" and (too_few := too_few_shards(selection.num_shards, num_processes, num_workers)):
             raise ValueError(too_few)
         return StreamReader(
-            selection, remote=remote, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s
-        )
+            selection, remote=remote, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s,
+            crop=config.crop,
+        )  # fmt: skip
     if name == "resident":
         return ResidentReader(
             selection, num_threads=max(1, num_cores() // processes_per_node), device=device, reason=reason,
             timeout_s=config.timeout_s, rank=rank, gather=gather,
         )  # fmt: skip
-    return IndexedReader(selection, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s)
+    if name == "decoded":
+        return DecodedReader(
+            selection, folder=decoded_folder(config), max_bytes=int(config.decoded_gib * 2**30), num_threads=num_workers,
+            device=device, reason=reason, timeout_s=config.timeout_s, rank=rank, num_processes=num_processes,
+        )  # fmt: skip
+    return IndexedReader(
+        selection, num_workers=num_workers, device=device, reason=reason, timeout_s=config.timeout_s, crop=config.crop
+    )
 
 
 def open_selection(config: DataConfig, split: Literal["train", "val"]) -> tuple[Selection, RemoteShards | None]:
@@ -128,10 +138,7 @@ def open_selection(config: DataConfig, split: Literal["train", "val"]) -> tuple[
 
     Raises FileNotFoundError when there is no shard set, and ValueError when it lacks the split, a class or a shard.
     """
-    location = config.location(split)
-    remote = RemoteShards.of(config, location)
-    if remote:
-        return Selection.of(remote.shard_set(), split, config.classes, source=remote.folder), remote
-    shard_set = ShardSet.open(location)
-    shard_set.verify()
-    return Selection.of(shard_set, split, config.classes), None
+    shard_set, remote = open_shard_set(config, config.location(split))
+    if remote is None:
+        shard_set.verify()
+    return Selection.of(shard_set, split, config.classes, source=remote.folder if remote else None), remote

@@ -28,7 +28,7 @@ MAX_OPEN_SHARDS = 256
 
 @lru_cache(maxsize=MAX_OPEN_SHARDS)
 def open_shard(folder: Path, name: str) -> io.FileIO:
-    """A shard, open for reading, as long as so many others have not been read since."""
+    """A shard, open for reading, as long as so many others have not been read since; `name` may be an absolute path."""
     # Evicting a file does not close it under a thread that still reads: the last reference does.
     return io.FileIO(folder / name)
 
@@ -226,7 +226,8 @@ class Selection:
         note_reading(position, position)
         num_bytes = int(self.index.num_bytes[position])
         try:
-            file = open_shard(self.shard_set.folder, self.shard_of(position).name)
+            shard = self.shard_of(position)
+            file = open_shard(self.shard_set.folder, shard.url or shard.name)
             encoded = os.pread(file.fileno(), num_bytes, int(self.index.offset[position]))
         except OSError as error:
             raise ValueError(f"{self.where(position)}: {error}; is the storage still there?") from error

@@ -11,22 +11,23 @@ what was not trained on.
 from __future__ import annotations
 
 import random
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from itertools import count, islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from vaetrain.data.format.manifest import TAR_BLOCK, Shard
 from vaetrain.data.readers.batch import Batch, batch_buffer, decode_image, make_batch
 from vaetrain.data.readers.loader_workers import BatchOrError, WorkerPool
-from vaetrain.data.readers.order import BatchLayout, epoch_order
+from vaetrain.data.readers.order import BatchLayout, crop_places, epoch_order, seen_before
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.stream_order import SHUFFLE_BUFFER, eval_piece, train_piece
 from vaetrain.data.readers.worker_progress import note_reading
@@ -88,11 +89,14 @@ class Stream:
             return self.remote.open(shard, start, stop)
         return BufferedReader(FileIO(self.selection.shard_set.path(shard)), READ_BYTES)
 
-    def batch(self, samples: list[Sample]) -> Batch:
-        """Decode samples; raises ValueError naming the one that is damaged."""
+    def batch(self, samples: list[Sample], places: Float64[np.ndarray, " b"] | None = None) -> Batch:
+        """Decode samples, cut out at `places` (None: in the middle); raises ValueError naming the one that is damaged."""
         pixels = batch_buffer((len(samples), *self.selection.image_shape))
-        for (position, encoded), image in zip(samples, pixels, strict=True):
-            decode_image(self.selection, encoded, position, out=image)
+        middle = [None] * len(samples)
+        for (position, encoded), image, place in zip(
+            samples, pixels, middle if places is None else places.tolist(), strict=True
+        ):
+            decode_image(self.selection, encoded, position, out=image, place=place)
         return make_batch(self.selection, pixels, np.array([position for position, _ in samples], dtype=np.int64))
 
 
@@ -104,6 +108,7 @@ class _TrainBatches(IterableDataset[BatchOrError]):
     seed: int
     images_seen: int
     layout: BatchLayout
+    crop: Literal["center", "random"] = "center"
 
     def __iter__(self) -> Iterator[BatchOrError]:
         return _until_error(self._batches())
@@ -125,8 +130,10 @@ class _TrainBatches(IterableDataset[BatchOrError]):
                 trained[image] = True
             samples = self.stream.images(order, piece.images.start, piece.images.stop, unwanted=trained)
             samples = islice(_shuffled(samples, shuffle_seed), seen * micro_batch_size, None)
-            for _ in piece.batches[seen:]:
-                yield self.stream.batch(list(islice(samples, micro_batch_size)))
+            for batch in piece.batches[seen:]:
+                random_crop = self.crop == "random"
+                places = crop_places(self.seed, seen_before(batch, self.layout)) if random_crop else None
+                yield self.stream.batch(list(islice(samples, micro_batch_size)), places)
 
 
 @dataclass(frozen=True)
@@ -163,12 +170,15 @@ class StreamReader:
         device: torch.device,
         reason: str,
         timeout_s: float,
+        crop: Literal["center", "random"] = "center",
     ) -> None:
+        self._crop = crop
         self._options: dict[str, Any] = {
             "remote": remote,
             "num_workers": num_workers,
             "device": device,
             "timeout_s": timeout_s,
+            "crop": crop,
         }
         self.manifest = selection.shard_set.manifest
         self.num_images = selection.num_images
@@ -188,7 +198,7 @@ class StreamReader:
         """
         layout.images_per_epoch(self.num_images)
         layout.check_position(images_seen)
-        return self._workers.train_iter(_TrainBatches(self._stream, seed, images_seen, layout))
+        return self._workers.train_iter(_TrainBatches(self._stream, seed, images_seen, layout, self._crop))
 
     def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
         """This process's share of one pass over the split, every image exactly once over all processes."""
@@ -224,11 +234,16 @@ def _image_at(file: BufferedReader, offset: int, num_bytes: int) -> bytearray:
     # bytes in octal, taken with blanks in their own place.
     if header[156:157] not in (b"0", b"\0"):
         raise ValueError("the image is a link or device in the shard, not a file")
-    if header[124:136] != b"%011o\0" % num_bytes or header[257:262] != b"ustar":
-        raise ValueError("this is not where the image begins: the shard is another one than its manifest describes")
-    if header[148:156] != b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" ")):
-        raise ValueError("the image's tar header is damaged")
-    return encoded
+    is_ours = header[124:136] == b"%011o\0" % num_bytes and header[257:262] == b"ustar"
+    if is_ours and header[148:156] == b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" ")):
+        return encoded
+    try:  # other programs write numbers otherwise
+        if tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == num_bytes:
+            return encoded
+    except tarfile.HeaderError as error:
+        if is_ours:
+            raise ValueError("the image's tar header is damaged") from error
+    raise ValueError("this is not where the image begins: the shard is another one than its manifest describes")
 
 
 def _shuffled(items: Iterable[T], seed: str) -> Iterator[T]:

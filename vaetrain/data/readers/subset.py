@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -80,10 +81,14 @@ class Subset:
 
 
 def _source(selection: Selection, position: int) -> str:
+    index, shard = selection.index, selection.shard_of(position)
+    if shard.url:  # somebody else's tar, where anything may follow an image
+        with Path(shard.url).open("rb") as file:
+            file.seek(int(index.offset[position]) - TAR_BLOCK)
+            return f"{shard.name}/{tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), 'utf-8', 'replace').name}"
     # A sample's JSON follows its image: one header block, then the text.
-    index = selection.index
     header = int(index.offset[position]) + -(-int(index.num_bytes[position]) // TAR_BLOCK) * TAR_BLOCK
-    path = selection.shard_set.path(selection.shard_of(position))
+    path = selection.shard_set.path(shard)
     with path.open("rb") as file:
         file.seek(header)
         try:

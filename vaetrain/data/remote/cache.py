@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vaetrain.data.format.manifest import Shard
+from vaetrain.data.format.tar_index import sha256_of_headers
 from vaetrain.files import READ_BYTES, readable_disk_errors
 
 # More than the 15 s after which a process gives a download up, and so lets go of it.
@@ -97,7 +98,10 @@ class ShardCache:
         return BufferedReader(FileIO(path), READ_BYTES)
 
     def _drop_if_changed(self, file: BufferedReader, shard: Shard) -> bool:
-        changed = hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256
+        if shard.url:
+            changed = sha256_of_headers(_whole(self.folder, shard)) != shard.sha256
+        else:
+            changed = hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256
         file.seek(0)
         if changed:
             file.close()
@@ -127,7 +131,10 @@ class ShardCache:
             while chunk := original.read(READ_BYTES):
                 part.write(chunk)
                 digest.update(chunk)
-        if digest.hexdigest() != shard.sha256:
+        if shard.url:
+            part.flush()
+            _check_headers(part, _part(self.folder, shard), shard)
+        elif digest.hexdigest() != shard.sha256:
             part.seek(0)
             part.truncate()
             if not resumed_at:
@@ -192,6 +199,18 @@ class _CachedFile:
             return False
         with self.path.open("rb") as file:
             return not _try_lock(file)
+
+
+def _check_headers(part: BinaryIO, path: Path, shard: Shard) -> None:
+    """Empty a file that does not hold what the shard held when it was indexed; raises ValueError, which says so."""
+    try:
+        found = sha256_of_headers(path)
+    except ValueError as error:
+        found = str(error)
+    if found != shard.sha256:
+        part.seek(0)
+        part.truncate()
+        raise ValueError(f"it holds other files than when it was indexed ({found}); run tools/index_shards.py again")
 
 
 def _try_lock(file: BinaryIO) -> bool:

@@ -33,7 +33,7 @@ class RemoteShards:
     """The shards behind a URL, with or without a cache on this node; picklable."""
 
     folder: str
-    """URL with its trailing slash."""
+    """URL with its trailing slash; or the local folder of a set that points at shards behind URLs."""
 
     cache: ShardCache | None = None
     """None: nothing is kept."""
@@ -43,14 +43,16 @@ class RemoteShards:
 
     @classmethod
     def of(cls, config: DataConfig, location: str) -> RemoteShards | None:
-        """What a location names, read the way the configuration says; None: a path.
+        """What a location names, read the way the configuration says; None: shards that are local.
 
         Raises ValueError for what is asked and only local shards can do.
         """
         folder = remote_folder(location)
         if folder is None:
-            return None
-        if config.reader in ("indexed", "resident"):
+            if not is_remote(location):
+                return None
+            folder = location
+        if config.reader in ("indexed", "resident", "decoded"):
             raise ValueError(
                 f"--data.reader {config.reader} needs local shards, and {folder} is a URL; "
                 "download them or use --data.reader stream"
@@ -77,6 +79,8 @@ class RemoteShards:
 
         Raises FileNotFoundError when they cannot be fetched and ValueError when they are not valid.
         """
+        if remote_folder(self.folder) is None:
+            return ShardSet.open(self.folder)
         with tempfile.TemporaryDirectory() as copy:
             path = Path(copy) / MANIFEST_NAME
             path.write_bytes(_fetch(self.folder, MANIFEST_NAME, MAX_MANIFEST_BYTES))
@@ -87,6 +91,10 @@ class RemoteShards:
                 (Path(copy) / INDEX_NAME).write_bytes(index)
                 shard_set = ShardSet.open(copy)
                 shard_set.index(next(iter(shard_set.manifest.splits)))  # reads them all, while they are there
+                if any(shard.url for split in shard_set.manifest.splits.values() for shard in split.shards):
+                    raise ValueError(
+                        f"{self.folder} points at shards elsewhere; copy its two files to a folder, and name that"
+                    )
             except ValueError as error:
                 raise ValueError(str(error).replace(f"{copy}/", self.folder)) from error
         return shard_set
@@ -108,8 +116,27 @@ class RemoteShards:
 
     def _file(self, shard: Shard, start: int, stop: int) -> RemoteFile:
         return RemoteFile(
-            self.folder + shard.name, start=start, stop=stop, num_bytes=shard.num_bytes, persistence=self.persistence
+            shard.url or self.folder + shard.name,
+            start=start,
+            stop=stop,
+            num_bytes=shard.num_bytes,
+            persistence=self.persistence,
         )
+
+
+def is_remote(location: str) -> bool:
+    """Whether the shards of a set lie behind URLs: the set itself, or what it points at.
+
+    Raises FileNotFoundError and ValueError for a path without a shard set.
+    """
+    return remote_folder(location) is not None or ShardSet.open(location).is_remote
+
+
+def open_shard_set(config: DataConfig, location: str) -> tuple[ShardSet, RemoteShards | None]:
+    """A shard set as `config` reads it, and where its shards are unless they are local."""
+    remote = RemoteShards.of(config, location)
+    shard_set = remote.shard_set() if remote else ShardSet.open(location)
+    return shard_set.resized_to(config.resized_to), remote
 
 
 def _fetch(folder: str, name: str, max_bytes: int) -> bytes:

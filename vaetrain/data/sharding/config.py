@@ -149,20 +149,7 @@ class ShardingConfig:
         A share is rounded to the nearest whole number, a half up, and leaves at least one image on either side.
         """
         assert self.val_count is not None
-        if num_images < 2:
-            raise ValueError(
-                f"--val-count {self.val_count} needs an image to train on and one to validate on, and {self.src} has "
-                f"{num_images}; give it more, or leave out --val-count"
-            )
-        if isinstance(self.val_count, str):
-            share = share_of(self.val_count)
-            return min(max(1, math.floor(share * num_images + Fraction(1, 2))), num_images - 1)
-        if self.val_count >= num_images:
-            raise ValueError(
-                f"--val-count {self.val_count} leaves no training image of the {num_images} there are; "
-                "try --val-count 10%"
-            )
-        return self.val_count
+        return num_val_of(self.val_count, num_images, self.src)
 
     def recipe(self, source: ImageSource) -> Preprocessing:
         """What is done to each image of `source`; raises ValueError for grayscale WebP, which there is not."""
@@ -183,6 +170,22 @@ class ShardingConfig:
     def source_options(self) -> SourceOptions:
         """How the originals are read."""
         return SourceOptions(self.image_column, self.label_column, self.splits, self.frames)
+
+
+def num_val_of(val_count: int | str, num_images: int, src: str) -> int:
+    """How many of the images of `src` --val-count takes; raises ValueError where that leaves none for training."""
+    if num_images < 2:
+        raise ValueError(
+            f"--val-count {val_count} needs an image to train on and one to validate on, and {src} has {num_images}; give it "
+            "more, or leave out --val-count"
+        )
+    if isinstance(val_count, str):
+        return min(max(1, math.floor(share_of(val_count) * num_images + Fraction(1, 2))), num_images - 1)
+    if val_count >= num_images:
+        raise ValueError(
+            f"--val-count {val_count} leaves no training image of the {num_images} there are; try --val-count 10%"
+        )
+    return val_count
 
 
 def share_of(percent: str) -> Fraction:

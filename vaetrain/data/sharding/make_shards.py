@@ -29,7 +29,7 @@ import numpy as np
 import PIL
 
 from vaetrain.data.format.index import SplitIndex, pack_index
-from vaetrain.data.format.manifest import FORMAT_VERSION, INDEX_NAME, MANIFEST_NAME, Manifest, Split, Tool
+from vaetrain.data.format.manifest import INDEX_NAME, MANIFEST_NAME, OWN_SHARDS_VERSION, Manifest, Split, Tool
 from vaetrain.data.format.shard_set import ShardSet
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.data.sharding.config import ShardingConfig
@@ -358,7 +358,7 @@ def _describe(finished: dict[str, FinishedShard], plan: ShardingPlan, config: Sh
         if key not in HOW_IT_IS_RUN and (key, value) not in LATER_ARGUMENTS.items()
     }  # fmt: skip
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=OWN_SHARDS_VERSION,
         image_size=plan.recipe.size,
         channels=plan.recipe.channels,
         encoding=plan.recipe.encoding,

@@ -87,7 +87,7 @@ class Preprocessing:
             raise ValueError(
                 "Pillow keeps the upper 8 of its 16-bit colours, so --white comes too late; make it 8-bit first"
             )
-        picture = with_channels(_upright(original), self.channels, self.white)
+        picture = with_channels(upright(original), self.channels, self.white)
         width, height = picture.size
         if width != height:
             picture = self._square(picture)
@@ -245,7 +245,8 @@ def _decode_jpeg(content: bytes, opened: ImageFile.ImageFile) -> Image.Image:
     return picture
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF data say; raises ValueError where those are damaged."""
     try:
         is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(picture) if is_turned else picture
