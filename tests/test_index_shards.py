@@ -183,7 +183,8 @@ def test_places_of_crops_are_even_and_differ():
     layout = BatchLayout(8, 2, 1, 2)
     assert [seen_before(number, layout).tolist() for number in range(4)] == [[4, 5], [6, 7], [12, 13], [14, 15]]
     places = crop_places(0, np.arange(100_000))
-    assert places.min() >= 0 and places.max() < 1
+    assert places.min() >= 0
+    assert places.max() < 1
     assert np.abs(np.histogram(places, 10)[0] - 10_000).max() < 500
     assert not np.array_equal(places, crop_places(1, np.arange(100_000)))
     assert crop_places(0, np.arange(3)).tolist() == [

@@ -1,8 +1,8 @@
 """A split kept decoded in a file on this node's disk: each image is decoded once per node, then gathered from the page cache.
 
-For splits that exceed --data.resident-gib where decoding would starve the device. Training begins at once: an image that is not in the
-file yet is decoded when a batch wants it, and stays; meanwhile threads decode ahead, in the order in which this process trains and
-then the rest. Processes agree through the file alone (decoded_file.py).
+For splits that exceed --data.resident-gib where decoding would starve the device. Training begins at once: an image that is
+not in the file yet is decoded when a batch wants it, and stays; meanwhile threads decode ahead, in the order in which this process
+trains, and then the rest. Processes agree through the file alone (decoded_file.py).
 """
 
 from __future__ import annotations
@@ -93,10 +93,8 @@ class DecodedReader:
         if not file.is_whole:
             self._fill(positions)
         shape = (len(positions), *self._selection.image_shape)
-        if self._pin:
-            images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        else:
-            images = torch.from_numpy(batch_buffer(shape))
+        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self._pin else None
+        images = torch.from_numpy(batch_buffer(shape)) if pinned is None else pinned
         # As in resident.py: one thread of NumPy, and "clip" since "raise" would copy once more.
         np.take(file.pixels, positions, axis=0, out=images.numpy(), mode="clip")
         return Batch(images.permute(0, 3, 1, 2), self._labels[torch.from_numpy(positions)], torch.from_numpy(positions))

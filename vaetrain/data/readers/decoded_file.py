@@ -4,9 +4,9 @@
     FOLDER/KEY.BOOT.part     the same, on its way: the byte of an image that is there is 1
     FOLDER/.lock             held, for milliseconds, by who opens a file, makes room or gives one its name
 
-KEY stands for the data's fingerprint, the split, the images kept and what is done to them. Whoever decodes an image writes it. A
-process that is killed loses nothing, for what it wrote lies in the kernel's cache; a machine that loses power may lose some of it in
-any order, so what it had begun (BOOT) is begun anew. A file that some process uses is locked (flock) and never makes room for another.
+KEY stands for the data's fingerprint, the split, the images kept and what is done to them. Whoever decodes an image writes it.
+A process that is killed loses nothing, for what it wrote lies in the kernel's cache; a machine that loses power may lose some of
+it in any order, so what it had begun (BOOT) is begun anew. A file that some process uses is locked (flock) and makes no room.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class DecodedFile:
         """Delete what other boots left unfinished and, of the rest, what was not used for longest and nobody uses."""
         if self._num_bytes > self._max_bytes:
             raise ValueError(
-                f"decoded, the split takes {self._num_bytes / 2**30:.2f} GiB, and --data.decoded-gib is {self._max_bytes / 2**30:g}; "
-                "give more, or use --data.reader indexed"
+                f"decoded, the split takes {self._num_bytes / 2**30:.2f} GiB, and --data.decoded-gib is "
+                f"{self._max_bytes / 2**30:g}; give more, or use --data.reader indexed"
             )
         files = sorted(
             (path for path in self._folder.iterdir() if NAMED.fullmatch(path.name)),

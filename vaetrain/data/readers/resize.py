@@ -1,8 +1,8 @@
 """Images of any size and format to square ones, as they are read: the shorter side is resized, a square cut out.
 
-What comes out depends on the file's bytes and the place of the crop alone. It is what tools/make_shards.py would store without loss, but
-for JPEGs of at least twice the size, which are decoded at a half, quarter or eighth of their scale. Pillow does it whatever else
-is installed, so that the pixels are the same everywhere.
+What comes out depends on the file's bytes and the place of the crop alone. It is what tools/make_shards.py would store without
+loss, but for JPEGs of at least twice the size: they are decoded at a half, quarter or eighth of their scale. Pillow does it
+whatever else is installed, so that the pixels are the same everywhere.
 """
 
 from __future__ import annotations
