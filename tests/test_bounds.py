@@ -106,7 +106,7 @@ def test_headers_are_bounded(content: Callable[[], bytes], told: str, suffix: st
 @pytest.mark.parametrize("size", ["9" * 30, "-512"])
 def test_an_extended_size_that_no_file_has_is_a_sentence(tmp_path: Path, size: str) -> None:
     (tmp_path / "a.tar").write_bytes(PICTURE + pax(("size", size)) + PICTURE + END)
-    with pytest.raises(ValueError, match="a.tar is damaged or no archive"):
+    with pytest.raises(ValueError, match=r"a\.tar is damaged or no archive"):
         listed(tmp_path / "a.tar")
     assert images_in(tmp_path / "a.tar") is None
 
@@ -117,7 +117,7 @@ def test_a_size_that_no_file_has_is_a_sentence(tmp_path: Path) -> None:
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(content)
     (tmp_path / "a.tar").write_bytes(PICTURE + bytes(content) + PICTURE + END)
-    with pytest.raises(ValueError, match="a.tar is damaged or no archive"):
+    with pytest.raises(ValueError, match=r"a\.tar is damaged or no archive"):
         listed(tmp_path / "a.tar")
     assert images_in(tmp_path / "a.tar") is None
 
