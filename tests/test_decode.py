@@ -106,6 +106,11 @@ def test_jpegs_that_claim_to_be_huge_are_never_decoded(before):
         decode_into(content, np.empty((16, 16, 3), dtype=np.uint8))
 
 
+def test_what_is_no_image_is_said_without_an_address():
+    with pytest.raises(ValueError, match=r"it begins as none of JPEG, PNG, WebP$"):
+        decode_into(bytes(100), np.empty((8, 8, 3), np.uint8))
+
+
 def test_a_png_of_16_bits_is_refused():
     file = io.BytesIO()
     Image.fromarray(np.zeros((16, 16), dtype=np.uint16)).save(file, "PNG")

@@ -82,7 +82,7 @@ class _TimedFile(io.RawIOBase):
 class _TimedResponse(HTTPResponse):
     def __init__(self, connected: socket.socket, *arguments: Any, deadline: Deadline, **options: Any) -> None:
         super().__init__(connected, *arguments, **options)
-        self.fp = io.BufferedReader(_TimedFile(self.fp.detach(), connected, deadline))  # type: ignore[attr-defined, assignment]
+        self.fp = io.BufferedReader(_TimedFile(self.fp.detach(), connected, deadline))
 
 
 def _connect(
@@ -118,7 +118,7 @@ class _Http(urllib.request.HTTPHandler):
         self._deadline = deadline
 
     def http_open(self, req: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(partial(_TimedConnection, self._deadline), req)  # type: ignore[arg-type]
+        return self.do_open(partial(_TimedConnection, self._deadline), req)
 
 
 class _Https(urllib.request.HTTPSHandler):
@@ -127,4 +127,4 @@ class _Https(urllib.request.HTTPSHandler):
         self._deadline = deadline
 
     def https_open(self, req: urllib.request.Request) -> HTTPResponse:
-        return self.do_open(partial(_TimedHttpsConnection, self._deadline), req)  # type: ignore[arg-type]
+        return self.do_open(partial(_TimedHttpsConnection, self._deadline), req)

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vaetrain.data.format.jpeg import JPEG_SIGNATURE, refuse_many_scans, simplejpeg
@@ -93,6 +93,8 @@ def _decode_with_pillow(encoded: bytes | bytearray, out: UInt8[np.ndarray, "h w 
                 raise ValueError("16 bits per channel, not 8")
             _check_size((image.height, image.width), out)
             pixels = np.asarray(image.convert("L" if out.shape[-1] == 1 else "RGB"))
+    except UnidentifiedImageError as error:  # whose own message is a memory address
+        raise ValueError("not a readable image: it begins as none of JPEG, PNG, WebP") from error
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for a broken PNG chunk, the others for broken lengths and text
         raise ValueError(f"not a readable image: {error}") from error

@@ -65,7 +65,7 @@ def members_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """All members in their order, none of which is kept."""
     try:
         for member in archive:
-            archive.members.clear()  # each holds a copy of all global headers
+            archive.members.clear()  # type: ignore[attr-defined]  # each holds a copy of all global headers
             _check_size(member)  # which an extended header may say, too
             if member.issparse():
                 raise tarfile.ReadError(SPARSE)
