@@ -265,6 +265,7 @@ def manifests(material: Material) -> Callable[[random.Random], None]:
 def tars(material: Material) -> Callable[[random.Random], None]:
     """Tars of images in three formats, half of them with headers whose checksum holds."""
     from vaetrain.data.sources.open_source import open_source
+    from vaetrain.data.sources.preprocess import UNREADABLE
 
     sound = []
     for tar_format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
@@ -301,7 +302,10 @@ def tars(material: Material) -> Callable[[random.Random], None]:
         file_to_read.write_bytes(content)
         source = open_source(str(file_to_read))
         for item in source.listing().items[:3]:
-            source.open(item)
+            try:
+                source.open(item)
+            except UNREADABLE as error:  # what its callers count as an image that cannot be read
+                raise ValueError(str(error)) from error
 
     return one
 
