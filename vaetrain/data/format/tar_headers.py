@@ -49,7 +49,7 @@ class TarHeaders:
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as archive:
                 while (info := archive.next()) is not None:
-                    archive.members = []  # tarfile would keep them all
+                    archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                     kind = info.type.decode("latin-1")
                     digest.update(
                         f"{info.name}\0{kind}\0{info.offset_data}\0{info.size}\0{info.chksum}\n".encode(
