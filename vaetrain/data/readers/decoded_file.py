@@ -112,7 +112,7 @@ class DecodedFile:
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.is_whole = self.path.exists() and self.path.stat().st_size == self._num_bytes
+        self.is_whole: bool = self.path.exists() and self.path.stat().st_size == self._num_bytes
         if self.is_whole:
             os.utime(self.path)
             return os.open(self.path, flags & ~os.O_CREAT)

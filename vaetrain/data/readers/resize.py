@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from vaetrain.data.format.decode import JPEG_SIGNATURE, decode_into
+from vaetrain.data.format.decode import decode_into
+from vaetrain.data.format.jpeg import JPEG_SIGNATURE, refuse_many_scans
 from vaetrain.data.sources.preprocess import MAX_PIXELS, STUMBLES, UNREADABLE, decode_picture, upright, with_channels
 
 
@@ -50,6 +51,7 @@ def _decoded(encoded: bytes, size: int, channels: int) -> Image.Image | None:
     """The picture, not much larger than need be; None for a JPEG that is of the right size and needs nothing else."""
     if not encoded.startswith(JPEG_SIGNATURE):
         return decode_picture(encoded)
+    refuse_many_scans(encoded)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # looked at below
         picture = Image.open(io.BytesIO(encoded), formats=("JPEG",))
