@@ -51,7 +51,7 @@ ORDER = (
     "machine files strict_json exit_codes picture_text progress_bar upload wandb_account", "documents", "command_line",
     "distributed objective", "model", "data", "config",
     "runs metrics interchange", "training report sweeps", "export", "latents", "priors scaling", "sampling", "evaluation",
-    "preflight", "train sample evaluate scale encode",
+    "exploration", "preflight", "train sample evaluate scale encode",
 )  # fmt: skip
 """What may import what stands before it, and nothing beside it (docs/architecture.md)."""
 
