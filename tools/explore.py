@@ -89,7 +89,7 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
             own = (None if class_ == ANY_CLASS else class_, guidance, int(steps), solver)
             flow = FlowSettings(*own) if prior == "flow-matching" else FlowSettings()
             temperature = temperature if has_temperature(prior) else 1.0
-            images = explorer.samples(Draw(prior, int(seed), temperature, flow), int(num), shifts)
+            images = explorer.samples(Draw(prior, int(seed), temperature, flow), int(num), [float(each) for each in shifts])
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return tiled(images, columns=max(1, round(int(num) ** 0.5)))
