@@ -16,13 +16,17 @@ BENCH_STAMP := .venv-bench/.installed
 # compile torch's sources anew, which costs three times what its import does.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test floor check format bench bench-data requirements clean
+EXPLORE_BIN := .venv-explore/bin
+EXPLORE_STAMP := .venv-explore/.installed
+
+.PHONY: help setup demo test floor explore check format bench bench-data requirements clean
 
 help:
 	@echo "make setup         .venv with every pinned, hash-checked dependency"
 	@echo "make demo          draw 2,000 animal faces, train a VAE on them, sample and score it (CPU, minutes)"
 	@echo "make test          all tests"
 	@echo "make floor         tests of model, training and checkpoints with the lowest versions of pyproject.toml (in .venv-floor)"
+	@echo "make explore       tests of the page of tools/explore.py, with gradio (in .venv-explore)"
 	@echo "make check         lint, format and types"
 	@echo "make format        rewrite the code in the house format"
 	@echo "make bench         images per second of training on this machine, against bare PyTorch loops"
@@ -47,6 +51,7 @@ EXTRAS := --extra tensorboard --extra fast --extra parquet --extra hub --extra o
 requirements: pyproject.toml
 	$(PIN) --upgrade pyproject.toml --group dev $(EXTRAS) -o requirements/dev.txt
 	$(PIN) --upgrade pyproject.toml --group dev --group bench $(EXTRAS) -o requirements/bench.txt
+	$(PIN) --upgrade pyproject.toml --group dev --extra explore --extra fast -o requirements/explore.txt
 	$(PIN) --upgrade pyproject.toml --group floor --resolution lowest-direct -o requirements/floor.txt
 	grep '^uv==' requirements/dev.txt | sed 's/ .*//' | $(PIN) - -o requirements/uv.txt
 
@@ -77,6 +82,16 @@ $(FLOOR_STAMP): $(STAMP) requirements/floor.txt
 	$(BIN)/uv pip sync --quiet --python $(FLOOR_BIN)/python --require-hashes requirements/floor.txt
 	$(BIN)/uv pip install --quiet --python $(FLOOR_BIN)/python --no-deps --no-build-isolation -e .
 	@touch $(FLOOR_STAMP)
+
+# gradio wants an older Pillow than the other tests have.
+explore: $(EXPLORE_STAMP)
+	$(EXPLORE_BIN)/pytest tests/test_explorer.py tests/test_explore_page.py
+
+$(EXPLORE_STAMP): $(STAMP) requirements/explore.txt
+	test -x $(EXPLORE_BIN)/python || $(BIN)/python -m venv --without-pip .venv-explore
+	$(BIN)/uv pip sync --quiet --python $(EXPLORE_BIN)/python --require-hashes requirements/explore.txt
+	$(BIN)/uv pip install --quiet --python $(EXPLORE_BIN)/python --no-deps --no-build-isolation -e .
+	@touch $(EXPLORE_STAMP)
 
 check: setup
 	$(BIN)/ruff check $(SRC)

@@ -75,6 +75,7 @@ class DecodedFile:
     """
 
     def __init__(self, selection: Selection, folder: Path, max_bytes: int) -> None:
+        self.is_whole = False
         self._folder, self._max_bytes, self._num_bytes = folder, max_bytes, file_bytes(selection)
         key, boot = key_of(selection), hashlib.sha256((process_space() or "").encode()).hexdigest()[:8]
         self.path, self._part = folder / f"{key}.pixels", folder / f"{key}.{boot}.part"
@@ -112,7 +113,7 @@ class DecodedFile:
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.is_whole: bool = self.path.exists() and self.path.stat().st_size == self._num_bytes
+        self.is_whole = self.path.exists() and self.path.stat().st_size == self._num_bytes
         if self.is_whole:
             os.utime(self.path)
             return os.open(self.path, flags & ~os.O_CREAT)
