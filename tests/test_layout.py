@@ -52,11 +52,7 @@ ORDER = (
     "command_line",
     "distributed objective", "model", "data", "config",
     "runs metrics interchange", "training report sweeps", "export", "latents", "priors scaling", "sampling", "evaluation",
-<<<<<<< HEAD
-    "preflight", "train sample evaluate scale encode", "train_prior",
-=======
-    "exploration", "preflight", "train sample evaluate scale encode",
->>>>>>> fdece8107b29d6b5b0128eb0a0849b132439e838
+    "exploration", "preflight", "train sample evaluate scale encode", "train_prior",
 )  # fmt: skip
 """What may import what stands before it, and nothing beside it (docs/architecture.md)."""
 

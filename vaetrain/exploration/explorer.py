@@ -95,8 +95,10 @@ class Explorer:
         if (path / "config.json").is_file():
             vae = export.load(path, device=device)
             flow_matching = prior_of_export(path, vae.config.latent_shape)
-            found: dict[PriorName, Prior] = {} if flow_matching is None else {"flow-matching": flow_matching}
-            explorer = cls(vae, {"standard": StandardNormal(vae.config.latent_shape)} | found, f"export {path}")
+            found: dict[PriorName, Prior] = {"standard": StandardNormal(vae.config.latent_shape)}
+            if flow_matching is not None:
+                found["flow-matching"] = flow_matching
+            explorer = cls(vae, found, f"export {path}")
         else:
             trained = export.load_run(path, checkpoint=checkpoint, device=device)
             explorer = cls(trained.vae, priors_of_run(path, trained), f"{path}, {trained.checkpoint.name}")
