@@ -70,7 +70,12 @@ def test_class_guidance_steps_and_temperature_reach_the_prior(explorer):
         temperature = settings.pop("temperature", 1.0)
         return explorer.latents(Draw("flow-matching", 0, temperature, FlowSettings(**{"steps": 2} | settings)), 4)
 
-    for other in ({"class_": "dog"}, {"class_": "cat", "guidance": 3.0}, {"class_": "cat", "steps": 3}, {"class_": "cat", "temperature": 0.5}):
+    for other in (
+        {"class_": "dog"},
+        {"class_": "cat", "guidance": 3.0},
+        {"class_": "cat", "steps": 3},
+        {"class_": "cat", "temperature": 0.5},
+    ):
         assert not torch.allclose(drawn(class_="cat"), drawn(**other), atol=1e-4), other
     with pytest.raises(ValueError, match="no class 'fox'"):
         drawn(class_="fox")
@@ -183,7 +188,10 @@ def test_without_the_training_images_drawn_ones_are_measured_and_it_is_said(copy
     explorer = Explorer.open(run, num_images=20, device=CPU)
     assert explorer.measured_on.startswith("20 images that the model drew from its standard prior, since ")
     assert "gone" in explorer.measured_on
-    assert Explorer.open(run, data=str(tiny_shards), num_images=20, device=CPU).measured_on == f"20 training images of {tiny_shards}"
+    assert (
+        Explorer.open(run, data=str(tiny_shards), num_images=20, device=CPU).measured_on
+        == f"20 training images of {tiny_shards}"
+    )
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Explorer.open(run, data=str(tmp_path / "nowhere"), device=CPU)
     out = export(run, tmp_path / "export")

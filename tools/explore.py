@@ -89,7 +89,9 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
             own = (None if class_ == ANY_CLASS else class_, guidance, int(steps), solver)
             flow = FlowSettings(*own) if prior == "flow-matching" else FlowSettings()
             temperature = temperature if has_temperature(prior) else 1.0
-            images = explorer.samples(Draw(prior, int(seed), temperature, flow), int(num), [float(each) for each in shifts])
+            images = explorer.samples(
+                Draw(prior, int(seed), temperature, flow), int(num), [float(each) for each in shifts]
+            )
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return tiled(images, columns=max(1, round(int(num) ** 0.5)))
@@ -114,6 +116,11 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
 
     import torch
 
+    picture: dict[str, Any] = {
+        "format": "png",
+        "interactive": False,
+        "buttons": ["download", "fullscreen"],
+    }  # and not "share"
     with gr.Blocks(title="vaetrain explore", analytics_enabled=False, delete_cache=(300, 300)) as blocks:
         gr.Markdown(f"## {explorer.name}\n{', '.join(explorer.priors)} · latent {explorer.vae.config.latent_shape}")
         with gr.Tab("Samples"), gr.Row():
@@ -122,7 +129,10 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
                 flows = first == "flow-matching"
                 prior = gr.Dropdown(list(explorer.priors), value=first, label="Prior")
                 class_ = gr.Dropdown(
-                    [ANY_CLASS, *explorer.classes], value=ANY_CLASS, label="Class", visible=flows and bool(explorer.classes)
+                    [ANY_CLASS, *explorer.classes],
+                    value=ANY_CLASS,
+                    label="Class",
+                    visible=flows and bool(explorer.classes),
                 )
                 guidance = gr.Slider(
                     0.0, 8.0, 1.0, step=0.1, label="Guidance", info="1: as learned; above: more typical, less varied",
@@ -131,7 +141,9 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
                 with gr.Row():
                     steps = gr.Slider(1, 50, 10, step=1, label="Steps", info="sample.py takes 30", visible=flows)
                     solver = gr.Dropdown(["heun", "euler"], value="heun", label="Solver", visible=flows)
-                temperature = gr.Slider(0.0, 1.5, 1.0, step=0.05, label="Temperature", info="below 1: safer, more alike")
+                temperature = gr.Slider(
+                    0.0, 1.5, 1.0, step=0.05, label="Temperature", info="below 1: safer, more alike"
+                )
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
                     num = gr.Slider(1, 64, 16, step=1, label="Images")
@@ -145,14 +157,17 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
                     sliders = [gr.Slider(-FARTHEST, FARTHEST, 0.0, step=0.1, label=name) for name in names]
                     reset = gr.Button("All to 0", visible=bool(names))
             with gr.Column(scale=3):
-                grid = gr.Image(label="Samples", format="png", interactive=False, elem_id="grid")
+                grid = gr.Image(show_label=False, elem_id="grid", **picture)
         with gr.Tab("Interpolation"):
             with gr.Row():
-                ends = [gr.Image(label=label, type="filepath", image_mode=None, sources=["upload"], height=260) for label in ("From", "To")]
+                ends = [
+                    gr.Image(label=label, type="filepath", image_mode=None, sources=["upload"], height=260)
+                    for label in ("From", "To")
+                ]
             with gr.Row():
                 between = gr.Slider(2, 16, 8, step=1, label="Images between, with both reconstructions")
                 path = gr.Radio(["straight", "spherical"], value="straight", label="Path")
-            strip = gr.Image(label="Photograph, decoded, photograph", format="png", interactive=False, elem_id="strip")
+            strip = gr.Image(show_label=False, elem_id="strip", **picture)
 
         inputs = [prior, class_, guidance, steps, solver, temperature, seed, num, *sliders]
         # One picture at a time, and of a slider that is dragged the last place: the model computes on a CPU.

@@ -53,5 +53,7 @@ def principal_directions(codes: Float[Tensor, "n d"], num_directions: int) -> Di
     steps = (centred.T @ vectors[:, :num]).T / (len(codes) - 1) ** 0.5
     largest = steps.gather(1, steps.abs().argmax(1, keepdim=True))
     shares = values[:num] / values.sum()
-    names = tuple(f"direction {number} · {share:.1%} of the variance" for number, share in enumerate(shares.tolist(), 1))
+    names = tuple(
+        f"direction {number} · {share:.1%} of the variance" for number, share in enumerate(shares.tolist(), 1)
+    )
     return Directions(names, (steps * largest.sign()).float())

@@ -100,7 +100,10 @@ class Explorer:
         else:
             trained = export.load_run(path, checkpoint=checkpoint, device=device)
             explorer = cls(trained.vae, priors_of_run(path, trained), f"{path}, {trained.checkpoint.name}")
-            config, fingerprint = RunDirectory.open(path).config().data.as_recorded(), trained.dataset["train"]["fingerprint"]
+            config, fingerprint = (
+                RunDirectory.open(path).config().data.as_recorded(),
+                trained.dataset["train"]["fingerprint"],
+            )
         for prior in explorer.priors.values():
             if isinstance(prior, FlowMatchingPrior):
                 prior.to(device)
@@ -147,7 +150,9 @@ class Explorer:
         Image i depends on `draw`, `shifts` and i alone: blocks of one size are decoded, the last one too.
         """
         z = self.latents(draw, -(-num_images // BLOCK) * BLOCK)
-        return torch.cat([decode(self.vae, self.directions.moved(block, shifts)) for block in z.split(BLOCK)])[:num_images]
+        return torch.cat([decode(self.vae, self.directions.moved(block, shifts)) for block in z.split(BLOCK)])[
+            :num_images
+        ]
 
     @torch.no_grad()
     def codes(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
@@ -156,7 +161,9 @@ class Explorer:
         blocks = (self.vae.from_uint8(upload(block, device)) for block in images.split(CODING_BATCH))
         return torch.cat([self.vae.encode(x).mode().flatten(1).cpu() for x in blocks])
 
-    def codes_of_split(self, config: DataConfig, num_images: int, fingerprint: str | None = None) -> Float[Tensor, "n d"]:
+    def codes_of_split(
+        self, config: DataConfig, num_images: int, fingerprint: str | None = None
+    ) -> Float[Tensor, "n d"]:
         """Posterior means of images of a training split, at random; raises ValueError unless its fingerprint is the one given."""
         reader = open_reader(replace(config, reader="indexed", num_workers=0), "train", device=torch.device("cpu"))
         try:
@@ -176,7 +183,9 @@ class Explorer:
     def prepared(self, file: Path) -> UInt8[Tensor, "c h w"]:
         """A photograph as the model sees it: upright, its central square, in the size of the training images."""
         config = self.vae.config
-        preprocessing = Preprocessing(config.image_size, config.in_channels, Encoding("png", quality=None, subsampling=None))
+        preprocessing = Preprocessing(
+            config.image_size, config.in_channels, Encoding("png", quality=None, subsampling=None)
+        )
         try:
             picture = preprocessing.prepare(decode_picture(file.read_bytes()))
         except UNREADABLE as error:
@@ -186,7 +195,11 @@ class Explorer:
 
     @torch.no_grad()
     def interpolation(
-        self, first: UInt8[Tensor, "c h w"], second: UInt8[Tensor, "c h w"], num_steps: int, path: InterpolationPath = "straight"
+        self,
+        first: UInt8[Tensor, "c h w"],
+        second: UInt8[Tensor, "c h w"],
+        num_steps: int,
+        path: InterpolationPath = "straight",
     ) -> UInt8[Tensor, "steps c h w"]:
         """Decoded latents between two images' posterior means; the first and the last are their reconstructions."""
         if num_steps < 2:
