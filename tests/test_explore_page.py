@@ -94,6 +94,7 @@ def test_sliders_and_the_seed_change_the_picture_and_zero_brings_it_back(opened)
     first = picture(opened)  # named by its content
     sliders = opened.locator("input[type=range][aria-label*='direction ']")
     assert sliders.count() == 3
+    assert opened.get_by_role("button", name="Share").count() == 0
     sliders.first.fill("3")
     moved = wait_for_another(opened, first)
     assert moved != first
@@ -111,7 +112,7 @@ def test_two_photographs_become_a_strip(opened, tmp_path):
     for number, size in enumerate([(40, 30), (16, 16)]):
         file = tmp_path / f"{number}.png"
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
-        opened.locator("input[type=file]").first.set_input_files(file)  # that of the first is gone once it is filled
+        opened.locator("input[type=file]").nth(number).set_input_files(file)
         opened.wait_for_function(
             "count => [...document.images].filter(each => each.naturalWidth && each.offsetParent).length >= count",
             arg=number + 1,

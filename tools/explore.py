@@ -116,6 +116,11 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
 
     import torch
 
+    picture: dict[str, Any] = {
+        "format": "png",
+        "interactive": False,
+        "buttons": ["download", "fullscreen"],
+    }  # and not "share"
     with gr.Blocks(title="vaetrain explore", analytics_enabled=False, delete_cache=(300, 300)) as blocks:
         gr.Markdown(f"## {explorer.name}\n{', '.join(explorer.priors)} · latent {explorer.vae.config.latent_shape}")
         with gr.Tab("Samples"), gr.Row():
@@ -152,7 +157,7 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
                     sliders = [gr.Slider(-FARTHEST, FARTHEST, 0.0, step=0.1, label=name) for name in names]
                     reset = gr.Button("All to 0", visible=bool(names))
             with gr.Column(scale=3):
-                grid = gr.Image(label="Samples", format="png", interactive=False, elem_id="grid")
+                grid = gr.Image(show_label=False, elem_id="grid", **picture)
         with gr.Tab("Interpolation"):
             with gr.Row():
                 ends = [
@@ -162,7 +167,7 @@ def page(gr: Any, explorer: Explorer) -> gradio.Blocks:
             with gr.Row():
                 between = gr.Slider(2, 16, 8, step=1, label="Images between, with both reconstructions")
                 path = gr.Radio(["straight", "spherical"], value="straight", label="Path")
-            strip = gr.Image(label="Photograph, decoded, photograph", format="png", interactive=False, elem_id="strip")
+            strip = gr.Image(show_label=False, elem_id="strip", **picture)
 
         inputs = [prior, class_, guidance, steps, solver, temperature, seed, num, *sliders]
         # One picture at a time, and of a slider that is dragged the last place: the model computes on a CPU.
