@@ -1,5 +1,5 @@
-"""The page of tools/explore.py in Chromium: it loads, a slider changes the picture, photographs are interpolated, and nothing is asked of
-other hosts."""
+"""The page of tools/explore.py in Chromium: it loads, a slider changes the picture, photographs are interpolated, and nothing is
+asked of other hosts."""
 
 from __future__ import annotations
 
