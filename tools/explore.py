@@ -205,7 +205,8 @@ def main(arguments: ExploreArguments) -> None:
         blocks.launch(
             server_name=arguments.host, server_port=arguments.port, share=False, quiet=True, inbrowser=False,
             prevent_thread_lock=True, allowed_paths=[], max_file_size="64mb", footer_links=[], run_history=False,
-            enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, theme=gr.themes.Base(font=FONT, font_mono=FONT_MONO),
+            enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
+            theme=gr.themes.Base(font=FONT, font_mono=FONT_MONO),
         )  # fmt: skip
         print(f"exploring {explorer.name} at http://{arguments.host}:{arguments.port}/ (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
