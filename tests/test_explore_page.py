@@ -1,5 +1,4 @@
-"""The page of tools/explore.py in Chromium: it loads, a slider changes the picture, photographs are interpolated, and nothing is
-asked of other hosts."""
+"""The page of tools/explore.py in Chromium: a slider changes the picture, photographs are interpolated, nobody else is asked."""
 
 from __future__ import annotations
 
