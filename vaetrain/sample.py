@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vaetrain.command_line import parse, plain, user_errors
+from vaetrain.command_line import parse, user_errors
 from vaetrain.priors.config import FlowSettings, PriorFitConfig, PriorName, Solver
 
 
@@ -123,6 +123,7 @@ from vaetrain.sampling.encode import with_png
 from vaetrain.sampling.generate import generate
 from vaetrain.sampling.manifest import content_of, manifest_of
 from vaetrain.sampling.sample_set import RankShard, is_finished, refuse_other_content, write_manifest, write_request
+from vaetrain.strict_json import to_json
 
 
 def sample(config: SampleConfig, accelerator: Accelerator) -> None:
@@ -174,7 +175,7 @@ def sample(config: SampleConfig, accelerator: Accelerator) -> None:
                 for index, file in zip(indices, files, strict=True):
                     writer.write(f"{index:08d}", file, "png", {"index": index, "seed": config.seed})
                 bar.update(len(indices))
-    mine = [plain(shard) for shard in [*whole, *writer.shards]]
+    mine = [to_json(shard) for shard in [*whole, *writer.shards]]
     shards = exchange.gather_objects(mine, "all processes to draw their samples")
     if accelerator.is_main_process:
         made_by = provenance(accelerator, trained.dataset["train"]["fingerprint"])

@@ -15,7 +15,6 @@ The manifest is written last, so a folder that has one is complete. Nothing here
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any, Literal
 from vaetrain.data.format.manifest import MANIFEST_NAME, Shard, Split, Tool, check_sha256
 from vaetrain.documents import read_json
 from vaetrain.files import NewerFormatError, replace_file
-from vaetrain.strict_json import from_json, sha256_of_json
+from vaetrain.strict_json import from_json, sha256_of_json, to_json
 
 FORMAT_VERSION = 1
 KIND: Literal["latent set"] = "latent set"
@@ -43,6 +42,8 @@ class LatentFile(Shard):
 
     def __post_init__(self) -> None:
         """Refuse names that lead out of the folder, and sizes that cannot be."""
+        if self.url is not None:
+            raise ValueError(f"{self.name} is said to lie at {self.url}; latents lie beside their manifest")
         if self.name.endswith(".tar"):
             return super().__post_init__()
         if not re.fullmatch(r"[A-Za-z0-9_-]+/[A-Za-z0-9_-]+\.safetensors", self.name):
@@ -211,7 +212,8 @@ class LatentManifest:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain mappings, lists, strings and numbers."""
-        return dataclasses.asdict(self)
+        content: dict[str, Any] = to_json(self)
+        return content
 
 
 def manifest_file(path: str | Path) -> Path:

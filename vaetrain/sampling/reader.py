@@ -62,7 +62,10 @@ class SampleReader:
     def shards(self) -> list[Shard]:
         """Its tars; ValueError where one is described otherwise than a tar of the folder can be."""
         described = enumerate(self.manifest["shards"])
-        return [from_json(Shard, content, f"shards[{number}]") for number, content in described]
+        shards: list[Shard] = [from_json(Shard, content, f"shards[{number}]") for number, content in described]
+        if elsewhere := next((shard for shard in shards if shard.url is not None), None):
+            raise ValueError(f"{elsewhere.name} is said to lie at {elsewhere.url}; samples lie beside their manifest")
+        return shards
 
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels; ValueError where the manifest has none that can be."""

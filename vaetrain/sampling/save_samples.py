@@ -9,14 +9,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vaetrain.command_line import plain
 from vaetrain.data.format.writer import ShardWriter
 from vaetrain.distributed.exchange import decided_by_main, gather_objects, meet
 from vaetrain.documents import read_json
 from vaetrain.metrics.features import NumberedImages
 from vaetrain.sampling.encode import with_png
 from vaetrain.sampling.sample_set import write_manifest
-from vaetrain.strict_json import differences
+from vaetrain.strict_json import differences, to_json
 
 
 def check_free(folder: Path, content: Mapping[str, Any]) -> bool:
@@ -66,7 +65,7 @@ def _writing(
             for index, file in zip(indices, files, strict=True):
                 writer.write(f"{int(index):08d}", file, "png", {"index": int(index), "seed": seed})
             yield indices, block
-    shards = gather_objects([plain(shard) for shard in writer.shards], "all processes to write their samples")
+    shards = gather_objects([to_json(shard) for shard in writer.shards], "all processes to write their samples")
     if accelerator.is_main_process:
         write_manifest(aside, manifest(shards))
         aside.replace(folder)
