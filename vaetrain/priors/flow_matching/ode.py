@@ -15,7 +15,7 @@ from vaetrain.priors.config import Solver
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x (b, …), t (b,)) → dx/dt (b, …)."""
 
-MAX_EXACT_DIMS = 64
+MAX_EXACT_DIMS = 8
 """Dimensions up to which the divergence is summed exactly; beyond it is estimated (Hutchinson)."""
 
 

@@ -93,7 +93,7 @@ class FlowMatchingPrior:
     def log_density(self, z: Float[Tensor, "b d"]) -> Float64[Tensor, " b"] | None:
         """See `Prior.log_density`: of the class, or of the mixture of all by their shares; None with very many.
 
-        In over 64 dimensions an unbiased estimate for each class, by one probe for each latent's number in the batch.
+        In over 8 dimensions an unbiased estimate for each class, by one probe for each latent's number in the batch.
         """
         shape, model = self.latent_shape, self.model
         x = (self._on_device(z).view(-1, *shape) - model.mean) / model.std
