@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vaetrain.distributed.randomness import mixed_seed, noise_of_images, noise_of_training, uniform_of_training
 from vaetrain.priors.flow_matching.config import FlowObjectiveConfig, NetworkConfig
 from vaetrain.priors.flow_matching.network import build_network
+from vaetrain.upload import upload
 
 FLOW_MATCHING, TIMES = 41, 42
 """What the randomness is for: the first stage's noise, that of z ~ q(z|x) and this one are three."""
@@ -84,4 +85,4 @@ def draw_held_out(
     """Noise and time number `number` of HELD_OUT_TIMES at which held-out latents are judged; of (seed, index) alone."""
     noise = noise_of_images(mixed_seed(seed, FLOW_MATCHING, number), indices, latent_shape)
     uniform = torch.special.ndtr(noise_of_images(mixed_seed(seed, TIMES, number), indices, (1,))[:, 0])
-    return noise.to(device), ((number + uniform) / HELD_OUT_TIMES).to(device)
+    return upload(noise, device), upload((number + uniform) / HELD_OUT_TIMES, device)

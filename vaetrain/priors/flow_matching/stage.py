@@ -130,7 +130,7 @@ class FlowMatchingStage(Stage):
                     )
                     with accelerator.autocast():
                         errors = model.forward(batch.z, noise, t, labels)
-                    sums += torch.stack([errors.double().sum(), torch.tensor(float(len(t)), device=sums.device)])
+                    sums += torch.stack([errors.double().sum(), torch.full_like(sums[0], len(t))])
                 bar.moved_to(min(bar.done + len(batch.z) * accelerator.num_processes, self.val_reader.num_images))
         model.train(was_training)
         total, count = sum_over_processes(accelerator, sums).tolist()
