@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from unittest.mock import NonCallableMock
 
 import numpy as np
@@ -21,6 +22,7 @@ from vaetrain.data.readers.order import BatchLayout
 from vaetrain.data.readers.reader import open_reader
 from vaetrain.evaluation.latent_figures import decode, encode_moments
 from vaetrain.evaluation.memorization import encoder_features, nearest_images, pixels
+from vaetrain.latents.reader import LatentBatch
 from vaetrain.metrics.active_units import latent_activity
 from vaetrain.metrics.elbo_gap import mean_elbo
 from vaetrain.metrics.elbo_surgery import elbo_surgery
@@ -32,8 +34,14 @@ from vaetrain.metrics.kid import interaction_variance, kernel_sums
 from vaetrain.metrics.likelihood_config import LikelihoodConfig
 from vaetrain.metrics.validation import validate
 from vaetrain.model.autoencoder import VAE
+from vaetrain.model.posterior import PointMass
 from vaetrain.priors.aggregate import encode
-from vaetrain.priors.config import PriorFitConfig
+from vaetrain.priors.config import FlowSettings, PriorFitConfig
+from vaetrain.priors.flow_matching.config import NetworkConfig, PriorTraining
+from vaetrain.priors.flow_matching.model import FlowMatching, draw_held_out
+from vaetrain.priors.flow_matching.ode import integrate
+from vaetrain.priors.flow_matching.prior import FlowMatchingPrior
+from vaetrain.priors.flow_matching.step import FlowMatchingStep
 from vaetrain.sampling.generate import generate
 from vaetrain.training.ema import ExponentialMovingAverage
 from vaetrain.training.figures import save_interpolations, save_reconstructions, save_samples
@@ -291,3 +299,33 @@ def test_gradients_node_by_node_are_those_of_autograd():
     backward(loss())
     for weight, gradient in zip((*model.parameters(), scale), expected, strict=True):
         assert torch.allclose(weight.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 4, 4)], ids=["vector", "spatial"])
+def test_a_step_of_a_prior_leaves_the_host_free(shape, gpu, accelerator_of_gpu):
+    config = PriorTraining(Path("first_stage"), model=NetworkConfig(width=32, depth=1, heads=2))
+    layout = BatchLayout(2, 2, rank=0, num_processes=1)
+    model, engine = on_device(lambda: FlowMatching(config.model, shape, 3)), Engine(CUDA, "fp32")
+    engine.optimizer = build_optimizer(model, config.optim)
+    step = FlowMatchingStep(
+        config, layout, engine, model, model, ScaledOptimizer(engine.optimizer, engine.scaler),
+        ema=ExponentialMovingAverage(model, 100), spikes=SpikeDetector(config.train.skip_above, CUDA),
+    )  # fmt: skip
+    meters = Meters(step.names_of_sums, accelerator_of_gpu)
+    z, labels = torch.zeros(2, *shape, device=CUDA), torch.zeros(2, dtype=torch.int64, device=CUDA)
+    batch = LatentBatch(z, PointMass(z), labels, labels)
+    prior = FlowMatchingPrior(
+        model, ("a", "b", "c"), knows_no_class=True, settings=FlowSettings(class_="a", guidance=2.0, steps=2)
+    )
+    noise, times = draw_held_out(0, [0, 1], 0, shape, CUDA)
+
+    gpu.forget()
+    step.accumulate(itertools.repeat(batch), 0)
+    meters.add_step(step.update(config.optim.lr, layout.global_batch_size))
+    with torch.no_grad():
+        model.forward(z, noise, times, labels)
+        integrate(lambda x, t: prior.velocity(x, t, labels), noise, 2, "heun")
+    assert gpu.waits == []
+    assert gpu.blocking_uploads == []
+    assert gpu.uploads == 0
+    assert all(weight.grad is not None for weight in model.parameters()), "a weight that nothing trains"
