@@ -46,6 +46,10 @@ class Served:
         return f"http://127.0.0.1:{self.port}/"
 
 
+UPLOAD_OF_GRADIO = "warning: Method not implemented."
+"""What gradio 6.31's own picture says to the console when a file is uploaded into it."""
+
+
 @pytest.fixture(scope="module")
 def served(tiny_run) -> Iterator[Served]:
     if not HAS_GRADIO:
@@ -75,7 +79,8 @@ def opened(served):
         tab.locator("#grid img").wait_for()
         yield tab
         browser.close()
-    assert [message for message in said if message.startswith(("error", "warning"))] == []
+    complaints = [message for message in said if message.startswith(("error", "warning"))]
+    assert [message for message in complaints if message != UPLOAD_OF_GRADIO] == []
     assert len(requests) > 3
     assert [url for url in requests if not url.startswith((served.url, "data:", "blob:"))] == []
 
