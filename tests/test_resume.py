@@ -16,8 +16,8 @@ import vaetrain
 import vaetrain.export
 import vaetrain.train
 import vaetrain.training.logger
-import vaetrain.training.start
 import vaetrain.training.step
+import vaetrain.training.vae_stage
 from launching import finish, start
 from vaetrain.config import Config, LogConfig
 from vaetrain.data.config import DataConfig
@@ -234,13 +234,13 @@ def test_starting_from_weights(train_tiny, tmp_path, monkeypatch):
     exported = vaetrain.export.export(run_dir, tmp_path / "exported")
     raw, average = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema"))
     loaded = []
-    original = vaetrain.training.start.load_weights
+    original = vaetrain.training.vae_stage.load_weights
 
     def look(source, model, ema, **options):
         original(source, model, ema, **options)
         loaded.append([{name: t.clone() for name, t in module.state_dict().items()} for module in (model, ema)])
 
-    monkeypatch.setattr(vaetrain.training.start, "load_weights", look)
+    monkeypatch.setattr(vaetrain.training.vae_stage, "load_weights", look)
     for source, expected in ((run_dir, (raw, average)), (checkpoint, (raw, average)), (exported, (average, average))):
         new = train_tiny("--init-from", source, run_dir=f"from_{source.name}", epochs=1)
         assert json.loads(timeless(new)[-1])["images_seen"] == 100

@@ -134,8 +134,8 @@ def test_truncated_and_incomplete_manifests_are_refused(shard_set: ShardSet) -> 
 
 
 def test_newer_format_asks_for_a_newer_vaetrain(shard_set: ShardSet) -> None:
-    edit(shard_set.folder, "format_version", value=2)
-    with pytest.raises(ValueError, match="format_version 2, this vaetrain reads 1; update vaetrain"):
+    edit(shard_set.folder, "format_version", value=3)
+    with pytest.raises(ValueError, match="format_version 3, this vaetrain reads 2; update vaetrain"):
         ShardSet.open(shard_set.folder)
 
 

@@ -58,9 +58,9 @@ def test_a_subset_is_read_and_no_other_image(kind, tiny_shards, monkeypatch):
         everything = reader.first(100)
         original = batch_module.decode_image
 
-        def counting(selection, encoded, position, out):
+        def counting(selection, encoded, position, out, **options):
             decoded.append(position)
-            original(selection, encoded, position, out)
+            original(selection, encoded, position, out, **options)
 
         for module in (batch_module, stream):
             monkeypatch.setattr(module, "decode_image", counting)

@@ -106,8 +106,8 @@ def train(
                 break
 
             # One step on one global batch, of which `layout` says which part is ours.
-            lr, weights = schedule.lr(progress), schedule.record(progress)
-            step.accumulate(batches, progress.images_seen, *schedule.weights(progress), entering=control.enter)
+            lr, weights = schedule.lr(progress), schedule.weights(progress)
+            step.accumulate(batches, progress.images_seen, *weights, entering=control.enter)
             control.enter("update")
             checkpoints.before_update()
             progress.advance(layout.global_batch_size)
@@ -118,7 +118,7 @@ def train(
                 window = meters.fetch()  # the one wait for the device, once per logging interval
                 diverged = note_steps(progress, window, config.train.max_nonfinite_steps)
                 performance = stopwatch.lap(accelerator, progress.images_seen)
-                logger.log_training(progress, window, performance, lr=lr, **weights)
+                logger.log_training(progress, window, performance, lr=lr, **schedule.record(weights))
                 control.forecast(schedule.images_left(progress), performance["perf/images_per_s"], logger.bar.say)
                 if diverged:
                     meters.reset()

@@ -85,7 +85,7 @@ class LoopSchedule:
         """Of the parts of the loss in the next step, as the step takes them."""
         return ()
 
-    def record(self, progress: Progress) -> dict[str, float]:
+    def record(self, weights: tuple[Any, ...]) -> dict[str, float]:
         """What training logs of them, below train/."""
         return {}
 
@@ -136,9 +136,9 @@ class Schedule(LoopSchedule):
         """β and the adversarial weight."""
         return self.beta(progress), self.adversarial(progress)
 
-    def record(self, progress: Progress) -> dict[str, float]:
+    def record(self, weights: tuple[Any, ...]) -> dict[str, float]:
         """β."""
-        return {"beta": self.beta(progress)}
+        return {"beta": weights[0]}
 
     def unfinished(self) -> list[str]:
         """See `unfinished_warmups`."""
