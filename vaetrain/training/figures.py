@@ -33,6 +33,7 @@ from vaetrain.upload import upload
 SECONDS_BETWEEN_DRAWINGS = 60
 """Drawing costs some two seconds; short epochs need not pay it every time. The end of training always draws."""
 
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 OTHER_COLOUR, INCIDENT_COLOUR = "#8c8c8c", "#c44e52"
 TRAINING, VALIDATION = {"color": "#4c72b0"}, {"color": "#dd8452", "marker": "o"}
 
@@ -102,9 +103,7 @@ def save_interpolations(vae: VAE, x: Float[Tensor, "b c h w"], file: Path, num_s
 
 def save_curves(metrics: Sequence[dict[str, Any]], folder: Path) -> None:
     """losses.png and kl.png: training and validation over epochs, as in the lecture; nats per image."""
-    with plt.style.context(
-        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    ):
+    with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         draw(axes[0], metrics, LOSS)
         draw(axes[1], metrics, DISTORTION)

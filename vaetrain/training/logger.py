@@ -140,13 +140,10 @@ class RunLogger:
                     record[f"train/{kind}noise_scale_images"] = scale.images
         self.write("train", progress, record)
         loss = window.means["loss"]
-        loss_text = (
-            "loss not finite"
-            if loss is None
-            else f"loss {loss:,.5g} {self.unit}"
-            if abs(loss) < 10
-            else f"loss {loss:,.1f} {self.unit}"
-        )
+        if loss is None:
+            loss_text = "loss not finite"
+        else:
+            loss_text = f"loss {loss:,.5g} {self.unit}" if abs(loss) < 10 else f"loss {loss:,.1f} {self.unit}"
         self.bar.noted(f"step {progress.step:,}, {loss_text}")
 
     def log_validation(self, progress: Progress, **scores: Scores) -> None:

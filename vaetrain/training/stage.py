@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from accelerate import Accelerator
 
@@ -20,6 +20,8 @@ from vaetrain.training.gradient_step import GradientStep
 from vaetrain.training.logger import RunLogger, Scores
 from vaetrain.training.progress import Progress
 from vaetrain.training.schedule import LoopSchedule
+
+SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 
 @runtime_checkable  # for the type checks of the tests

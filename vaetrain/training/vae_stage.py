@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vaetrain.config import Config
 from vaetrain.data.readers.reader import Reader, open_split
@@ -16,14 +16,12 @@ from vaetrain.training.logger import RunLogger
 from vaetrain.training.progress import Progress
 from vaetrain.training.resume import load_weights, starts_from_average
 from vaetrain.training.schedule import Schedule
-from vaetrain.training.stage import Stage, Validation
+from vaetrain.training.stage import SPLITS, Stage, Validation
 from vaetrain.training.step import TrainStep
 from vaetrain.training.throughput import training_flops_per_image
 
 if TYPE_CHECKING:
     from vaetrain.training.reconstruction_fid import ReconstructionFid
-
-SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 
 class VaeStage(Stage):
@@ -39,11 +37,10 @@ class VaeStage(Stage):
 
     def open_data(self, opened: ExitStack) -> None:
         """Both splits of the shard set, whose images must be the model's."""
-        for split in SPLITS:
-            reader = open_split(self.config.data, self.accelerator, split)
+        self.train_reader, self.val_reader = (open_split(self.config.data, self.accelerator, split) for split in SPLITS)
+        for reader in (self.train_reader, self.val_reader):
             opened.callback(reader.close)
             self.config.model.check_images(reader.manifest.image_size, reader.manifest.channels)
-            setattr(self, f"{split}_reader", reader)
         self.schedule = Schedule(self.config, self.train_reader.num_images, self.layout)
 
     def build_model(self) -> None:

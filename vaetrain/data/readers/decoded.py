@@ -18,12 +18,13 @@ from jaxtyping import Int64
 
 from vaetrain.data.readers.batch import Batch, batch_buffer, decode_image
 from vaetrain.data.readers.decoded_file import DecodedFile
+from vaetrain.data.readers.gathering import GatheringReader
 from vaetrain.data.readers.order import BatchLayout, eval_indices, train_indices
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.worker_progress import ReaderProgress, end_process, stuck_message, watched
 
 
-class DecodedReader:
+class DecodedReader(GatheringReader):
     """Batches gathered from a memory-mapped file of the whole decoded split, which is filled as it is read."""
 
     def __init__(
@@ -58,26 +59,20 @@ class DecodedReader:
         )
 
     def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
-        """Endless micro-batches of this process from the global position `images_seen` on."""
-        indices = train_indices(self.num_images, seed, images_seen, layout)
+        """See `Reader`; from now on threads decode ahead in this order."""
         if not self._file.is_whole:
             epoch = layout.micro_batches_per_epoch(self.num_images)
             ahead = islice(train_indices(self.num_images, seed, images_seen, layout), epoch)
             first = self.num_images * self._rank // self._num_processes
             rest = np.roll(np.arange(self.num_images), -first)
             self._builder.start(chain(ahead, np.array_split(rest, -(-self.num_images // layout.micro_batch_size))))
-        return map(self._gather, indices)
+        return super().train_batches(seed, images_seen, layout)
 
     def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
-        """This process's share of one pass over the split, every image exactly once over all processes."""
-        indices = list(eval_indices(self.num_images, batch_size, rank, num_processes))
+        """See `Reader`; from now on threads decode ahead in this order."""
         if not self._file.is_whole:
-            self._builder.start(iter(indices))
-        return map(self._gather, indices)
-
-    def first(self, num_images: int) -> Batch:
-        """The first images of the split, or all when it has fewer."""
-        return self._gather(np.arange(min(num_images, self.num_images)))
+            self._builder.start(eval_indices(self.num_images, batch_size, rank, num_processes))
+        return super().eval_batches(batch_size, rank, num_processes)
 
     def subset(self, positions: Int64[np.ndarray, " n"]) -> _SubsetOfDecoded:
         """The images at `positions` alone, in the same file."""
@@ -115,25 +110,13 @@ class DecodedReader:
         self._file.finish()
 
 
-class _SubsetOfDecoded:
+class _SubsetOfDecoded(GatheringReader):
     """Some images of a DecodedReader, in its file; it is closed with that one."""
 
     def __init__(self, reader: DecodedReader, positions: Int64[np.ndarray, " n"]) -> None:
         self._reader, self._positions = reader, positions
         self.manifest, self.num_images = reader.manifest, len(positions)
         self.description = f"{reader.description}; of these {self.num_images:,}"
-
-    def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
-        """As DecodedReader's."""
-        return map(self._gather, train_indices(self.num_images, seed, images_seen, layout))
-
-    def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
-        """As DecodedReader's."""
-        return map(self._gather, eval_indices(self.num_images, batch_size, rank, num_processes))
-
-    def first(self, num_images: int) -> Batch:
-        """As DecodedReader's."""
-        return self._gather(np.arange(min(num_images, self.num_images)))
 
     def subset(self, positions: Int64[np.ndarray, " n"]) -> _SubsetOfDecoded:
         """The images at `positions` of these."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Int64, UInt8
 
 from vaetrain.data.readers.batch import Batch, decode_image
-from vaetrain.data.readers.order import BatchLayout, eval_indices, train_indices
+from vaetrain.data.readers.gathering import GatheringReader
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.shared_array import Gather, SharedArray
 from vaetrain.data.readers.worker_progress import ReaderProgress, end_process, mark_idle, stuck_message, watched
@@ -24,7 +23,7 @@ DEVICE_MEMORY_SHARE = 0.25
 IMAGES_PER_TASK = 64
 
 
-class ResidentReader:
+class ResidentReader(GatheringReader):
     """The whole decoded split in memory: num_images × channels × height × width bytes, once for the processes of a node.
 
     Each of them decodes a part of it. On a CUDA device the split then moves to the memory of each device where it takes at most
@@ -73,18 +72,6 @@ class ResidentReader:
             f"resident on {pixels.device} ({reason}): {self.num_images:,} images from {selection.source}, "
             f"{pixels.nbytes / 2**20:,.1f} MiB {where}"
         )
-
-    def train_batches(self, seed: int, images_seen: int, layout: BatchLayout) -> Iterator[Batch]:
-        """Endless micro-batches of this process from the global position `images_seen` on."""
-        return map(self._gather, train_indices(self.num_images, seed, images_seen, layout))
-
-    def eval_batches(self, batch_size: int, rank: int, num_processes: int) -> Iterator[Batch]:
-        """This process's share of one pass over the split, every image exactly once over all processes."""
-        return map(self._gather, eval_indices(self.num_images, batch_size, rank, num_processes))
-
-    def first(self, num_images: int) -> Batch:
-        """The first images of the split, or all when it has fewer."""
-        return self._gather(np.arange(min(num_images, self.num_images)))
 
     def subset(self, positions: Int64[np.ndarray, " n"]) -> ResidentReader:
         """The images at `positions` alone, in the same memory."""

@@ -101,7 +101,7 @@ class FlowMatchingPrior:
         if math.prod(shape) > MAX_EXACT_DIMS:
             probe = self._on_device(noise_of_images(PROBES, range(len(z)), shape).sign())
         if not self.classes or self.settings.class_ is not None:
-            weighted = [(1.0, self._on_device(self.labels(0, range(len(z)))))]
+            weighted = [(1.0, self.labels(0, range(len(z))))]
         else:
             present = model.class_shares.nonzero().flatten().tolist()
             if len(present) > MAX_DENSITY_CLASSES:

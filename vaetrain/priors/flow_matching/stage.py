@@ -16,20 +16,20 @@ from vaetrain.distributed.exchange import decided_by_main
 from vaetrain.distributed.processes import sum_over_processes
 from vaetrain.export import load_run, weights_sha256
 from vaetrain.latents.reader import LatentReader
+from vaetrain.metrics.split_pass import pass_over
 from vaetrain.priors.flow_matching.config import PriorTraining
 from vaetrain.priors.flow_matching.model import HELD_OUT_TIMES, FlowMatching, draw_held_out
 from vaetrain.priors.flow_matching.prior import FlowMatchingPrior
 from vaetrain.priors.flow_matching.publish import publish
 from vaetrain.priors.flow_matching.step import FlowMatchingStep
-from vaetrain.progress_bar import ProgressBar
 from vaetrain.runs.curves import Curve
 from vaetrain.runs.directory import RunDirectory
 from vaetrain.training.control import Control
-from vaetrain.training.figures import SECONDS_BETWEEN_DRAWINGS, draw, finish, save_grid, save_samples
+from vaetrain.training.figures import SECONDS_BETWEEN_DRAWINGS, STYLE, draw, finish, save_grid, save_samples
 from vaetrain.training.logger import RunLogger
 from vaetrain.training.progress import Progress
 from vaetrain.training.schedule import LoopSchedule
-from vaetrain.training.stage import Stage, Validation
+from vaetrain.training.stage import SPLITS, Stage, Validation
 
 FLOW_LOSS = Curve("Loss of the velocity", "squared error per dimension",
                   (("training", "train/loss"), ("validation, averaged weights", "val/flow_loss")))  # fmt: skip
@@ -70,15 +70,13 @@ class FlowMatchingStage(Stage):
     def open_data(self, opened: ExitStack) -> None:
         """Both splits of the latents, which the first stage's best checkpoint must have encoded."""
         self.trained = load_run(self.config.first_stage, device=self.accelerator.device)
-        for split in ("train", "val"):
-            reader = LatentReader.open(
-                self.latents,
-                split,
-                resident_gib=self.config.data.resident_gib,
-                accelerator=self.accelerator,
-            )
-            reader.check_encoder(weights_sha256(self.config.first_stage, self.trained))
-            setattr(self, f"{split}_reader", reader)
+        resident_gib, encoder = self.config.data.resident_gib, weights_sha256(self.config.first_stage, self.trained)
+        self.train_reader, self.val_reader = (
+            LatentReader.open(self.latents, split, resident_gib=resident_gib, accelerator=self.accelerator)
+            for split in SPLITS
+        )
+        for reader in (self.train_reader, self.val_reader):
+            reader.check_encoder(encoder)
         self.schedule = LoopSchedule(self.config, self.train_reader.num_images, self.layout)
 
     def build_model(self) -> None:
@@ -117,21 +115,16 @@ class FlowMatchingStage(Stage):
         accelerator, seed = self.accelerator, self.config.seed
         was_training, sums = model.training, torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         model.eval()
-        batches = self.val_reader.eval_batches(
-            self.layout.micro_batch_size, accelerator.process_index, accelerator.num_processes, seed=seed
-        )
         labelled = self.config.objective.label_dropout < 1
-        with ProgressBar("validation", self.val_reader.num_images, quiet=not accelerator.is_main_process) as bar:
-            for batch in control.each(batches):
-                labels = batch.labels if labelled else torch.full_like(batch.labels, model.num_classes)
-                for number in range(HELD_OUT_TIMES):
-                    noise, t = draw_held_out(
-                        seed, batch.indices.tolist(), number, model.latent_shape, accelerator.device
-                    )
-                    with accelerator.autocast():
-                        errors = model.forward(batch.z, noise, t, labels)
-                    sums += torch.stack([errors.double().sum(), torch.full_like(sums[0], len(t))])
-                bar.moved_to(min(bar.done + len(batch.z) * accelerator.num_processes, self.val_reader.num_images))
+        batches = pass_over("validation", self.val_reader, accelerator, self.layout.micro_batch_size, seed=seed)
+        for batch in control.each(batches):
+            labels = batch.labels if labelled else torch.full_like(batch.labels, model.num_classes)
+            indices = batch.indices.tolist()
+            for number in range(HELD_OUT_TIMES):
+                noise, t = draw_held_out(seed, indices, number, model.latent_shape, accelerator.device)
+                with accelerator.autocast():
+                    errors = model.forward(batch.z, noise, t, labels)
+                sums += torch.stack([errors.double().sum(), torch.full_like(sums[0], len(t))])
         model.train(was_training)
         total, count = sum_over_processes(accelerator, sums).tolist()
         return float(total / count)
@@ -149,7 +142,7 @@ class FlowMatchingStage(Stage):
             z = samples_by_class(self.prior(), self.config.log.num_pictures)
             images = vae.likelihood.to_unit(vae.decode(z.to(self.accelerator.device)))
         save_grid(images, folder / "samples.png", columns=8)
-        with plt.style.context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
+        with plt.style.context(STYLE):
             figure, axis = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
             draw(axis, self.run.metrics(), FLOW_LOSS)
             finish(figure, [axis], folder / "losses.png")
