@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import io
 import math
 import os
@@ -67,15 +68,22 @@ def read_config(cls: type[T], file: Path) -> T:
 
     Raises FileNotFoundError, and ValueError naming the file and what does not fit; nothing is printed.
     """
-    arguments, said = yaml_arguments(file, cls), io.StringIO()
+    try:
+        return _parsed(cls, tuple(yaml_arguments(file, cls)))
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit this vaetrain: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(cls: type[T], arguments: tuple[str, ...]) -> T:
+    """The dataclass `cls` of these arguments; kept, since a report or a comparison asks for a run's config several times."""
+    said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said), _words_as_they_are():
             config = tyro.cli(cls, args=arguments, config=(tyro.conf.FlagConversionOff,))
-        check_numbers(config)
     except SystemExit as error:
-        raise ValueError(f"{file} does not fit this vaetrain: {_told_by_parser(said.getvalue())}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} does not fit this vaetrain: {error}") from error
+        raise ValueError(_told_by_parser(said.getvalue())) from error
+    check_numbers(config)
     return config
 
 

@@ -6,9 +6,11 @@ depth of nesting, digits of whole numbers, aliases of YAML and what they expand 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,8 +100,14 @@ def parse_yaml(text: str, kind: type[_BoundedLoader] | None = None) -> Any:
 
     A date stays the text that it is.
     """
+    return deepcopy(_parsed(text, kind or _BoundedLoader))
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(text: str, kind: type[_BoundedLoader]) -> Any:
+    """The values of a text; kept, since a run's config is read several times by one command, and a page of it takes 40 ms."""
     try:
-        loader = (kind or _BoundedLoader)(text)
+        loader = kind(text)
         try:
             return loader.get_single_data()
         finally:
