@@ -1,11 +1,15 @@
 """Starting commands the way a user does, from the root of the repository."""
 
+import atexit
 import contextlib
+import functools
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
@@ -30,10 +34,12 @@ def start(
     two_processes: bool = False,
     within: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    python: str | None = None,
 ) -> subprocess.Popen[str]:
     """Start `python ARGUMENTS`, or `accelerate launch` with two gloo processes, each on one thread.
 
-    `within` is a command that runs the one that follows it, such as `ip netns exec NAME`.
+    `within` is a command that runs the one that follows it, such as `ip netns exec NAME`. `python`: sys.executable, or by default
+    the one that has imported everything.
     """
     # One thread each: two processes of two spinning threads on two cores take many times longer.
     variables = os.environ | {"OMP_NUM_THREADS": "1", "VAETRAIN_TRACEBACK": "1"} | dict(environment or {})
@@ -42,9 +48,31 @@ def start(
         prefix = [*TWO_PROCESSES, "--main_process_port", str(free_port())]
         variables |= NO_GPU
     return subprocess.Popen(
-        [*within, sys.executable, *prefix, *map(str, arguments)],
+        [*within, python or warm_python(), *prefix, *map(str, arguments)],
         cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+
+
+@functools.cache
+def warm_python() -> str:
+    """An executable file that stands for sys.executable; see warm_python.py. Where forks cannot be waited for: that itself."""
+    if not hasattr(os, "pidfd_open"):
+        return sys.executable
+    folder = tempfile.TemporaryDirectory(prefix="warm-python-")
+    address, file = (Path(folder.name, name) for name in ("socket", "python"))
+    command = [sys.executable, str(ROOT / "tests" / "warm_python.py")]
+    # The last word is one by which vaetrain knows its launchers, which all that is started here may be.
+    server = subprocess.Popen(
+        [*command, "--serve", str(address), str(file), "torch.distributed"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    assert server.stdout is not None and server.stdin is not None and server.stdout.readline() == "ready\n"
+    atexit.register(folder.cleanup)
+    atexit.register(server.wait)
+    atexit.register(server.stdin.close)
+    file.write_text(f'#!/bin/sh\nexec {shlex.join([command[0], "-IS", command[1], str(address)])} "$@"\n')
+    file.chmod(0o755)
+    return str(file)
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float = 600) -> subprocess.CompletedProcess[str]:

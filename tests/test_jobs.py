@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from launching import LAUNCH, ROOT, TWO_PROCESSES, free_port
+from launching import LAUNCH, ROOT, TWO_PROCESSES, free_port, warm_python
 from vaetrain.sweeps.jobs import MAX_WORDS, Job, error_summary, run_jobs
 
-ONE_PROCESS = (sys.executable, *LAUNCH, "launch/gpu1.yaml")
-TWO = (sys.executable, *TWO_PROCESSES, "--main_process_port", str(free_port()))
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1")
+ONE_PROCESS = (*LAUNCH, "launch/gpu1.yaml")
+TWO = (*TWO_PROCESSES, "--main_process_port", str(free_port()))
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "1")
 NO_SHARDS = ("vaetrain/train.py", "--data.train", "nowhere")
 BAD_RATE = "Error parsing optim: --optim.lr is -1.0; it must be positive"
 KILLED = "import os, signal; print('step 1', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
@@ -39,7 +39,7 @@ def test_the_reason_is_the_trainings_own_and_not_its_launchers(tmp_path, monkeyp
     monkeypatch.delenv("VAETRAIN_TRACEBACK", raising=False)
     (tmp_path / "raises.py").write_text(RAISES)
     (tmp_path / "killed.py").write_text(KILLED)
-    job = job_of(tmp_path, [word.replace("{folder}", str(tmp_path)) for word in command])
+    job = job_of(tmp_path, [warm_python(), *(word.replace("{folder}", str(tmp_path)) for word in command)])
     run_jobs([job], processes=1, root=ROOT)
     assert job.reason.startswith(reason)
     assert job.reason.endswith(f"(exit code 1; {job.log_file})")

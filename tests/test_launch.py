@@ -163,6 +163,7 @@ def test_two_hosts_train_like_one_process(tiny_shards, tmp_path, hosts):
                 "--main_process_ip", FIRST_HOST, "--main_process_port", 29500, *train_tiny(tiny_shards, together),
                 within=(IP, "netns", "exec", host),
                 environment=NO_GPU,
+                python=sys.executable,
             )
         )  # fmt: skip
     printed = []

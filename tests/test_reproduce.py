@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tarfile
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from html_document import Document
-from launching import ROOT, run
+from launching import ROOT, run, warm_python
 from reproduce.datasets import Sources
 from reproduce.lecture import EXPERIMENTS
 from reproduce.pages import ReproductionResult, findings, write_lecture, write_takeaways
@@ -77,7 +78,8 @@ def outcome_of(plan, **changes):
     return ReproductionResult(**{**facts, **changes})
 
 
-def test_an_experiment_is_trained_scored_and_shown_and_only_once(root, tmp_path):
+def test_an_experiment_is_trained_scored_and_shown_and_only_once(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", warm_python())
     make_mnist(root)
     experiment = replace(BY_NAME["ae_dense_mnist"], num_images=(60, 60))
     cats = BY_NAME["vae_cats"]

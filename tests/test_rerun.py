@@ -10,7 +10,7 @@ import shutil
 import pytest
 import yaml
 
-from launching import TINY, run_here
+from launching import TINY, run_here, succeed
 from together import script_succeeds
 from vaetrain.command_line import to_yaml
 from vaetrain.runs import rerun
@@ -36,7 +36,7 @@ def test_a_rerun_has_the_same_losses_on_one_and_two_processes(tiny_shards, tmp_p
             "vaetrain/train.py", *TINY, "--data.train", tiny_shards, "--train.epochs", 1, "--run-dir", folder,
             num_processes=1 + two_processes,
         )  # fmt: skip
-        printed = script_succeeds("tools/rerun.py", folder, "--allow-differences")
+        printed = succeed("tools/rerun.py", folder, "--allow-differences")
         count = len(RunDirectory(folder).metrics())
         assert f"same losses: the {count} records are equal, bit for bit, up to step 5; rerun written to" in printed
         again = RunDirectory(tmp_path / f"run{two_processes}-rerun").provenance()
