@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launching import TINY
-from rude_server import Server
-from vaetrain.data.format.shard_set import ShardSet
-from vaetrain.data.sharding.make_shards import make_shards
-from vaetrain.data.sharding.plan import ShardingConfig
-
 # Before torch starts its threads: they spin while they wait, and tests that run side by side with something else, such as
 # their own two processes, take many times longer with two threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import type_checks  # noqa: E402
+
+type_checks.install()
+
+from launching import TINY  # noqa: E402
+from rude_server import Server  # noqa: E402
+from vaetrain.data.format.shard_set import ShardSet  # noqa: E402
+from vaetrain.data.sharding.make_shards import make_shards  # noqa: E402
+from vaetrain.data.sharding.plan import ShardingConfig  # noqa: E402
 
 with contextlib.suppress(ModuleNotFoundError):  # make floor does without it
     from hypothesis import settings
