@@ -186,7 +186,9 @@ def places_of(src: str) -> list[str]:
     if "://" in src:
         places = _in_remote_folder(src) if src.endswith("/") else list(_expanded(src))
     elif Path(src).is_dir():
-        places = [str(path.resolve()) for path in sorted(Path(src).rglob("*")) if TAR.search(path.name) and path.is_file()]
+        places = [
+            str(path.resolve()) for path in sorted(Path(src).rglob("*")) if TAR.search(path.name) and path.is_file()
+        ]
         if not places:
             raise ValueError(f"{src} holds no .tar; tools/make_shards.py reads other kinds of data")
     elif Path(src).is_file() and kind_of(_head(src)) is None and not src.endswith(".tar"):
