@@ -238,6 +238,12 @@ def test_auto_chooses_it_where_decoding_would_starve_a_gpu(tiny_shards, folder):
     name, reason = chosen(config=replace(config, decoded_gib=0.0))
     assert name == "indexed"
     assert reason.endswith("and decoded on disk it is over --data.decoded-gib 0")
+    on_gpu = open_reader(
+        replace(config, num_workers=1), "train", device=torch.device("cuda"), gather=lambda mine: [mine]
+    )
+    with closing(on_gpu):
+        assert on_gpu.description.startswith("decoded (--data.reader auto")
+        assert "measured: the workers of a GPU decode" in on_gpu.description
 
 
 def test_the_rate_of_decoding_is_measured_on_images_from_all_over_the_set(tiny_shards, monkeypatch):
