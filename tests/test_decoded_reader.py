@@ -1,23 +1,30 @@
 """The decoded reader's file: built once by whoever needs an image, kept, bounded, and never trusted half-written."""
 
 import itertools
+import json
+import mmap
 import os
 import shutil
 import threading
 from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from together import succeed_together
 from vaetrain.data.config import DataConfig
 from vaetrain.data.format.shard_set import ShardSet
-from vaetrain.data.readers import decoded, decoded_file
+from vaetrain.data.readers import decoded, decoded_file, decoding_rate
 from vaetrain.data.readers.choose import choose_reader
 from vaetrain.data.readers.decoded_file import DecodedFile, file_bytes
 from vaetrain.data.readers.order import BatchLayout
-from vaetrain.data.readers.reader import open_reader
+from vaetrain.data.readers.reader import open_reader, open_split
 from vaetrain.data.readers.selection import Selection
+from vaetrain.distributed import processes
 
 CPU = torch.device("cpu")
 
@@ -59,6 +66,7 @@ def test_each_image_is_decoded_once_and_for_later_runs(tiny_shards, folder, deco
         for batch, same in zip(batches, expected, strict=True):
             assert torch.equal(batch.images, same.images)
             assert torch.equal(batch.indices, same.indices)
+            assert batch.images.data_ptr() % mmap.PAGESIZE == 0, "copies to elsewhere in a page may be slow"
         pixels = pixels_of(indexed)
     assert [path.suffix for path in folder.iterdir() if path.name != ".lock"] == [".pixels"]
     decodings.clear()
@@ -125,6 +133,56 @@ def test_two_processes_that_want_the_same_decode_the_same(tiny_shards, folder):
         assert torch.equal(found["first"], found["second"])
 
 
+def read_an_epoch_together(shards, folder, out):
+    """What this process reads of an epoch and of a pass, what it decoded for that, and its reader's line. A collective."""
+    accelerator = processes.start()
+    with processes.finishing(accelerator):
+        rank, done = accelerator.process_index, []
+        real = decoded.decode_image
+        decoded.decode_image = lambda selection, encoded, at, out: (
+            done.append(at),
+            real(selection, encoded, at, out=out),
+        )
+        config = DataConfig(train=str(shards), reader="decoded", decoded_dir=folder, num_workers=0)
+        with closing(open_split(config, accelerator, "train")) as reader:
+            accelerator.wait_for_everyone()
+            batches = list(itertools.islice(reader.train_batches(3, 0, BatchLayout(20, 10, rank, 2)), 5))
+            accelerator.wait_for_everyone()
+            batches += reader.eval_batches(8, rank, 2)
+            tensors = {
+                name: torch.cat([getattr(batch, name) for batch in batches]).contiguous()
+                for name in ("images", "indices")
+            }
+            save_file(tensors, out / f"{rank}.safetensors")
+            (out / f"{rank}.json").write_text(json.dumps([done, reader.description]))
+
+
+def test_two_processes_build_one_file_and_a_second_start_finds_it(tiny_shards, folder, tmp_path):
+    succeed_together(read_an_epoch_together, tiny_shards, folder, tmp_path)
+    shares = [json.loads((tmp_path / f"{rank}.json").read_text())[0] for rank in range(2)]
+    assert [len(share) for share in shares] == [50, 50], "each decodes what it trains on"
+    assert sorted(itertools.chain(*shares)) == list(range(100)), "and finds what the other has decoded"
+    (whole,) = folder.glob("*.p*")
+    written = whole.stat()
+    assert (whole.suffix, written.st_size) == (".pixels", 100 * (16 * 16 * 3 + 1))
+
+    succeed_together(read_an_epoch_together, tiny_shards, folder, tmp_path)
+    assert whole.stat().st_ino == written.st_ino
+    seen = []
+    with opened(tiny_shards, folder, reader="resident") as resident:
+        for rank in range(2):
+            done, description = json.loads((tmp_path / f"{rank}.json").read_text())
+            assert not done
+            assert "all there" in description
+            expected = list(itertools.islice(resident.train_batches(3, 0, BatchLayout(20, 10, rank, 2)), 5))
+            expected += resident.eval_batches(8, rank, 2)
+            read = load_file(tmp_path / f"{rank}.safetensors")
+            assert torch.equal(read["indices"], torch.cat([batch.indices for batch in expected]))
+            assert torch.equal(read["images"], torch.cat([batch.images for batch in expected]))
+            seen += read["indices"][50:].tolist()
+    assert sorted(seen) == list(range(100)), "each image of the split counts once"
+
+
 def test_the_folder_is_bounded_and_what_is_in_use_stays(tiny_shards, folder):
     config = DataConfig(train=str(tiny_shards))
     sets = {name: Selection.of(ShardSet.open(tiny_shards), name, config.classes) for name in ("train", "val")}
@@ -160,18 +218,52 @@ def test_auto_chooses_it_where_decoding_would_starve_a_gpu(tiny_shards, folder):
     selection = Selection.of(ShardSet.open(tiny_shards), "train")
     config = DataConfig(train=str(tiny_shards), resident_gib=0.0, decoded_dir=folder)
 
-    def chosen(config=config, num_workers=1):
-        return choose_reader(config, selection, remote=False, num_workers=num_workers)
+    def chosen(rate=5000.4, config=config, others=()):
+        measured = None if rate is None else lambda: rate
+        gather = (lambda mine: [*others, mine]) if others else None
+        return choose_reader(config, selection, remote=False, decoding_rate=measured, gather=gather)
 
     name, reason = chosen()
     assert name == "decoded"
-    assert reason.startswith("--data.reader auto, 0.00 GiB decoded, over --data.resident-gib 0, 1 workers decode some ")
-    assert "a GPU may ask for 1,280,000" in reason
-    assert chosen(num_workers=None)[0] == "indexed"
-    assert chosen(num_workers=1000)[0] == "indexed"
-    name, reason = chosen(DataConfig(train=str(tiny_shards), resident_gib=0.0, decoded_gib=0.0, decoded_dir=folder))
+    assert reason == (
+        "--data.reader auto, 0.00 GiB decoded, over --data.resident-gib 0, measured: the workers of a GPU decode 5,000 images/s, "
+        "and it may ask for 1,280,000"
+    )
+    assert chosen(rate=None)[0] == "indexed"
+    assert chosen(rate=2e6)[0] == "indexed"
+    assert chosen(rate=2e6, others=[[7, 1]]) == ("decoded", reason.replace("5,000", "7")), "the slowest decides for all"
+    name, reason = chosen(others=[[9000, 0]])
+    assert name == "indexed"
+    assert reason.endswith("and decoded on disk it is more than is free on the node of process 0")
+    name, reason = chosen(config=replace(config, decoded_gib=0.0))
     assert name == "indexed"
     assert reason.endswith("and decoded on disk it is over --data.decoded-gib 0")
+    on_gpu = open_reader(
+        replace(config, num_workers=1), "train", device=torch.device("cuda"), gather=lambda mine: [mine]
+    )
+    with closing(on_gpu):
+        assert on_gpu.description.startswith("decoded (--data.reader auto")
+        assert "measured: the workers of a GPU decode" in on_gpu.description
+
+
+def test_the_rate_of_decoding_is_measured_on_images_from_all_over_the_set(tiny_shards, monkeypatch):
+    selection = Selection.of(ShardSet.open(tiny_shards), "train")
+    seconds, positions = itertools.count(0.0, 0.03), []
+
+    def decode(selection, encoded, position, out):
+        positions.append(position)
+        if position == 2:
+            raise ValueError("damaged")
+
+    monkeypatch.setattr(decoding_rate, "decode_image", decode)
+    monkeypatch.setattr(decoding_rate, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(decoding_rate, "MOST_IMAGES", 5)
+    assert decoding_rate.decoding_rate(selection, 3, 60.0) == pytest.approx(3 / 0.03)
+    assert positions == [0, 0, 24, 49, 74, 99]
+    monkeypatch.setattr(decoding_rate, "MOST_IMAGES", 1000)
+    del positions[:]
+    assert decoding_rate.decoding_rate(selection, 0, 60.0) == pytest.approx(1 / 0.03)
+    assert positions == [0, *range(9)], "no longer than a quarter of a second, and a damaged image does not end it"
 
 
 def test_a_folder_of_a_recorded_run_is_written_to_only_if_it_is_one_already(tmp_path):

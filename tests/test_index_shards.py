@@ -266,7 +266,10 @@ def test_what_cannot_be_indexed_is_refused_by_name(tmp_path):
         tar.addfile(tarfile.TarInfo("x.jpg"))
     write_tar(tmp_path / "none" / "c.tar", [("x.npy", b"1")])
     (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "mixed" / "train-0.tar", sample(0))
+    shutil.copy(tmp_path / "b.tar", tmp_path / "mixed" / "train-1.tgz")
     for src, message in [
+        ("mixed", r"train-1\.tgz cannot be indexed: it is gzip, and only plain tars are read in place"),
         ("short", r"short/a\.tar cannot be indexed: unexpected end of data"),
         ("b.tar", r"b\.tar cannot be indexed: it is gzip, and only plain tars are read in place"),
         ("none", "has no images"), ("empty", r"holds no \.tar"), ("nothing", "does not exist"),

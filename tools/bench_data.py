@@ -13,7 +13,8 @@ from vaetrain.command_line import parse, user_errors
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Images per second in one process, unless a name says otherwise; medians over rounds in which all take turns."""
+    """Images per second, of wall and of processor time, in one process unless a name says otherwise; medians over rounds in
+    which all take turns. On a machine that others use, the ratios of processor time hold better."""
 
     shards: Path | None = None
     """Shard set of JPEGs to read; None: 2,000 faces are drawn at 128×128."""
@@ -60,6 +61,7 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -70,7 +72,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -90,14 +92,23 @@ from vaetrain.data.sharding.config import ShardingConfig
 from vaetrain.data.sharding.index_shards import IndexConfig, index_shards
 from vaetrain.data.sharding.make_shards import make_shards
 from vaetrain.data.sources.faces.faces import draw_face
-from vaetrain.machine import num_cores
+from vaetrain.machine import cpu_model, num_cores
 
 ReaderOfOurs = Literal["indexed", "stream", "resident", "decoded"]
 READERS: tuple[ReaderOfOurs, ...] = ("indexed", "stream", "resident", "decoded")
 MAKE_SHARDS = Path(__file__).with_name("make_shards.py")
 # Of these the stream opens several shards, and its shuffle buffer fills.
 BATCHES_FOR_MEMORY = 40
-Measure = Callable[[], float]
+Measure = Callable[[], int]
+"""Reads so many images."""
+
+
+class Speed(NamedTuple):
+    """Images per second."""
+
+    wall: float
+    cpu: float
+    """Of processor time, of this process and of those that it has waited for."""
 
 
 def bare_decoding(config: BenchConfig, selection: Selection) -> dict[str, Measure]:
@@ -106,11 +117,10 @@ def bare_decoding(config: BenchConfig, selection: Selection) -> dict[str, Measur
     out = np.empty((config.batch_size, *selection.image_shape), dtype=np.uint8)
 
     def loop(decode: Callable[[bytes, int], object]) -> Measure:
-        def measure() -> float:
-            start = time.perf_counter()
+        def measure() -> int:
             for number, content in enumerate(encoded):
                 decode(content, number % config.batch_size)
-            return len(encoded) / (time.perf_counter() - start)
+            return len(encoded)
 
         return measure
 
@@ -128,11 +138,10 @@ def batch_by_batch(config: BenchConfig, batches: Iterator[Any]) -> Measure:
     next(batches)
     num_batches = config.num_images // config.batch_size
 
-    def measure() -> float:
-        start = time.perf_counter()
+    def measure() -> int:
         for _ in range(num_batches):
             next(batches)
-        return num_batches * config.batch_size / (time.perf_counter() - start)
+        return num_batches * config.batch_size
 
     return measure
 
@@ -225,23 +234,21 @@ def sharding(config: BenchConfig, folder: Path) -> dict[str, Measure]:
     files = sorted(repeated.iterdir())
     runs = iter(range(1000))
 
-    def by_hand() -> float:
-        start = time.perf_counter()
+    def by_hand() -> int:
         for file in files:
             picture = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
             side = min(picture.size)
             left, top = (picture.width - side) // 2, (picture.height - side) // 2
             picture = picture.crop((left, top, left + side, top + side)).resize((128, 128), Image.Resampling.LANCZOS)
             picture.save(io.BytesIO(), "JPEG", quality=95, subsampling=0)
-        return len(files) / (time.perf_counter() - start)
+        return len(files)
 
     def with_processes(workers: int) -> Measure:
-        def measure() -> float:
+        def measure() -> int:
             command = [sys.executable, MAKE_SHARDS, repeated.parent, folder / f"sharded{next(runs)}"]
             command += ["--size", "128", "--workers", str(workers)]
-            start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
-            return len(files) / (time.perf_counter() - start)
+            return len(files)
 
         return measure
 
@@ -327,45 +334,56 @@ def main(config: BenchConfig) -> None:
         memory = memory_of_reading(
             shards, repeat_shards(shards, folder / "repeated", config.repeated_gb), config.batch_size
         )
-    bare = max(value for name, value in medians.items() if name.startswith("bare"))
-    ratios = {
-        "indexed_vs_bare_decode": medians["indexed"] / bare,
-        "stream_vs_bare_decode": medians["stream"] / bare,
-        **{f"indexed_vs_{name}": medians["indexed"] / medians[name] for name in PEERS if name in medians},
-        "decoded_vs_resident": medians["decoded"] / medians["resident"],
-        **{
-            f"indexed_vs_{name}_resizing": medians["indexed_resizing"] / medians[f"{name}_resizing"]
-            for name in RESIZING_PEERS
-            if f"{name}_resizing" in medians
-        },
-        "sharding_vs_by_hand": medians["sharding_1"] / medians["sharding_by_hand"],
-        "sharding_2_vs_1": medians["sharding_2"] / medians["sharding_1"],
+    bare = max((name for name in medians if name.startswith("bare")), key=lambda name: medians[name].cpu)
+    pairs = {
+        "indexed_vs_bare_decode": ("indexed", bare),
+        "stream_vs_bare_decode": ("stream", bare),
+        **{f"indexed_vs_{name}": ("indexed", name) for name in PEERS},
+        "decoded_vs_resident": ("decoded", "resident"),
+        **{f"indexed_vs_{name}_resizing": ("indexed_resizing", f"{name}_resizing") for name in RESIZING_PEERS},
+        "sharding_vs_by_hand": ("sharding_1", "sharding_by_hand"),
+        "sharding_2_vs_1": ("sharding_2", "sharding_1"),
     }
-    machine = f"{platform.machine()}, {num_cores()} cores, torch {torch.__version__}, {JPEG_DECODER}"
+    ratios = {
+        name: Speed(*(of / to for of, to in zip(medians[mine], medians[other], strict=True)))
+        for name, (mine, other) in pairs.items()
+        if other in medians
+    }
+    machine = f"{cpu_model() or platform.machine()}, {num_cores()} cores, torch {torch.__version__}, {JPEG_DECODER}"
     image_size = selection.image_shape[0]
     print(
         f"{machine}; {image_size}×{image_size}, {selection.index.num_bytes.mean():,.0f} bytes an image, batch "
         f"{config.batch_size}, {config.num_workers} workers; medians of {config.rounds} rounds"
     )
-    for name, value in medians.items():
-        print(f"{name:28s} {value:12,.0f} images/s")
+    print(f"{'images per second of':28s} {'wall time':>12s} {'CPU time':>12s}")
+    for name, speed in medians.items():
+        print(f"{name:28s} {speed.wall:12,.0f} {speed.cpu:12,.0f}")
     for name, value in memory.items():
         print(f"{name:28s} {value:12,.1f} MB over the process's base, reading {config.repeated_gb:g} GB")
-    for name, value in ratios.items():
-        print(f"{name:28s} {value:12.2f}")
+    for name, ratio in ratios.items():
+        print(f"{name:28s} {ratio.wall:12.2f} {ratio.cpu:12.2f}")
     if config.json is not None:
-        facts = {"machine": machine, "images_per_s": medians, "memory": memory, "ratios": ratios}
+        speeds, compared = ({name: speed._asdict() for name, speed in of.items()} for of in (medians, ratios))
+        facts = {"machine": machine, "images_per_s": speeds, "memory": memory, "ratios": compared}
         config.json.write_text(json.dumps(facts, indent=2) + "\n")
         print(f"written to {config.json}")
 
 
-def in_turns(measures: dict[str, Measure], rounds: int) -> dict[str, float]:
+def processor_s() -> float:
+    """Processor time of this process and of those that it has waited for, in seconds."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def in_turns(measures: dict[str, Measure], rounds: int) -> dict[str, Speed]:
     """The median of each over rounds in which all take turns, so that a slow minute of the machine touches all."""
-    speeds: dict[str, list[float]] = {name: [] for name in measures}
+    speeds: dict[str, list[Speed]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
-            speeds[name].append(measure())
-    return {name: statistics.median(values) for name, values in speeds.items()}
+            wall, cpu = time.perf_counter(), processor_s()
+            num_images = measure()
+            speeds[name].append(Speed(num_images / (time.perf_counter() - wall), num_images / (processor_s() - cpu)))
+    return {name: Speed(*map(statistics.median, zip(*values, strict=True))) for name, values in speeds.items()}
 
 
 if __name__ == "__main__":

@@ -63,9 +63,8 @@ def main() -> None:
             raise ValueError(f"--full reads local shards, and {config.dir} is a URL; copy them to a folder first")
         shard_set = remote.shard_set() if remote else ShardSet.open(config.dir)
         manifest = shard_set.manifest
-        print(
-            f"{manifest.image_size}×{manifest.image_size}, {manifest.channels} channel(s), {manifest.encoding.format}"
-        )
+        size = f"{manifest.image_size}×{manifest.image_size}" if manifest.image_size else "images of sizes of their own"
+        print(f"{size}, {manifest.channels} channel(s), {manifest.encoding.format}")
         for name, split in manifest.splits.items():
             counts = ", ".join(f"{class_name} {count:,}" for class_name, count in split.class_counts.items())
             print(

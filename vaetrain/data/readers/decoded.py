@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from vaetrain.data.readers.batch import Batch, batch_buffer, decode_image
+from vaetrain.data.readers.batch import Batch, decode_image, empty_batch
 from vaetrain.data.readers.decoded_file import DecodedFile
 from vaetrain.data.readers.gathering import GatheringReader
 from vaetrain.data.readers.order import BatchLayout, eval_indices, train_indices
@@ -87,9 +87,7 @@ class DecodedReader(GatheringReader):
         file = self._file
         if not file.is_whole:
             self._fill(positions)
-        shape = (len(positions), *self._selection.image_shape)
-        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self._pin else None
-        images = torch.from_numpy(batch_buffer(shape)) if pinned is None else pinned
+        images = empty_batch((len(positions), *self._selection.image_shape), pin=self._pin)
         # As in resident.py: one thread of NumPy, and "clip" since "raise" would copy once more.
         np.take(file.pixels, positions, axis=0, out=images.numpy(), mode="clip")
         return Batch(images.permute(0, 3, 1, 2), self._labels[torch.from_numpy(positions)], torch.from_numpy(positions))

@@ -17,6 +17,7 @@ from vaetrain.data.readers.batch import Batch
 from vaetrain.data.readers.choose import choose_reader
 from vaetrain.data.readers.decoded import DecodedReader
 from vaetrain.data.readers.decoded_file import decoded_folder
+from vaetrain.data.readers.decoding_rate import decoding_rate
 from vaetrain.data.readers.indexed import IndexedReader
 from vaetrain.data.readers.loader_workers import choose_num_workers
 from vaetrain.data.readers.order import BatchLayout
@@ -107,8 +108,8 @@ def open_reader(
         remote.prepare(selection.shard_set.manifest.splits[split])
     elif config.verify == "full":
         selection.shard_set.verify(full=True, split=split, part=rank, num_parts=num_processes)
-    gpu_workers = num_workers if device.type == "cuda" else None
-    name, reason = choose_reader(config, selection, remote=remote is not None, num_workers=gpu_workers)
+    rate = partial(decoding_rate, selection, num_workers, config.timeout_s) if device.type == "cuda" else None
+    name, reason = choose_reader(config, selection, remote=remote is not None, decoding_rate=rate, gather=gather)
     if name == "stream":
         if config.num_workers is None:
             num_workers = workers_for(selection.num_shards, num_processes, num_workers)

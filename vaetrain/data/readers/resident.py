@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 
-from vaetrain.data.readers.batch import Batch, decode_image
+from vaetrain.data.readers.batch import Batch, decode_image, empty_batch
 from vaetrain.data.readers.gathering import GatheringReader
 from vaetrain.data.readers.selection import Selection
 from vaetrain.data.readers.shared_array import Gather, SharedArray
@@ -89,7 +89,7 @@ class ResidentReader(GatheringReader):
             positions = self._rows[positions]
         rows = torch.from_numpy(positions)
         if self._pixels.device.type == "cpu":
-            out = torch.empty((len(positions), *self._pixels.shape[1:]), dtype=torch.uint8, pin_memory=self._pin)
+            out = empty_batch((len(positions), *self._pixels.shape[1:]), pin=self._pin)
             # One thread of NumPy does 155,000 images of 128 pixels a second. index_select starts OpenMP threads, and with
             # other processes on the cores they waited for each other: 9,000. "clip": "raise" would copy once more.
             np.take(self._pixels.numpy(), positions, axis=0, out=out.numpy(), mode="clip")

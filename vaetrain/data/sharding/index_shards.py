@@ -58,6 +58,8 @@ REMOTE_WORKERS = 16
 """Processes that scan tars behind URLs: they wait more than they compute."""
 MAX_CLASS_BYTES = 256
 """Of a .txt that is a class; longer ones are captions."""
+TAR = re.compile(r"(?i)\.(tar(\.(gz|bz2|xz|lzma|zst|lz4|z))?|tgz|tbz2?|txz|tzst)$")
+"""What is indexed of a folder, or refused by name because it is compressed: a part left out in silence would not be missed."""
 MAX_PLACES = 1_000_000
 MAX_LIST_BYTES = 1 << 28
 # Of images a remote scan reads over whatever is shorter than this, which costs less than another request.
@@ -184,7 +186,9 @@ def places_of(src: str) -> list[str]:
     if "://" in src:
         places = _in_remote_folder(src) if src.endswith("/") else list(_expanded(src))
     elif Path(src).is_dir():
-        places = [str(path.resolve()) for path in sorted(Path(src).rglob("*.tar")) if path.is_file()]
+        places = [
+            str(path.resolve()) for path in sorted(Path(src).rglob("*")) if TAR.search(path.name) and path.is_file()
+        ]
         if not places:
             raise ValueError(f"{src} holds no .tar; tools/make_shards.py reads other kinds of data")
     elif Path(src).is_file() and kind_of(_head(src)) is None and not src.endswith(".tar"):
@@ -270,7 +274,7 @@ def _in_remote_folder(url: str) -> list[str]:
 
     files, path = fsspec.core.url_to_fs(url)
     scheme = url.partition("://")[0]
-    found = sorted(str(name) for name in files.find(path) if str(name).endswith(".tar"))
+    found = sorted(str(name) for name in files.find(path) if TAR.search(str(name)))
     if not found:
         raise ValueError(f"{url} holds no .tar")
     return [f"{scheme}://{name.lstrip('/')}" for name in found]
