@@ -21,7 +21,7 @@ import type_checks  # noqa: E402
 
 type_checks.install()
 
-from launching import TINY  # noqa: E402
+from launching import TINY, WARM_PYTHON, start_warm_python  # noqa: E402
 from rude_server import Server  # noqa: E402
 from vaetrain.data.format.shard_set import ShardSet  # noqa: E402
 from vaetrain.data.sharding.make_shards import make_shards  # noqa: E402
@@ -35,20 +35,26 @@ with contextlib.suppress(ModuleNotFoundError):  # make floor does without it
     settings.load_profile("no stopwatch")
 
 SEVERAL_PROCESSES = (
-    "test_resume", "test_scale", "test_preemption", "test_train", "test_launch", "test_exit", "test_rerun", "test_watchdog",
-    "test_parity", "test_divergence", "test_sweep_runner", "test_damaged_data", "test_time_limit", "test_likelihood_scores",
-    "test_distributed", "test_autoencoder_kl",
+    "test_resume", "test_scale", "test_parity", "test_preemption", "test_launch", "test_exit", "test_rerun", "test_watchdog",
+    "test_damaged_data", "test_time_limit", "test_likelihood_scores", "test_distributed",
 )  # fmt: skip
 """Files whose tests start several processes that wait for each other: `make test` runs them one after the other, for two such
 tests at a time on two cores take more than twice as long."""
 
 SLOWEST_FIRST = (
-    "test_reproduce", "test_report_in_a_browser", "test_demo", "test_generation", "test_scoring", "test_fake_cuda",
-    "test_gpu_check", "test_jobs", "test_use", "test_remote", "test_priors", "test_make_shards", "test_report",
-    "test_fuzz_archives", "test_probe", "test_workers",
+    "test_fuzz_tool", "test_train", "test_scoring", "test_fake_cuda", "test_adversarial", "test_report_in_a_browser",
+    "test_generation", "test_train_prior", "test_divergence", "test_latents", "test_demo", "test_report",
+    "test_autoencoder_kl", "test_priors", "test_make_shards", "test_sweep_runner", "test_gpu_check", "test_reproduce",
+    "test_jobs", "test_remote", "test_use", "test_workers",
 )  # fmt: skip
 """Of the other files those that take longest, so that `make test`, which hands out whole files in order, does not end waiting
 for one of them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One Python that has imported everything for all processes of the tests."""
+    if getattr(config.option, "numprocesses", None) and hasattr(os, "pidfd_open"):
+        os.environ[WARM_PYTHON] = str(start_warm_python())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,11 +5,11 @@ import contextlib
 import functools
 import os
 import runpy
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
@@ -53,25 +53,35 @@ def start(
     )  # fmt: skip
 
 
+WARM_PYTHON = "VAETRAIN_TESTS_WARM_PYTHON"
+"""Environment variable that names it to the workers of one `make test`, for all of which one imports everything."""
+
+
+def start_warm_python() -> Path:
+    """Start what warm_python.py says; returns the executable file, which is there as soon as that has imported everything."""
+    folder = tempfile.TemporaryDirectory(prefix="warm-python-")
+    address, file = (Path(folder.name, name) for name in ("socket", "python"))
+    # The last word is one by which vaetrain knows its launchers, which all that is started here may be.
+    command = [sys.executable, ROOT / "tests" / "warm_python.py", "--serve", address, file, "torch.distributed"]
+    server = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True
+    )
+    assert server.stdin is not None
+    for cleanup in (folder.cleanup, server.wait, server.stdin.close):  # done in reverse order
+        atexit.register(cleanup)
+    return file
+
+
 @functools.cache
 def warm_python() -> str:
     """An executable file that stands for sys.executable; see warm_python.py. Where forks cannot be waited for: that itself."""
     if not hasattr(os, "pidfd_open"):
         return sys.executable
-    folder = tempfile.TemporaryDirectory(prefix="warm-python-")
-    address, file = (Path(folder.name, name) for name in ("socket", "python"))
-    command = [sys.executable, str(ROOT / "tests" / "warm_python.py")]
-    # The last word is one by which vaetrain knows its launchers, which all that is started here may be.
-    server = subprocess.Popen(
-        [*command, "--serve", str(address), str(file), "torch.distributed"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
-    assert server.stdout is not None and server.stdin is not None and server.stdout.readline() == "ready\n"
-    atexit.register(folder.cleanup)
-    atexit.register(server.wait)
-    atexit.register(server.stdin.close)
-    file.write_text(f'#!/bin/sh\nexec {shlex.join([command[0], "-IS", command[1], str(address)])} "$@"\n')
-    file.chmod(0o755)
+    file = Path(os.environ[WARM_PYTHON]) if WARM_PYTHON in os.environ else start_warm_python()
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} does not come"
+        time.sleep(0.05)
     return str(file)
 
 

@@ -114,8 +114,8 @@ def prior_of(model: FlowMatching, **settings: object) -> FlowMatchingPrior:
 
 
 def test_what_is_learned_is_drawn(trained):
-    found = prior_of(trained).sample(0, range(3000))
-    truth, others = (draw_truth(3000, seed)[0] for seed in (1, 2))
+    found = prior_of(trained).sample(0, range(1500))
+    truth, others = (draw_truth(1500, seed)[0] for seed in (1, 2))
     assert energy_distance(found, truth) < abs(energy_distance(truth, others)) + 0.01
 
 

@@ -11,6 +11,7 @@ import contextlib
 import marshal
 import os
 import select
+import shlex
 import signal
 import socket
 import struct
@@ -82,14 +83,16 @@ def serve(address: str, executable: str) -> None:
 
     for module in (*IMPORTED, *ALSO_IMPORTED):
         importlib.import_module(module)
-    assert sys.platform != "linux" or len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"
+    assert sys.platform != "linux" or len(os.listdir("/proc/self/task")) == 1, (
+        "a process with threads must not be forked"
+    )
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(64)
-        print("ready", flush=True)
+        write_executable(address, executable)
         while True:
             readable, _, _ = select.select([listener, 0], [], [])
             if 0 in readable:
@@ -99,6 +102,15 @@ def serve(address: str, executable: str) -> None:
                 listener.close()
                 _supervise(connection, executable)
             connection.close()
+
+
+def write_executable(address: str, executable: str) -> None:
+    """The file that stands for `python`; there when orders are taken."""
+    aside = executable + ".new"
+    with open(aside, "w") as file:
+        file.write(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", os.path.abspath(__file__), address])} "$@"\n')
+    os.chmod(aside, 0o755)
+    os.rename(aside, executable)
 
 
 def _supervise(connection: socket.socket, executable: str) -> None:
