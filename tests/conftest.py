@@ -17,7 +17,7 @@ from PIL import Image
 # their own two processes, take many times longer with two threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import type_checks  # noqa: E402
+import type_checks
 
 type_checks.install()
 
