@@ -1,9 +1,11 @@
 """Decoding workers where the system is short of what they need: /dev/shm, open files."""
 
 import ctypes
+import multiprocessing.context
+import multiprocessing.spawn
 import os
-import pickle
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -98,6 +100,20 @@ def test_too_few_descriptors_are_named_with_the_remedy(tiny_shards, number):
         reader.train_batches(0, 0, LAYOUT)
 
 
+def test_a_worker_does_not_run_the_script_of_the_training_again(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        multiprocessing.context.ForkServerProcess, "_Popen",
+        staticmethod(lambda worker: told.append(multiprocessing.spawn.get_preparation_data(worker.name))),
+    )  # fmt: skip
+    main = sys.modules["__main__"]
+    loader_workers._Worker._Popen(loader_workers._worker_context().Process(name="worker"))
+    assert sys.modules["__main__"] is main
+    (prepared,) = told
+    assert prepared["name"] == "worker"
+    assert not {"init_main_from_name", "init_main_from_path"} & prepared.keys()
+
+
 def test_what_a_worker_cannot_send_reaches_the_training_process():
     results = loader_workers._worker_context().Queue()
     results.put((3, lambda: "cannot be pickled"))
@@ -111,11 +127,11 @@ def test_what_a_worker_cannot_send_reaches_the_training_process():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_batch_handed_over_is_the_same_and_does_not_lie_in_dev_shm(channels, monkeypatch):
-    monkeypatch.delattr(torch.UntypedStorage, "_share_fd_cpu_")  # PyTorch's way there
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda *_: pytest.fail("it lies in /dev/shm"))
     monkeypatch.setattr(loader_workers, "get_worker_info", lambda: "this is a worker")
     images = torch.randint(256, (3, 5, 7, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
     batch = Batch(images, torch.tensor([1, 0, 1]), torch.tensor([7, 8, 9]))
-    received = pickle.loads(ForkingPickler.dumps(loader_workers._hand_over(batch)))
+    received = ForkingPickler.loads(ForkingPickler.dumps(loader_workers._hand_over(batch)))
     assert isinstance(received, Batch)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(received, batch, strict=True))
     assert received.images.permute(0, 2, 3, 1).is_contiguous()

@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts threads, which no for
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import inspect
 import json
 import pickle
@@ -43,6 +44,11 @@ MOST_GROWTH_MIB = 16
 """Of resident memory from the tenth validation of `long` to its end."""
 
 ROOT = Path(__file__).parents[1]
+
+IMPORTED = (
+    "vaetrain.train", "vaetrain.evaluate", "vaetrain.sample", "vaetrain.data.readers.indexed", "vaetrain.data.readers.stream",
+    "torch._dynamo",  # which the first optimizer would import
+)  # fmt: skip
 
 TINY = (
     "--model.kind", "dense", "--model.image-size", "16", "--model.channel-mult", "1", "--model.hidden-features", "4",
@@ -437,15 +443,9 @@ def main(config: FaultsConfig) -> int:
         for name, fault in FAULTS.items():
             print(f"{name}: {inspect.getdoc(fault)}")
         return 0
-    import torch._dynamo
-
-    import vaetrain.data.readers.indexed
-    import vaetrain.data.readers.stream
-    import vaetrain.evaluate
-    import vaetrain.sample
-    import vaetrain.train  # noqa: F401
-
-    assert threading.active_count() == 1
+    for module in IMPORTED:
+        importlib.import_module(module)
+    assert threading.active_count() == 1  # a fork has no other thread, and would wait for what they had locked
     os.chdir(ROOT)
     may_mount, num_right, num_tried = own_mounts(), 0, 0
     with tempfile.TemporaryDirectory(prefix="vaetrain-faults-") as folder:
