@@ -43,11 +43,13 @@ class SharedBatch:
     """
 
     def __init__(self, batch: Batch) -> None:
-        self._shape = tuple(batch.images.permute(0, 2, 3, 1).shape)
-        self._memory = SharedMemory(batch.images.nbytes + batch.labels.nbytes + batch.indices.nbytes)
-        shared = _batch_in(self._memory, self._shape)
-        for copy, original in zip(shared, batch, strict=True):
-            copy.copy_(original)
+        arrays = batch.labels.numpy(), batch.indices.numpy(), batch.images.permute(0, 2, 3, 1).numpy()
+        self._shape = arrays[-1].shape
+        self._memory = SharedMemory(sum(array.nbytes for array in arrays))
+        offset = 0
+        for array in arrays:
+            self._memory.write(array, offset)
+            offset += array.nbytes
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         """Hand over the memory."""

@@ -320,7 +320,7 @@ def _begin(progress: ReaderProgress, worker: int) -> None:
     progress.begin(worker)
 
 
-def _hand_over(batch: BatchOrError) -> BatchOrError | SharedBatch:
+def _hand_over(batch: Any) -> BatchOrError | SharedBatch:
     # What DataLoader calls on each batch where it was made. A dataset here returns whole batches; the default would stack
     # them once more.
     mark_idle()
@@ -356,7 +356,7 @@ class _ResultQueue(multiprocessing.queues.Queue):
     """A queue that tells the other end of what it could not send, which multiprocessing prints and forgets: the training process
     would wait for it for ever."""
 
-    def _on_queue_feeder_error(self, error: Exception, item: tuple[int, object]) -> None:  # type: ignore[override]
+    def _on_queue_feeder_error(self, error: Exception, item: tuple[int, object]) -> None:
         number, _ = item
         self.put((number, _not_handed_over(error)))
 
