@@ -41,7 +41,7 @@ HANGS_S = 400
 """Nothing here takes this long, not even where others use the machine, too, and workers take a minute to import what they need."""
 
 MOST_GROWTH_MIB = 16
-"""Of resident memory from the tenth validation of `long` to its end."""
+"""Of resident memory from the tenth validation of `long` to its last."""
 
 ROOT = Path(__file__).parents[1]
 
@@ -397,17 +397,13 @@ def descriptors(tries: Tries) -> Iterator[bool]:
 def long(tries: Tries) -> Iterator[bool]:
     """Memory and descriptors over 2,000 steps and 50 validations, with no worker and with 2."""
     for workers in (0, 2):
-        run = tries.folder / f"long_{workers}"
-        rows: list[tuple[int, int, int, int]] = []
+        run, rows = tries.folder / f"long_{workers}", list[Held]()
 
-        def watch(pid: int, run: Path = run, rows: list[tuple[int, int, int, int]] = rows) -> None:
+        def watch(pid: int, run: Path = run, rows: list[Held] = rows) -> None:
             def look() -> bool:
                 step = trained_steps(run)
-                if step >= (rows[-1][0] + 40 if rows else 40):
-                    with contextlib.suppress(OSError):
-                        resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-                        files, threads = (len(os.listdir(f"/proc/{pid}/{name}")) for name in ("fd", "task"))
-                        rows.append((step, resource_mib(resident), files, threads))
+                if step >= 40 * (len(rows) + 1):
+                    rows.append(Held.by(pid, step))
                 return False
 
             wait_for(look, pid)
@@ -415,15 +411,39 @@ def long(tries: Tries) -> Iterator[bool]:
         reading = ("--data.reader", "indexed", "--data.num-workers", workers)
         argv = tries.train(run, *reading, "--train.val-every-epochs", 8, epochs=400)
         yield tries.end_of(argv, meanwhile=watch).should(0, "40,000 images trained")
-        print("    step, resident MiB, descriptors, threads:", *rows[4::5], sep="\n      ")
-        later = rows[10:]
-        grown = later[-1][1] - later[0][1]
-        yield grown <= MOST_GROWTH_MIB and max(row[2] for row in later) <= max(row[2] for row in rows[:10])
+        for row in (rows[0], *rows[4::5]):
+            print(f"    {row}")
+        first, last = rows[10], rows[-2]  # the last one may be of a process that is at its end
+        yield max(last.mib - first.mib, last.workers_mib - first.workers_mib) <= MOST_GROWTH_MIB
+        yield max(row.descriptors for row in rows[10:]) <= max(row.descriptors for row in rows[:10])
 
 
-def resource_mib(num_bytes: int) -> int:
-    """Whole MiB."""
-    return num_bytes >> 20
+@dataclass(frozen=True)
+class Held:
+    """What a training holds after a step."""
+
+    step: int
+    mib: int
+    """Resident, of the training process."""
+    workers_mib: int
+    """Of its workers, of which each counts what they share."""
+    descriptors: int
+    threads: int
+
+    @classmethod
+    def by(cls, pid: int, step: int) -> Held:
+        """Look at a process, which leads its session, and at the others of that."""
+        others = 0
+        for process in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if int(process) != pid and os.getsid(int(process)) == pid:
+                    others += _resident_mib(int(process))
+        descriptors, threads = (len(os.listdir(f"/proc/{pid}/{name}")) for name in ("fd", "task"))
+        return cls(step, _resident_mib(pid), others, descriptors, threads)
+
+
+def _resident_mib(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 FAULTS: dict[str, Callable[[Tries], Iterator[bool]]] = {
