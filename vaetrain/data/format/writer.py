@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -119,11 +120,14 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Complete the last shard, or remove what there is of it after an exception."""
-        if kind is None:
-            self.close()
-        elif self._file is not None:
-            self._file.close()
-            self._partial.unlink()
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            if self._file is not None:
+                with suppress(OSError):  # of a full disk, of which the exception tells that is on its way
+                    self._file.close()
+                self._partial.unlink()
 
     def _open(self) -> None:
         self._name = f"{self._prefix}-{self._first_shard + len(self.shards):06d}.tar"

@@ -6,7 +6,8 @@ import math
 import mmap
 import weakref
 from collections import defaultdict, deque
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from vaetrain.data.format.decode import decode_into
 from vaetrain.data.readers.resize import decode_resized
 from vaetrain.data.readers.selection import Selection
+from vaetrain.data.readers.shared_memory import SharedMemory
 
 # Of each shape; a training loop holds one batch while it asks for the next.
 MAX_UNUSED_BUFFERS = 2
@@ -34,6 +36,34 @@ class Batch(NamedTuple):
     """Class numbers of the manifest, whatever classes were kept."""
     indices: Int64[Tensor, " b"]
     """Positions in the split after the class filter."""
+
+
+class SharedBatch:
+    """A batch copied into shared memory; pickled to another process, it is a Batch there. OSError when there is no such memory.
+
+    PyTorch's own way lies in /dev/shm, of which many containers have 64 MB, and opens a file for each tensor.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        arrays = batch.labels.numpy(), batch.indices.numpy(), batch.images.permute(0, 2, 3, 1).numpy()
+        self._shape = arrays[-1].shape
+        self._memory = SharedMemory(sum(array.nbytes for array in arrays))
+        offset = 0
+        for array in arrays:
+            self._memory.write(array, offset)
+            offset += array.nbytes
+
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
+        """Hand over the memory."""
+        return _batch_in, (self._memory, self._shape)
+
+
+def _batch_in(memory: SharedMemory, shape: tuple[int, int, int, int]) -> Batch:
+    """Labels, indices and pixels that lie one after the other."""
+    num_images = shape[0]
+    labels, indices = torch.from_numpy(memory.array((2, num_images), np.int64))
+    images = torch.from_numpy(memory.array(shape, np.uint8, offset=2 * num_images * 8))
+    return Batch(images.permute(0, 3, 1, 2), labels, indices)
 
 
 def decode_image(

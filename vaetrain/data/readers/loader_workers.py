@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.queues
 import os
+import resource
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vaetrain.data.config import PREFETCH_BATCHES_PER_WORKER
-from vaetrain.data.readers.batch import Batch
+from vaetrain.data.readers.batch import Batch, SharedBatch
 from vaetrain.data.readers.shared_memory import SharedMemory
 from vaetrain.data.readers.worker_progress import ReaderProgress, Where, end_process, mark_idle, stuck_message, watched
 from vaetrain.machine import num_cores
@@ -28,6 +35,11 @@ from vaetrain.machine import num_cores
 MAX_WORKERS = 8
 # Whether the workers live; a death is reported this late at most.
 LOOK_EVERY_S = 5.0
+# Where the system keeps semaphores. A pass has three for each worker and three more, each on a page of its own; a pass over
+# each of two splits may be running.
+SEMAPHORES = "/dev/shm"
+SEMAPHORES_PER_WORKER = 3
+PASSES = 2
 
 T = TypeVar("T")
 BatchOrError = Batch | ValueError
@@ -43,14 +55,70 @@ def choose_num_workers(device: torch.device, processes_per_node: int) -> int:
     return max(1, min(MAX_WORKERS, cores - 1))
 
 
+def check_room_for_semaphores(num_workers: int) -> None:
+    """Raise ValueError where a training with so many workers would find no room in /dev/shm, now or at its first validation."""
+    try:
+        space = os.statvfs(SEMAPHORES)
+    except OSError:  # macOS keeps them elsewhere
+        return
+    needed = PASSES * SEMAPHORES_PER_WORKER * (num_workers + 1) * space.f_frsize
+    if space.f_bavail * space.f_frsize < needed:
+        raise _no_room(f"{num_workers} decoding worker(s) need {needed / 1024:,.0f} KiB in {SEMAPHORES}", space)
+
+
+def _no_room(why: str, space: os.statvfs_result) -> ValueError:
+    size, free = (blocks * space.f_frsize / 1024 for blocks in (space.f_blocks, space.f_bavail))
+    return ValueError(
+        f"{why}, which has {size:,.0f} KiB, {free:,.0f} of them free; give it more (docker run --shm-size 64m, or "
+        f"mount -o remount,size=64m {SEMAPHORES}), or decode in the training process (--data.num-workers 0)"
+    )
+
+
+def _shortage(error: Exception) -> ValueError | None:
+    """What the system was short of when workers were started or a batch handed over, with the remedy; None for anything else."""
+    number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number == errno.ENOSPC and file is None:  # a semaphore's name is not told; a file's is, and is elsewhere
+        return _no_room(f"the decoding workers' semaphores find no room in {SEMAPHORES}", os.statvfs(SEMAPHORES))
+    # The words are DataLoader's, and those of a socket for a descriptor that could not be taken in.
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error) or "ancdata" in str(error):
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return ValueError(
+            f"decoding workers need more open files than the {limit:,} that a process may have here; raise that "
+            "(ulimit -n 4096), lower --data.num-workers, or decode in the training process (--data.num-workers 0)"
+        )
+    return None
+
+
+@contextmanager
+def _naming_shortage() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if shortage := _shortage(error):
+            raise shortage from error
+        raise
+
+
+def _give_up(error: Exception) -> None:
+    """End now what DataLoader had begun: where that was not all of it, its end is an error, too, which Python would print."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = hook
+
+
 class WorkerPool:
     """The decoding processes of one reader: batches in order for any number of them, 0 being this process itself.
 
     No pass hangs: a worker that dies, and one that makes no progress for `timeout_s` and is killed, end it with a ValueError
-    that says where they were, by `where`. A hang that cannot be ended so ends this process (see `end_process`).
+    that says where they were, by `where`. A hang that cannot be ended so ends this process (see `end_process`). What the
+    system is short of (descriptors, room in /dev/shm) is a ValueError, too, before the first batch where that is foreseen.
     """
 
     def __init__(self, num_workers: int, device: torch.device, where: Where, timeout_s: float) -> None:
+        if num_workers:
+            check_room_for_semaphores(num_workers)
         self.num_workers = num_workers
         self._device = device
         self._where = where
@@ -58,10 +126,12 @@ class WorkerPool:
         self._repeated: dict[Hashable, _LoaderWorkers] = {}
         self._passes: WeakSet[Generator[Batch, None, None]] = WeakSet()
 
+    @_naming_shortage()
     def train_iter(self, dataset: Dataset[BatchOrError], indices: Iterable[Any] | None = None) -> Iterator[Batch]:
         """Start reading a dataset. A mapping one reads `indices` with `__getitems__`; an iterable one has none."""
         return self._start(self._workers_of(dataset, indices, persistent=False))
 
+    @_naming_shortage()
     def eval_iter(
         self, key: Hashable, dataset: Callable[[], Dataset[BatchOrError]], indices: Callable[[], Iterable[Any] | None]
     ) -> Iterator[Batch]:
@@ -133,8 +203,11 @@ class WorkerPool:
         """What DataLoader answers, or why a worker is dead."""
         try:
             return step()
-        except (RuntimeError, OSError, EOFError):
+        except (RuntimeError, OSError, EOFError) as error:
             # DataLoader's word for a death, and what happens when a batch is fetched from a worker that died meanwhile.
+            if shortage := _shortage(error):
+                _give_up(error)
+                return shortage
             if failure := self._death(workers, wait_s=1.0):
                 return failure
             raise
@@ -161,7 +234,7 @@ class WorkerPool:
             dataset,
             batch_size=None if indices is None else 1,
             batch_sampler=indices,
-            collate_fn=_at_rest,
+            collate_fn=_hand_over,
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH_BATCHES_PER_WORKER if self.num_workers else None,
             persistent_workers=persistent,
@@ -222,10 +295,6 @@ def _remedy(exitcode: int | None, num_workers: int) -> str:
             "The system does that when memory runs out: lower --data.num-workers (now "
             f"{num_workers}) or --train.micro-batch-size, or give the job more memory"
         )
-    if exitcode == -signal.SIGBUS:
-        return (
-            "Batches are handed over in /dev/shm, which may be full: give the container more (docker run --shm-size 8g)"
-        )
     return "Run tools/verify_shards.py --full on the shard set"
 
 
@@ -251,11 +320,22 @@ def _begin(progress: ReaderProgress, worker: int) -> None:
     progress.begin(worker)
 
 
-def _at_rest(batch: Any) -> Any:
+def _hand_over(batch: Any) -> BatchOrError | SharedBatch:
     # What DataLoader calls on each batch where it was made. A dataset here returns whole batches; the default would stack
     # them once more.
     mark_idle()
-    return batch
+    if isinstance(batch, ValueError) or get_worker_info() is None:
+        return batch
+    try:
+        return SharedBatch(batch)
+    except OSError as error:
+        return _not_handed_over(error)
+
+
+def _not_handed_over(error: Exception) -> ValueError:
+    return _shortage(error) or ValueError(
+        f"a decoding worker could not hand over a batch: {error}; --data.num-workers 0 decodes in the training process"
+    )
 
 
 class _Flag:
@@ -272,7 +352,34 @@ class _Flag:
         return bool(self._memory.array((1,), np.bool_)[0])
 
 
+class _ResultQueue(multiprocessing.queues.Queue):
+    """A queue that tells the other end of what it could not send, which multiprocessing prints and forgets: the training process
+    would wait for it for ever."""
+
+    def _on_queue_feeder_error(self, error: Exception, item: tuple[int, object]) -> None:
+        number, _ = item
+        self.put((number, _not_handed_over(error)))
+
+
+class _Worker(ForkServerProcess):
+    """A process that does not run the training's script once more, whose imports take seconds of a core: all that a worker needs,
+    the fork server has imported."""
+
+    @staticmethod
+    def _Popen(worker: BaseProcess) -> Any:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            return ForkServerProcess._Popen(worker)
+        finally:
+            sys.modules["__main__"] = main
+
+
 class _WorkerContext(ForkServerContext):
+    Process = _Worker
+
+    def Queue(self, maxsize: int = 0) -> _ResultQueue:
+        return _ResultQueue(maxsize, ctx=self.get_context())
+
     def Event(self) -> _Flag:  # type: ignore[override]
         return _Flag()
 

@@ -59,6 +59,14 @@ class SharedMemory:
         """Part of the memory, from byte `offset` on, as an array; the memory lives as long as the array."""
         return np.ndarray(shape, dtype, self._map, offset)
 
+    def write(self, array: Shaped[np.ndarray, "..."], offset: int = 0) -> None:
+        """Copy an array to byte `offset`. Of fresh memory, whose pages need not be made zero first, in half the time that assigning
+        to `array` takes."""
+        content = array.reshape(-1).view(np.uint8).data
+        while content:
+            written = os.pwrite(self.fd, content, offset)
+            content, offset = content[written:], offset + written
+
     def __reduce__(self) -> tuple[Callable[..., SharedMemory], tuple[Any, int]]:
         """Hand over the file descriptor; only to a process that is being started."""
         return _received, (DupFd(self.fd), self.num_bytes)
