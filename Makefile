@@ -71,7 +71,7 @@ demo: setup
 	@echo "All of it, in a browser: runs/demo/report.html"
 
 test: setup
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Without the type checks of `make test`, whose plugin of then came too late, and the tests that train for long.
 floor: $(FLOOR_STAMP)

@@ -17,7 +17,10 @@ from PIL import Image
 # their own two processes, take many times longer with two threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import type_checks
+# Every full collection looks at all that was imported, for a tenth of a second: none while it is, and none of it afterwards.
+gc.disable()
+
+import type_checks  # noqa: E402
 
 type_checks.install()
 
@@ -55,6 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """One Python that has imported everything for all processes of the tests."""
     if getattr(config.option, "numprocesses", None) and hasattr(os, "pidfd_open"):
         os.environ[WARM_PYTHON] = str(start_warm_python())
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -133,12 +143,7 @@ def accelerator():
 
     from vaetrain.distributed import processes
 
-    accelerator = processes.start()
-    # Accelerate collects garbage whenever it lets go of a model, and looked at all of torch each time: a second, some 300 times.
-    gc.collect()
-    gc.freeze()
-    yield accelerator
-    gc.unfreeze()
+    return processes.start()
 
 
 @pytest.fixture(scope="session")

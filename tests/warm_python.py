@@ -2,9 +2,9 @@
 
 Importing torch and vaetrain takes eight seconds of a core, and `accelerate launch` of two processes does it three times. The file
 that `warm_python()` names takes the place of `sys.executable`, in what it starts, too: `-u`, `-m MODULE` or a script, arguments,
-environment, folder and open streams are handed to the fork, signals are passed on, and it ends as the fork ends. Anything else, such as
-`-c CODE`, is run by the ordinary Python. What the start of a process itself shows is proven with that: by test_launch.py,
-test_launcher.py and test_layout.py.
+environment, folder and open streams are handed to the fork, signals are passed on, and it ends as the fork ends. Anything
+else, such as `-c CODE`, is run by the ordinary Python. What the start of a process itself shows is proven with that: by
+test_launch.py, test_launcher.py and test_layout.py.
 """
 
 import contextlib
@@ -79,6 +79,7 @@ def serve(address: str, executable: str) -> None:
     import gc
     import importlib
 
+    gc.disable()
     from together import IMPORTED
 
     for module in (*IMPORTED, *ALSO_IMPORTED):
@@ -88,6 +89,7 @@ def serve(address: str, executable: str) -> None:
     )
     gc.collect()
     gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -142,6 +144,7 @@ def _run(
 ) -> None:  # fmt: skip
     """Be the process that was asked for."""
     import atexit
+    import io
     import random
     import runpy
     import threading
@@ -157,8 +160,10 @@ def _run(
     os.chdir(folder)
     os.environb.clear()
     os.environb.update(environment)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=stream is sys.stderr, write_through=unbuffered)
+    for number, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+        binary = io.FileIO(number, "w", closefd=False) if unbuffered else open(number, "wb", closefd=False)  # noqa: SIM115
+        text = io.TextIOWrapper(binary, errors=errors, line_buffering=name == "stderr", write_through=unbuffered)
+        setattr(sys, name, text), setattr(sys, f"__{name}__", text)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.seed(), np.random.seed(), random.seed()
     # Of the process that was asked for, and not of this fork: vaetrain asks whether its launcher lives.
