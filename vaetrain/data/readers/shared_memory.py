@@ -60,15 +60,17 @@ class SharedMemory:
         return np.ndarray(shape, dtype, self._map, offset)
 
     def write(self, array: Shaped[np.ndarray, "..."], offset: int = 0) -> None:
-        """Copy an array to byte `offset`. Of fresh memory, whose pages need not be made zero first, in half the time that assigning
-        to `array` takes."""
+        """Copy an array to byte `offset`.
+
+        Of fresh memory, whose pages need not be made zero first, it takes half the time of assigning to `array`.
+        """
         content = array.reshape(-1).view(np.uint8).data
         while content:
             written = os.pwrite(self.fd, content, offset)
             content, offset = content[written:], offset + written
 
     def __reduce__(self) -> tuple[Callable[..., SharedMemory], tuple[Any, int]]:
-        """Hand over the file descriptor; only to a process that is being started."""
+        """Hand over the file descriptor: to a process that is being started, or to one that takes it from a socket."""
         return _received, (DupFd(self.fd), self.num_bytes)
 
 
