@@ -69,7 +69,7 @@ def read_config(cls: type[T], file: Path) -> T:
     Raises FileNotFoundError, and ValueError naming the file and what does not fit; nothing is printed.
     """
     try:
-        return _parsed(cls, tuple(yaml_arguments(file, cls)))
+        return _parsed(cls, tuple(yaml_arguments(file, cls)))  # type: ignore[arg-type]  # a class is hashable, mypy #11470
     except ValueError as error:
         raise ValueError(f"{file} does not fit this vaetrain: {error}") from error
 

@@ -100,7 +100,7 @@ def parse_yaml(text: str, kind: type[_BoundedLoader] | None = None) -> Any:
 
     A date stays the text that it is.
     """
-    return deepcopy(_parsed(text, kind or _BoundedLoader))
+    return deepcopy(_parsed(text, kind or _BoundedLoader))  # type: ignore[arg-type]  # a class is hashable, mypy #11470
 
 
 @functools.lru_cache(maxsize=16)
