@@ -166,5 +166,8 @@ def test_what_is_not_committed_is_kept_with_the_run(tmp_path):
 
 def test_a_run_without_provenance_is_refused(recorded, capsys):
     recorded.provenance_file.unlink()
+    for tell in (rerun.differences, rerun.caveats):
+        with pytest.raises(FileNotFoundError, match="nobody knows what made this run"):
+            list(tell(recorded))
     assert run_here("tools/rerun.py", recorded.path) == 1
     assert "provenance.json does not exist, so nobody knows what made this run" in capsys.readouterr().err

@@ -39,8 +39,7 @@ def main(arguments: RerunArguments) -> int:
     """Check, train, compare; returns the exit code."""
     run = RunDirectory.open(arguments.run)
     out = arguments.out or arguments.run.with_name(f"{arguments.run.name}-rerun")
-    if not run.provenance_file.is_file():
-        raise FileNotFoundError(f"{run.provenance_file} does not exist, so nobody knows what made this run")
+    recorded = rerun.recorded_start(run)
     if (out / "config.yaml").exists():
         raise FileExistsError(f"{out} already holds a run; name another folder with --out")
     config = run.config()
@@ -57,7 +56,7 @@ def main(arguments: RerunArguments) -> int:
                 "--allow-differences"
             )
         print(printable(f"note: here and now is not what made {run.path}:{listing}"))
-    code = rerun.start(rerun.config_of_rerun(run, out), run.provenance())
+    code = rerun.start(rerun.config_of_rerun(run, out), recorded)
     if code != 0:
         raise ValueError(f"training ended with exit code {code}; its message is above")
     found = rerun.agreement(run, RunDirectory(out))

@@ -39,9 +39,16 @@ use_cpu: false
 """Accelerate's file for several processes; see launch/cpu2.yaml for why MULTI_GPU also without one."""
 
 
+def recorded_start(run: RunDirectory) -> dict[str, Any]:
+    """The provenance of `run`; raises FileNotFoundError where there is none."""
+    if not run.provenance_file.is_file():
+        raise FileNotFoundError(f"{run.provenance_file} does not exist, so nobody knows what made this run")
+    return run.provenance()
+
+
 def differences(run: RunDirectory) -> Iterator[str]:
     """What is not as it was when `run` was trained, of what can move numbers."""
-    recorded = run.provenance()
+    recorded = recorded_start(run)
     revision, dirty = git_state(ROOT)
     if (was := recorded["git_revision"]) != revision:
         found = was is not None and is_revision(was)  # it comes from a file, and this is a command to copy
@@ -76,7 +83,7 @@ def device_of_a_start() -> str:
 
 def caveats(run: RunDirectory) -> Iterator[str]:
     """What in the history of `run` no single start repeats exactly."""
-    recorded, config = run.provenance(), run.config()
+    recorded, config = recorded_start(run), run.config()
     resumes = recorded.get("resumes", [])
     if any(start["num_processes"] != recorded["num_processes"] for start in resumes):
         yield "it was resumed on another number of processes: the images are the same, losses agree to about 1e-5"
