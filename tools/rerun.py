@@ -39,12 +39,12 @@ def main(arguments: RerunArguments) -> int:
     """Check, train, compare; returns the exit code."""
     run = RunDirectory.open(arguments.run)
     out = arguments.out or arguments.run.with_name(f"{arguments.run.name}-rerun")
-    recorded = rerun.recorded_start(run)
     if (out / "config.yaml").exists():
         raise FileExistsError(f"{out} already holds a run; name another folder with --out")
     config = run.config()
     check_split(config.data, "train", config.model)  # before `check_data`, which imports torch
     check_split(config.data, "val", config.model)
+    recorded = rerun.recorded_start(run)
     rerun.check_data(run)
     for caveat in rerun.caveats(run):
         print(f"note: {printable(caveat)}")
