@@ -24,7 +24,7 @@ import type_checks  # noqa: E402
 
 type_checks.install()
 
-from launching import TINY, WARM_PYTHON, start_warm_python  # noqa: E402
+from launching import TINY, WARM_PYTHON, can_wait_for_forks, start_warm_python  # noqa: E402
 from rude_server import Server  # noqa: E402
 from vaetrain.data.format.shard_set import ShardSet  # noqa: E402
 from vaetrain.data.sharding.make_shards import make_shards  # noqa: E402
@@ -56,7 +56,7 @@ for one of them."""
 
 def pytest_configure(config: pytest.Config) -> None:
     """One Python that has imported everything for all processes of the tests."""
-    if getattr(config.option, "numprocesses", None) and hasattr(os, "pidfd_open"):
+    if getattr(config.option, "numprocesses", None) and can_wait_for_forks():
         os.environ[WARM_PYTHON] = str(start_warm_python())
 
 
