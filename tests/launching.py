@@ -117,14 +117,14 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
     raise AssertionError(f"{process.args} left processes behind that still write")
 
 
-def run(*arguments: object, two_processes: bool = False) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, two_processes: bool = False, python: str | None = None) -> subprocess.CompletedProcess[str]:
     """Start a command and wait for it."""
-    return finish(start(*arguments, two_processes=two_processes))
+    return finish(start(*arguments, two_processes=two_processes, python=python))
 
 
-def succeed(*arguments: object, two_processes: bool = False) -> str:
+def succeed(*arguments: object, two_processes: bool = False, python: str | None = None) -> str:
     """Run a command that must exit 0; returns what it printed."""
-    result = run(*arguments, two_processes=two_processes)
+    result = run(*arguments, two_processes=two_processes, python=python)
     assert result.returncode == 0, f"{result.args}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 

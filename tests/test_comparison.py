@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_a_copy_of_a_run_its_export_and_its_samples_are_recognised(tiny_run, acc
 
 
 def test_the_tool_prints_and_writes(tiny_run, tmp_path):
-    printed = succeed("tools/compare_runs.py", tiny_run, tiny_run, "--json", tmp_path / "c.json")
+    printed = succeed("tools/compare_runs.py", tiny_run, tiny_run, "--json", tmp_path / "c.json", python=sys.executable)
     assert "same config, data, code, packages, machine" in printed
     assert json.loads((tmp_path / "c.json").read_text())["records"][0]["equal"] is True
 

@@ -1,8 +1,9 @@
-"""`make demo` in small: its own commands, on fewer faces and for fewer steps."""
+"""`make demo` in small: its own commands, on fewer faces and for fewer steps, each started by the ordinary Python."""
 
 import json
 import shlex
 import subprocess
+import sys
 
 import numpy as np
 from PIL import Image
@@ -44,7 +45,9 @@ def test_the_demo_end_to_end(tmp_path):
         if command[0] == "vaetrain/train.py":
             own = ["--run-dir", tmp_path / "run", "--data.train", tmp_path / "faces64"]
             command = [*command, *own, *SHORTER.split()]
-        assert str(tmp_path) in succeed(*command).splitlines()[-1], "the last line says where the output is"
+        assert str(tmp_path) in succeed(*command, python=sys.executable).splitlines()[-1], (
+            "the last line says where the output is"
+        )
     for name in ("losses", "kl", "reconstructions", "samples", "interpolations"):
         with Image.open(tmp_path / "run" / "figures" / f"{name}.png") as picture:
             colours = np.unique(np.asarray(picture.convert("RGB").resize((32, 32))).reshape(-1, 3), axis=0)

@@ -172,7 +172,16 @@ def test_auto_gives_the_reason_that_the_reader_gives(tiny_shards):
 
 def test_the_tool_prints_the_plan(tiny_shards, tiny_gray_shards, capsys):
     printed = succeed(
-        "tools/verify_shards.py", tiny_shards, "--plan", 2, 1, "--global-batch-size", 16, "--micro-batch-size", 4
+        "tools/verify_shards.py",
+        tiny_shards,
+        "--plan",
+        2,
+        1,
+        "--global-batch-size",
+        16,
+        "--micro-batch-size",
+        4,
+        python=sys.executable,
     )
     for part in (
         "plan for 2 process(es) of 1 worker(s), global batch 16: 2 micro-batch(es) of 4 in each process",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -86,6 +87,7 @@ def test_the_command_says_how_well_it_does(shards_of, tmp_path, capsys):
         1200,
         "--batch-size",
         40,
+        python=sys.executable,
     )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "x.pt.json").read_text())

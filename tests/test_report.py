@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,7 @@ def test_the_tool_writes_where_it_says(run, tmp_path, capsys):
     assert f"report written to {run / 'report.html'} (" in capsys.readouterr().out
     assert "elsewhere" not in (run / "report.html").read_text()
     out = tmp_path / "new" / "page.html"
-    assert f"report written to {out} (" in succeed("tools/report.py", run, run, "--out", out)
+    assert f"report written to {out} (" in succeed("tools/report.py", run, run, "--out", out, python=sys.executable)
     assert (run / "report.html").read_text() == report([run])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -104,7 +105,7 @@ def test_the_tool_prints_both_tables_and_draws(tmp_path):
     printed = succeed(
         "tools/check_scaling.py", "--lr-grid", tmp_path / "grid", "--suggested", tmp_path / "own",
         "--rule", tmp_path / "rule" / "32", tmp_path / "rule" / "544", "--lengths", *sorted((tmp_path / "lengths").iterdir()),
-        "--noise", tmp_path / "noise", "--out", tmp_path / "x.png",
+        "--noise", tmp_path / "noise", "--out", tmp_path / "x.png", python=sys.executable,
     )  # fmt: skip
     assert "| **0.002, suggested** | -101.5 | 1.5% |" in printed
     assert "| 544 | -210.0 | 75.0% | -200.0 (66.7%) |" in printed

@@ -1,8 +1,8 @@
 """Work on several processes that talk through gloo, without a launcher: forks of one process that has imported everything.
 
 `accelerate launch` spends five seconds of a core on importing torch in each process that it starts, itself among them; a fork
-takes milliseconds. What the launchers do is proven with real ones, by test_launch.py, test_exit.py and test_train.py; that each
-script starts as a process of its own, by test_demo.py and the one start of each tool in its test.
+takes milliseconds. What the launchers do is proven with real ones, by test_launch.py and test_launcher.py; that each script
+starts as a process of its own, by test_demo.py and the one start of each tool in its test (`python=sys.executable`).
 """
 
 import functools

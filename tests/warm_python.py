@@ -3,8 +3,9 @@
 Importing torch and vaetrain takes eight seconds of a core, and `accelerate launch` of two processes does it three times. The file
 that `warm_python()` names takes the place of `sys.executable`, in what it starts, too: `-u`, `-m MODULE` or a script, arguments,
 environment, folder and open streams are handed to the fork, signals are passed on, and it ends as the fork ends. Anything
-else, such as `-c CODE`, is run by the ordinary Python. What the start of a process itself shows is proven with that: by
-test_launch.py, test_launcher.py and test_layout.py.
+else, such as `-c CODE`, is run by the ordinary Python. With that is proven what the start of a process itself shows, such
+as that a script imports all it needs: by test_launch.py, test_launcher.py, test_layout.py, test_demo.py and the one start of
+each tool in its test.
 """
 
 import contextlib
